@@ -1,0 +1,1 @@
+"""Placement, gradients, the optimizer, precision, memory, checkpoints."""

@@ -1,0 +1,1 @@
+"""Metrics over rows, each with its interval, and the run that measures base and tuned alike."""

@@ -1,0 +1,1 @@
+"""What may touch gradients between backward and the optimizer's step."""

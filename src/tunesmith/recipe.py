@@ -1,0 +1,136 @@
+"""The typed recipe: what the user asks for, and nothing else. Defaults that depend on facts are None here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class Strict(BaseModel):
+    """Unknown keys are refused; values are frozen once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Choice(BaseModel):
+    """A registered name with its options: `lora`, or `{name: lora, rank: 16}`.
+
+    The options are checked by the model that the named thing declares beside itself.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+def _as_choice(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+Named = Annotated[Choice, BeforeValidator(_as_choice)]
+
+
+class TrainingSet(Strict):
+    """One of several sets that are mixed.
+
+    `weight`: how often each row is seen in an epoch (2 twice, 0.5 every other epoch half of them);
+    `limit`: at most so many rows, drawn with the recipe's seed.
+    """
+
+    path: str
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    limit: Positive | None = None
+    format: str | None = None
+    columns: dict[str, str] = Field(default_factory=dict)
+
+
+class Data(Strict):
+    """Where rows come from and what may be wrong with them."""
+
+    train: str | list[TrainingSet]
+    validation: str | Fraction | None = None
+    test: str | dict[str, str] | None = None
+    format: str | None = None
+    columns: dict[str, str] = Field(default_factory=dict)
+    template: str | None = None
+    allow: list[Literal["leaks", "masked", "truncated", "unknown_labels"]] = Field(default_factory=list)
+
+
+class EarlyStopping(Strict):
+    """Stop when the validation metric has not improved by `min_delta` for `patience` evaluations."""
+
+    patience: Positive = 3
+    min_delta: Annotated[float, Field(ge=0)] = 0.0
+    metric: str | None = None
+
+
+class Train(Strict):
+    """How long and how fast. `batch_size` counts examples a step, `batch_tokens` tokens a step."""
+
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    max_steps: Positive | None = None
+    batch_size: Positive | None = None
+    batch_tokens: Positive | None = None
+    micro_batch_size: Positive | None = None
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    recompute: bool | None = None
+    sequence_length: Positive | None = None
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup: Annotated[float, Field(ge=0)] = 0.03
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    optimizer: Literal["adamw"] = "adamw"
+    clip: Annotated[float, Field(gt=0)] | None = 1.0
+    save_every: Positive | None = None
+    evaluate_every: Positive | None = None
+    early_stopping: EarlyStopping | None = None
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Train:
+        if self.epochs is not None and self.max_steps is not None:
+            raise ValueError("epochs and max_steps exclude each other; keep one")
+        if self.batch_size is not None and self.batch_tokens is not None:
+            raise ValueError("batch_size and batch_tokens exclude each other; keep one")
+        return self
+
+
+class Place(Strict):
+    """Where the run happens; none of it changes what the run means."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    threads: Positive | None = None
+    workers: Positive = 1
+
+
+class Evaluate(Strict):
+    """What is measured on the test sets. `keep`: predictions written to the run for each set."""
+
+    metrics: list[str] | None = None
+    limit: Positive | None = None
+    keep: Annotated[int, Field(ge=0)] = 1000
+    base: bool = True
+    max_new_tokens: Positive | None = None
+
+
+class Recipe(Strict):
+    """A whole run. See docs/recipes.md for every key."""
+
+    model: str
+    data: Data
+    objective: Named
+    method: Named
+    train: Train = Field(default_factory=Train)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    place: Place = Field(default_factory=Place)
+    evaluate: Evaluate = Field(default_factory=Evaluate)
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 17
+    out: Path | None = None

@@ -1,0 +1,61 @@
+"""Named things (methods, objectives, metrics, ...) that recipes refer to, found by import of their package."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
+
+from tunesmith.errors import InputError
+
+
+T = TypeVar("T")
+Item = TypeVar("Item")
+
+
+class Registry(Generic[T]):
+    """Maps a recipe's word to the thing that it names.
+
+    Every module of `package` is imported on first use, so adding a variant is one new file that
+    calls `register`.
+    """
+
+    def __init__(self, what: str, package: str) -> None:
+        self.what = what
+        self._package = package
+        self._items: dict[str, T] = {}
+        self._loaded = False
+
+    def register(self, name: str) -> Callable[[Item], Item]:
+        """Decorator that files the decorated class or function under `name`."""
+
+        def add(item: Item) -> Item:
+            if name in self._items and self._items[name] is not item:
+                raise InputError(f"{self.what} {name!r} is registered twice", "rename one of them")
+            self._items[name] = item  # type: ignore[assignment]
+            return item
+
+        return add
+
+    def get(self, name: str) -> T:
+        """The item called `name`; an unknown name is refused with the nearest known one."""
+        self._load()
+        if name in self._items:
+            return self._items[name]
+        near = difflib.get_close_matches(name, self._items, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise InputError(f"unknown {self.what} {name!r}", f"{hint}known: {', '.join(sorted(self._items))}")
+
+    def __iter__(self) -> Iterator[str]:
+        self._load()
+        return iter(sorted(self._items))
+
+    def _load(self) -> None:
+        if self._loaded:
+            return
+        self._loaded = True
+        package = importlib.import_module(self._package)
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{self._package}.{module.name}")

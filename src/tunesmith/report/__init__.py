@@ -1,0 +1,1 @@
+"""What people look at: the plan, the live view, the results."""

@@ -1,0 +1,1 @@
+"""Samplers: how completions are drawn from a policy."""
