@@ -1,0 +1,116 @@
+"""Checkpoints: safetensors and JSON, written aside, fsynced, renamed, the manifest of hashes last."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+
+from tunesmith import rundir
+from tunesmith.errors import RefusedError
+
+STEP = re.compile(r"step-(\d{6,})")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A complete checkpoint: the step after which it was taken, and where it lies."""
+
+    step: int
+    path: Path
+
+
+def write(folder: Path, step: int, states: Mapping[str, Mapping[str, Any]]) -> Checkpoint:
+    """Saves each named state (tensors and JSON values, nested mappings allowed) after `step`.
+
+    The checkpoint appears under its name only when it is whole and on disk.
+    """
+    path = folder / f"step-{step:06d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = folder / f".{path.name}.part"
+    shutil.rmtree(aside, ignore_errors=True)
+    with rundir.disk_errors(str(path)):
+        aside.mkdir()
+    hashes: dict[str, str] = {}
+    for name, state in states.items():
+        tensors: dict[str, torch.Tensor] = {}
+        values = _part(state, (), tensors)
+        for file, content in ((f"{name}.safetensors", save(tensors)), (f"{name}.json", _json(values))):
+            rundir.write_file(aside / file, content)
+            hashes[file] = rundir.sha256_file(aside / file)
+    rundir.write_file(aside / "hashes.json", _json(hashes))
+    with rundir.disk_errors(str(path)):
+        if path.exists():
+            shutil.rmtree(path)
+        rundir.rename(aside, path)
+        rundir.sync_folder(folder)
+    return Checkpoint(step, path)
+
+
+def read(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+    """The states of a checkpoint, after every file's hash was found right.
+
+    Raises RefusedError naming the file that is missing, truncated or altered.
+    """
+    hashes = rundir.read_json(checkpoint.path / "hashes.json")
+    for file, expected in hashes.items():
+        path = checkpoint.path / file
+        if not path.is_file() or rundir.sha256_file(path) != expected:
+            raise RefusedError(
+                f"{path} is {'damaged' if path.is_file() else 'missing'}: its sha256 is not the one that was written",
+                f"delete {checkpoint.path} to go on from the checkpoint before it, or restore it from a copy",
+            )
+    names = [file.removesuffix(".json") for file in hashes if file.endswith(".json")]
+    return {name: _join(checkpoint.path, name) for name in names}
+
+
+def found(folder: Path) -> list[Checkpoint]:
+    """Complete checkpoints in `folder`, oldest first."""
+    matches = ((STEP.fullmatch(p.name), p) for p in folder.glob("step-*"))
+    whole = [Checkpoint(int(m[1]), p) for m, p in matches if m and (p / "hashes.json").is_file()]
+    return sorted(whole, key=lambda c: c.step)
+
+
+def prune(folder: Path, keep: Iterable[int]) -> None:
+    """Removes checkpoints whose step is not in `keep`, and what killed saves left behind."""
+    kept = set(keep)
+    for checkpoint in found(folder):
+        if checkpoint.step not in kept:
+            gone = folder / f".{checkpoint.path.name}.gone"
+            rundir.rename(checkpoint.path, gone)  # never a checkpoint with a part of its files
+            shutil.rmtree(gone)
+    for left in [*folder.glob(".*.part"), *folder.glob(".*.gone")]:
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
+
+
+def _part(value: Any, path: tuple[str, ...], tensors: dict[str, torch.Tensor]) -> Any:
+    """The JSON part of a state; tensors go to `tensors` under their path."""
+    if isinstance(value, torch.Tensor):
+        name = "/".join(path)
+        tensors[name] = value.detach().cpu().contiguous()
+        return {"__tensor__": name}
+    if isinstance(value, Mapping):
+        return {str(k): _part(v, (*path, str(k)), tensors) for k, v in value.items()}
+    return value
+
+
+def _join(path: Path, name: str) -> dict[str, Any]:
+    tensors = load((path / f"{name}.safetensors").read_bytes())
+
+    def fill(value: Any) -> Any:
+        if isinstance(value, dict):
+            return tensors[value["__tensor__"]] if "__tensor__" in value else {k: fill(v) for k, v in value.items()}
+        return value
+
+    return fill(json.loads((path / f"{name}.json").read_text(encoding="utf-8")))

@@ -1,0 +1,263 @@
+"""The engine for one device: forward and backward, accumulation, optimizer and schedule."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.data import pack
+from tunesmith.engine.schedule import multiplier, warmup_steps
+from tunesmith.errors import RefusedError, ResourceError
+from tunesmith.models.policy import Policy
+from tunesmith.types import Batch, Coupled, GradientMode, GradientRule, Objective, Step, StepStats, Stream, Terms
+
+
+@dataclass(frozen=True, slots=True)
+class Optimization:
+    """How parameters move: AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) under a schedule."""
+
+    learning_rate: float
+    schedule: str
+    warmup: float
+    weight_decay: float
+    total_steps: int
+
+
+class PerExample(Protocol):
+    """A gradient rule that must see each example's own gradient (privacy)."""
+
+    def example(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]: ...
+
+
+class NativeEngine:
+    """Runs a policy on one device. Gradients are sums over the step divided by its normalisers.
+
+    mode "plain": one backward a micro-batch. "per_example": one an example, shown to the rules of
+    that mode before it is added. "cached": for objectives whose loss couples the whole step, two
+    passes with cached gradients (arXiv 2101.06983).
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        groups: Sequence[dict[str, Any]],
+        optimization: Optimization,
+        *,
+        seed: int,
+        mode: GradientMode = "plain",
+        rules: Iterable[GradientRule] = (),
+    ) -> None:
+        self.policy = policy
+        self.device = policy.device
+        self.trainable: dict[str, nn.Parameter] = {n: p for n, p in policy.named_parameters() if p.requires_grad}
+        self._optimization = optimization
+        self._warmup = warmup_steps(optimization.warmup, optimization.total_steps)
+        self._seed = seed
+        self._mode: GradientMode = mode
+        self._example_rules = [cast(PerExample, rule) for rule in rules if rule.mode == "per_example"]
+        self._optimizer = torch.optim.AdamW(
+            [{"lr": optimization.learning_rate, **group} for group in groups],
+            weight_decay=optimization.weight_decay,
+            fused=self.device.type in ("cpu", "cuda"),
+        )
+        for group in self._optimizer.param_groups:
+            group["base_lr"] = group["lr"]
+        self._number = 0
+        self._largest: int | None = None  # examples a micro-batch may hold, once memory has run out
+
+    @property
+    def learning_rate(self) -> float:
+        """The first group's rate at the current step."""
+        return float(self._optimizer.param_groups[0]["lr"])
+
+    def forward_backward(self, objective: Objective, policy: Policy, step: Step) -> StepStats:
+        """Leaves the step's gradient in `.grad` of the trainable parameters.
+
+        Raises RefusedError for a loss that is not finite, before anything has moved.
+        """
+        self._number = step.number
+        factor = multiplier(self._optimization.schedule, step.number, self._optimization.total_steps, self._warmup)
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        normalisers = objective.normalisers(step)
+        if not any(normalisers.values()):
+            return StepStats(0.0, dict.fromkeys(normalisers, 0.0), {}, step.tokens, skipped=True)
+        policy.train()
+        run = {"plain": self._plain, "per_example": self._per_example, "cached": self._cached}[self._mode]
+        while True:
+            self._optimizer.zero_grad(set_to_none=True)
+            seed_step(self._seed, step.number)
+            try:
+                sums = run(objective, policy, self._placed(step), normalisers)
+                break
+            except torch.OutOfMemoryError as error:
+                self._halve(step, error)
+        return _stats(sums, step)
+
+    def step(self) -> None:
+        """Moves the parameters along the gradient that `forward_backward` left."""
+        self._optimizer.step()
+
+    def state(self) -> dict[str, Any]:
+        """Trainable parameters and buffers by name, and the optimizer's moments."""
+        moments: dict[str, dict[str, Any]] = {}
+        for name, parameter in self.trainable.items():
+            if parameter in self._optimizer.state:
+                moments[name] = dict(self._optimizer.state[parameter])
+        heads = {f"heads.{n}": b for n, b in self.policy.heads.named_buffers()}
+        return {"parameters": {n: p.data for n, p in self.trainable.items()} | heads, "moments": moments}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        buffers = {f"heads.{n}": b for n, b in self.policy.heads.named_buffers()}
+        with torch.no_grad():
+            for name, value in state["parameters"].items():
+                (buffers[name] if name in buffers else self.trainable[name]).copy_(value)
+        for name, moment in state["moments"].items():
+            parameter = self.trainable[name]
+            self._optimizer.state[parameter] = {
+                key: value.to(parameter.device if key != "step" else value.device) for key, value in moment.items()
+            }
+
+    def _plain(self, objective: Objective, policy: Policy, step: Step, normalisers: Mapping[str, float]) -> _Sums:
+        sums = _Sums()
+        for batch in step.batches:
+            loss = sums.add(objective.terms(policy, batch), normalisers)
+            sums.check(step.number, loss)
+            _differentiate(loss)
+        return sums
+
+    def _per_example(self, objective: Objective, policy: Policy, step: Step, normalisers: Mapping[str, float]) -> _Sums:
+        sums = _Sums()
+        total: dict[str, Tensor] = {}
+        for batch in step.batches:
+            for single in self._split(batch, 1):
+                loss = sums.add(objective.terms(policy, place(single, self.device)), normalisers)
+                sums.check(step.number, loss)
+                _differentiate(loss)
+                own = {n: p.grad for n, p in self.trainable.items() if p.grad is not None}
+                for rule in self._example_rules:
+                    own = rule.example(own)
+                for name, gradient in own.items():
+                    total[name] = total[name] + gradient if name in total else gradient
+                self._optimizer.zero_grad(set_to_none=True)
+        for name, gradient in total.items():
+            self.trainable[name].grad = gradient
+        return sums
+
+    def _cached(self, objective: Objective, policy: Policy, step: Step, normalisers: Mapping[str, float]) -> _Sums:
+        coupled = cast(Coupled, objective)
+        with torch.no_grad():
+            embedded: list[Tensor] = []
+            for index, batch in enumerate(step.batches):
+                seed_step(self._seed, step.number, index)  # the second pass must drop out the same units
+                embedded.append(coupled.embed(policy, batch))
+        sums = _Sums()
+        joined_SD = torch.cat(embedded).requires_grad_()
+        loss = sums.add(coupled.couple(joined_SD, step), normalisers)
+        sums.check(step.number, loss)
+        _differentiate(loss)
+        assert joined_SD.grad is not None
+        for index, (batch, gradient) in enumerate(zip(step.batches, joined_SD.grad.split([len(e) for e in embedded]), strict=True)):
+            seed_step(self._seed, step.number, index)
+            _differentiate(coupled.embed(policy, batch), gradient)
+        return sums
+
+    def _placed(self, step: Step) -> Step:
+        batches = step.batches
+        if self._largest is not None:
+            batches = [part for batch in batches for part in self._split(batch, self._largest)]
+        return Step(step.number, [place(batch, self.device) for batch in batches], step.state, step.epoch)
+
+    def _split(self, batch: Batch, size: int) -> list[Batch]:
+        order = list(range(len(batch.examples)))
+        groups = [order[i : i + size] for i in range(0, len(order), size)]
+        if len(groups) == 1:
+            return [batch]
+        return pack.split(batch, groups, packed=self.policy.packed, pad_id=self.policy.tokens.pad)
+
+    def _halve(self, step: Step, error: torch.OutOfMemoryError) -> None:
+        """Same step, same gradient, smaller micro-batches; one example that does not fit ends the run."""
+        largest = self._largest or max(len(batch.examples) for batch in step.batches)
+        if largest == 1:
+            raise ResourceError(
+                f"step {step.number}: one example of {max(b.tokens for b in step.batches)} tokens does not fit in memory",
+                "lower train.sequence_length or choose a smaller model",
+            ) from error
+        self._largest = max(1, largest // 2)
+        torch.cuda.empty_cache()
+
+
+class _Sums:
+    """What the micro-batches of one step add up to."""
+
+    def __init__(self) -> None:
+        self.loss = 0.0
+        self.parts: dict[str, float] = {}
+        self.metrics: dict[str, tuple[float, float]] = {}
+
+    def add(self, terms: Terms, normalisers: Mapping[str, float]) -> Tensor:
+        """The differentiable share of this micro-batch in the step's loss."""
+        shares: list[Tensor] = []
+        for name, part in terms.parts.items():
+            if normalisers[name]:
+                share = (part.loss_U * part.weight_U).sum() / normalisers[name]
+                shares.append(share)
+                self.parts[name] = self.parts.get(name, 0.0) + float(share.detach())
+        for name, (value, weight) in terms.metrics.items():
+            before = self.metrics.get(name, (0.0, 0.0))
+            self.metrics[name] = (before[0] + value, before[1] + weight)
+        loss = torch.stack(shares).sum()
+        self.loss += float(loss.detach())
+        return loss
+
+    def check(self, number: int, loss: Tensor) -> None:
+        if not math.isfinite(self.loss):
+            raise RefusedError(
+                f"step {number}: the loss is {float(loss.detach())}, not a finite number",
+                "lower train.learning_rate, use precision=fp32, or look at the rows of this step; "
+                "the last checkpoint is from before it",
+            )
+
+
+def _stats(sums: _Sums, step: Step) -> StepStats:
+    metrics = {name: value / weight for name, (value, weight) in sums.metrics.items() if weight}
+    return StepStats(sums.loss, sums.parts, metrics, step.tokens)
+
+
+def _differentiate(output: Tensor, gradient: Tensor | None = None) -> None:
+    """The one place where gradients are made. An output nothing trainable led to adds none."""
+    if output.requires_grad:
+        output.backward(gradient)
+
+
+def seed_step(seed: int, step: int, part: int = 0) -> None:
+    """Seeds torch's generators from (seed, step, part): nothing random needs saving between steps."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{part}".encode(), digest_size=7).digest()
+    torch.manual_seed(int.from_bytes(digest, "big"))
+
+
+def place(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on `device`; the batch itself where they are there already."""
+    if batch.target_BT.device == device:
+        return batch
+
+    def to(tensor: Tensor) -> Tensor:
+        return tensor.to(device, non_blocking=True)
+
+    return Batch(
+        streams={
+            name: Stream(to(s.input_ids_BT), to(s.position_ids_BT), to(s.segment_ids_BT)) for name, s in batch.streams.items()
+        },
+        target_BT=to(batch.target_BT),
+        weight_BT=to(batch.weight_BT),
+        segments=batch.segments,
+        examples=batch.examples,
+        columns={name: to(value) for name, value in batch.columns.items()},
+        extra={name: to(value) for name, value in batch.extra.items()},
+    )

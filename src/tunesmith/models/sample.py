@@ -1,0 +1,89 @@
+"""Batched generation: the one caller of transformers' `generate`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from tunesmith.types import Completion, SampleSpec
+
+
+def generate(
+    model: Any, prompts: Sequence[Sequence[int]], spec: SampleSpec, end: Sequence[int], pad: int
+) -> list[Completion]:
+    """Completes each prompt; the result is in the prompts' order and without the end token.
+
+    Prompts of like length run together, padded left, at most `spec.batch_tokens` at a time
+    (prompt and answer). Greedy at temperature 0, and then independent of the batching up to
+    floating-point ties.
+    """
+    answers: list[Completion | None] = [None] * len(prompts)
+    training = model.training
+    model.eval()
+    if spec.temperature > 0:
+        torch.manual_seed(spec.seed)
+    try:
+        for chosen in _batches(prompts, spec):
+            for index, completion in zip(chosen, _complete(model, [prompts[i] for i in chosen], spec, end, pad), strict=True):
+                answers[index] = completion
+    finally:
+        model.train(training)
+    return [answer for answer in answers if answer is not None]
+
+
+def _batches(prompts: Sequence[Sequence[int]], spec: SampleSpec) -> Iterator[list[int]]:
+    """Indices of prompts that run together, longest first, so that memory is tried at once."""
+    chosen: list[int] = []
+    width = 0
+    for index in sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i)):
+        width = width or len(prompts[index]) + spec.max_new_tokens
+        if chosen and (len(chosen) + 1) * width > spec.batch_tokens:
+            yield chosen
+            chosen, width = [], len(prompts[index]) + spec.max_new_tokens
+        chosen.append(index)
+    if chosen:
+        yield chosen
+
+
+@torch.no_grad()
+def _complete(
+    model: Any, prompts: Sequence[Sequence[int]], spec: SampleSpec, end: Sequence[int], pad: int
+) -> list[Completion]:
+    from transformers import GenerationConfig
+
+    longest = max(len(p) for p in prompts)
+    ids = torch.full((len(prompts), longest), pad, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.as_tensor(list(prompt))
+        mask[row, longest - len(prompt) :] = 1
+    greedy = spec.temperature == 0
+    config = GenerationConfig(
+        max_new_tokens=spec.max_new_tokens,
+        do_sample=not greedy,
+        eos_token_id=list(end),
+        pad_token_id=pad,
+        **({} if greedy else {"temperature": spec.temperature, "top_p": spec.top_p, "top_k": 0}),
+    )
+    device = model.device
+    stored, model.generation_config = model.generation_config, GenerationConfig()  # ours alone decides
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            out = model.generate(
+                input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config, use_cache=True
+            )
+    finally:
+        model.generation_config = stored
+    start = 0 if model.config.is_encoder_decoder else longest
+    return [_cut(row[start:].tolist(), set(end)) for row in out]
+
+
+def _cut(ids: list[int], end: set[int]) -> Completion:
+    for position, token in enumerate(ids):
+        if token in end:
+            return Completion(ids[:position], True)
+    return Completion(ids, False)

@@ -1,1 +1,0 @@
-"""Samplers: how completions are drawn from a policy."""

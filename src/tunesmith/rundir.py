@@ -1,0 +1,204 @@
+"""The run directory: what a run writes, so that a kill at any instant leaves it whole.
+
+Every byte goes through `write_file` (aside, fsync, rename) or `Journal` (append; cut back to the
+checkpoint's length on resume), so there are three places where a disk can fail.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from filelock import FileLock, Timeout
+
+from tunesmith.errors import InputError, ResourceError
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def write_bytes(handle: BinaryIO, content: bytes) -> None:
+    """The one place where a run's bytes are written."""
+    handle.write(content)
+
+
+def sync_file(handle: BinaryIO) -> None:
+    """The one place where a file is forced to disk."""
+    handle.flush()
+    os.fsync(handle.fileno())
+
+
+def rename(source: Path, target: Path) -> None:
+    """The one place where something made aside takes its name."""
+    os.replace(source, target)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def disk_errors(what: str) -> Iterator[None]:
+    """Turns a full or failing disk into exit code 4, naming what was being written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            raise ResourceError(
+                f"the disk is full while writing {what}",
+                "free space and run `tunesmith resume`; the previous checkpoint is intact",
+            ) from error
+        raise ResourceError(f"cannot write {what}: {error.strerror or error}", "check the folder's rights and the disk") from error
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Replaces `path` by `content`: readers see the old file or the new one, never a part."""
+    aside = path.with_name(f".{path.name}.part")
+    with disk_errors(str(path)):
+        with open(aside, "wb") as handle:
+            write_bytes(handle, content)
+            sync_file(handle)
+        rename(aside, path)
+        sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_file` of readable JSON; NaN and infinity are errors."""
+    write_file(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """The JSON of a file that tunesmith wrote; a damaged one is refused by name."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path} is missing", f"check that {path.parent} is a run of tunesmith") from error
+    except ValueError as error:
+        raise InputError(f"{path} is damaged: {error}", "restore it, or start the run again") from error
+
+
+def sha256_file(path: Path) -> str:
+    """Hexadecimal sha256 of a file's content."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+@contextmanager
+def replace_folder(path: Path) -> Iterator[Path]:
+    """Gives an empty folder aside; on leaving it takes the name `path`, replacing what was there.
+
+    Its files are fsynced first. Where the body fails, `path` stays as it was.
+    """
+    aside = path.with_name(f".{path.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    with disk_errors(str(path)):
+        aside.mkdir(parents=True)
+        yield aside
+        for file in sorted(p for p in aside.rglob("*") if p.is_file()):
+            with open(file, "rb+") as handle:
+                sync_file(handle)
+        for folder in sorted(p for p in [aside, *aside.rglob("*")] if p.is_dir()):
+            sync_folder(folder)
+        if path.exists():
+            old = path.with_name(f".{path.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            rename(path, old)
+            rename(aside, path)
+            shutil.rmtree(old)
+        else:
+            rename(aside, path)
+        sync_folder(path.parent)
+
+
+class Journal:
+    """A file of JSON lines that is only appended to, and can be cut back to an earlier length."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._handle: BinaryIO = open(path, "ab")  # noqa: SIM115  # closed by close()
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Writes one line; not forced to disk until `sync`."""
+        with disk_errors(str(self.path)):
+            write_bytes(self._handle, (json.dumps(record, allow_nan=False) + "\n").encode())
+            self._handle.flush()
+
+    def sync(self) -> int:
+        """Forces the lines to disk and returns the file's length in bytes."""
+        with disk_errors(str(self.path)):
+            sync_file(self._handle)
+        return self._handle.tell()
+
+    def cut(self, length: int) -> None:
+        """Drops everything after `length` bytes."""
+        if self.path.stat().st_size < length:
+            raise InputError(f"{self.path} is shorter than its checkpoint says", "restore it, or start the run again")
+        with disk_errors(str(self.path)):
+            os.truncate(self.path, length)
+            sync_file(self._handle)
+            self._handle.seek(0, os.SEEK_END)
+
+    def close(self) -> None:
+        self._handle.close()
+
+
+class RunDir:
+    """One run's folder, held by one process."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.model = path / "model"
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Holds the run for this process; another one is refused at once, naming the holder.
+
+        The lock is the operating system's, so it frees itself when its holder dies.
+        """
+        with disk_errors(str(self.path)):
+            self.path.mkdir(parents=True, exist_ok=True)
+        holder = self.path / ".holder.json"
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0.2)
+        except Timeout as error:
+            who = _holder(holder)
+            raise ResourceError(f"{self.path} is held by {who}", "wait for it or stop it, then run this again") from error
+        try:
+            write_json(holder, {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")})
+            yield
+        finally:
+            holder.unlink(missing_ok=True)
+            lock.release()
+
+    def journal(self, name: str) -> Journal:
+        return Journal(self.path / name)
+
+    @staticmethod
+    def open(path: Path) -> RunDir:
+        """The run at `path`; a folder that is no run is refused."""
+        if not (path / "manifest.json").is_file():
+            raise InputError(f"{path} is not a run of tunesmith (it has no manifest.json)", "give the folder that `tunesmith train` printed")
+        return RunDir(path)
+
+
+def _holder(path: Path) -> str:
+    try:
+        holder = json.loads(path.read_text(encoding="utf-8"))
+        return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
+    except (OSError, ValueError, KeyError):
+        return "another process that is just starting"
