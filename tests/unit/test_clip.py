@@ -1,0 +1,71 @@
+"""The joint norm, its clipping, and what is refused."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tunesmith.errors import RefusedError
+from tunesmith.gradients.clip import Clip
+
+
+def engine_of(*gradients: torch.Tensor | None) -> Any:
+    trainable: dict[str, nn.Parameter] = {}
+    for i, gradient in enumerate(gradients):
+        shape = (1,) if gradient is None else gradient.shape
+        parameter = nn.Parameter(torch.zeros(shape, dtype=torch.float32 if gradient is None else gradient.dtype))
+        parameter.grad = gradient
+        trainable[f"layer.{i}"] = parameter
+    return SimpleNamespace(trainable=trainable)
+
+
+def test_gradients_above_the_norm_are_scaled_to_it() -> None:
+    engine = engine_of(torch.tensor([3.0, 0.0]), None, torch.tensor([[4.0]]))
+    assert Clip(1.0).before_step(engine, 1) == {"grad_norm": 5.0}
+    torch.testing.assert_close(engine.trainable["layer.0"].grad, torch.tensor([0.6, 0.0]))
+    torch.testing.assert_close(engine.trainable["layer.2"].grad, torch.tensor([[0.8]]))
+    assert Clip(1.0).before_step(engine, 2)["grad_norm"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("max_norm", [None, 5.0, 100.0])
+def test_gradients_within_the_norm_keep_their_bits(max_norm: float | None) -> None:
+    engine = engine_of(torch.tensor([3.0, 0.0]), torch.tensor([[4.0]]))
+    assert Clip(max_norm).before_step(engine, 1) == {"grad_norm": 5.0}
+    assert engine.trainable["layer.0"].grad.tolist() == [3.0, 0.0]
+    assert engine.trainable["layer.1"].grad.tolist() == [[4.0]]
+
+
+def test_agrees_with_torch() -> None:
+    torch.manual_seed(0)
+    gradients = [torch.randn(7, 5), torch.randn(3), torch.randn(2, 2, 2)]
+    ours, theirs = engine_of(*[g.clone() for g in gradients]), engine_of(*[g.clone() for g in gradients])
+    norm = Clip(0.5).before_step(ours, 1)["grad_norm"]
+    expected = nn.utils.clip_grad_norm_(theirs.trainable.values(), 0.5)
+    assert norm == pytest.approx(float(expected), rel=1e-6)
+    for name, parameter in ours.trainable.items():
+        torch.testing.assert_close(parameter.grad, theirs.trainable[name].grad, rtol=1e-5, atol=1e-7)
+
+
+def test_values_whose_squares_overflow_are_clipped_not_refused() -> None:
+    engine = engine_of(torch.full((4,), 1e25), torch.full((4,), 1e25, dtype=torch.bfloat16))
+    assert Clip(1.0).before_step(engine, 1)["grad_norm"] == pytest.approx(8**0.5 * 1e25, rel=1e-2)
+    assert float(engine.trainable["layer.0"].grad.norm()) == pytest.approx(0.5**0.5, rel=1e-2)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("max_norm", [None, 1.0])
+def test_a_non_finite_gradient_is_refused_and_left_alone(bad: float, max_norm: float | None) -> None:
+    engine = engine_of(torch.ones(2), torch.tensor([1.0, bad]), torch.tensor([bad]))
+    with pytest.raises(RefusedError, match=r"step 12: the gradient of layer\.1 holds 1 non-finite of 2 values"):
+        Clip(max_norm).before_step(engine, 12)
+    assert engine.trainable["layer.0"].grad.tolist() == [1.0, 1.0]
+
+
+def test_nothing_to_clip() -> None:
+    assert Clip(1.0).before_step(engine_of(None), 1) == {"grad_norm": 0.0}
+    assert Clip(1.0).state() == {}
+    Clip(1.0).restore({})
