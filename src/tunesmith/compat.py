@@ -1,0 +1,112 @@
+"""What tunesmith needs of upstream's private parts, and the quirks it works around, in one place.
+
+Every name here was seen in transformers 5.23; each function degrades to a safe answer or a clear
+error where a later version differs.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+import warnings
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+# Pre-tokenizers whose digits are split one by one before GPT-2's pattern: llama.cpp's group of the
+# same rule. transformers 5.23 does not know them and falls back to GPT-2's pattern alone, which
+# joins two spaces before a digit differently.
+GGUF_SINGLE_DIGITS = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"})
+GGUF_PLAIN_GPT2 = frozenset({"gpt-2", "mpt", "olmo", "jais", "phi-2"})
+
+
+@contextmanager
+def quiet_transformers() -> Generator[None]:
+    """No progress bars, advice or loading reports of transformers inside; what matters is reported by us."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            # torch's own code still calls what torch has deprecated; nothing here can mend that.
+            warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"(torch|transformers)\b")
+            warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|transformers)\b")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def gguf_progress(report: Callable[[int, int], None]) -> Generator[None]:
+    """Report tensors done while transformers dequantises a GGUF file, in place of its progress bar."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    def counted(items: Iterable[Any], *_: Any, total: int | None = None, **__: Any) -> Iterator[Any]:
+        listed = items if hasattr(items, "__len__") else list(items)
+        count = total or len(listed)  # type: ignore[arg-type]
+        for done, item in enumerate(listed, start=1):
+            yield item
+            report(done, count)
+
+    bar = getattr(reader, "tqdm", None)
+    if bar is None:
+        yield
+        return
+    reader.tqdm = counted  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        reader.tqdm = bar
+
+
+def gguf_known_splits() -> frozenset[str]:
+    """Names of byte-level pre-tokenizers that transformers itself converts from GGUF."""
+    with suppress(ImportError):
+        from transformers.integrations.gguf import gguf_tokenizer_mapping as mapping
+
+        return frozenset(getattr(mapping, "GGUF_PRE_TOKENIZER_SPLITS", {}))
+    return frozenset()
+
+
+def config_keys(config_class: type[Any]) -> frozenset[str]:
+    """The keys of config.json that a transformers config class understands.
+
+    Its fields, its aliases, and the older spellings that it or a base class reads out of `kwargs`
+    (`rope_theta`, `torch_dtype`, ...). These are read from the classes' own source, because
+    nothing else tells them: a list kept here would silently drop what the next version reads.
+    """
+    keys: set[str] = {f.name for f in getattr(config_class, "__dataclass_fields__", {}).values()}
+    keys |= set(getattr(config_class, "attribute_map", {}))
+    for base in config_class.__mro__:
+        if base is object:
+            continue
+        if "__init__" in vars(base) and not hasattr(base, "__dataclass_fields__"):
+            keys |= set(inspect.signature(base.__init__).parameters)
+        with suppress(OSError, TypeError, SyntaxError):
+            keys |= _read_from_kwargs(textwrap.dedent(inspect.getsource(base)))
+    return frozenset(key for key in keys if not key.startswith("_")) - {"self", "kwargs", "args"}
+
+
+def _read_from_kwargs(source: str) -> set[str]:
+    """Keys used as kwargs.pop("k"), kwargs.get("k"), kwargs["k"], or "k" in kwargs."""
+
+    def is_kwargs(node: ast.AST) -> bool:
+        return isinstance(node, ast.Name) and node.id == "kwargs"
+
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        candidates: list[ast.AST] = []
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and is_kwargs(node.func.value):
+            candidates = list(node.args[:1])
+        elif isinstance(node, ast.Subscript) and is_kwargs(node.value):
+            candidates = [node.slice]
+        elif isinstance(node, ast.Compare) and any(is_kwargs(c) for c in node.comparators):
+            candidates = [node.left]
+        found |= {c.value for c in candidates if isinstance(c, ast.Constant) and isinstance(c.value, str)}
+    return found
