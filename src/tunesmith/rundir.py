@@ -61,7 +61,9 @@ def disk_errors(what: str) -> Iterator[None]:
                 f"the disk is full while writing {what}",
                 "free space and run `tunesmith resume`; the previous checkpoint is intact",
             ) from error
-        raise ResourceError(f"cannot write {what}: {error.strerror or error}", "check the folder's rights and the disk") from error
+        raise ResourceError(
+            f"cannot write {what}: {error.strerror or error}", "check the folder's rights and the disk"
+        ) from error
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -177,9 +179,13 @@ class RunDir:
             lock.acquire(timeout=0.2)
         except Timeout as error:
             who = _holder(holder)
-            raise ResourceError(f"{self.path} is held by {who}", "wait for it or stop it, then run this again") from error
+            raise ResourceError(
+                f"{self.path} is held by {who}", "wait for it or stop it, then run this again"
+            ) from error
         try:
-            write_json(holder, {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")})
+            write_json(
+                holder, {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+            )
             yield
         finally:
             holder.unlink(missing_ok=True)
@@ -192,7 +198,10 @@ class RunDir:
     def open(path: Path) -> RunDir:
         """The run at `path`; a folder that is no run is refused."""
         if not (path / "manifest.json").is_file():
-            raise InputError(f"{path} is not a run of tunesmith (it has no manifest.json)", "give the folder that `tunesmith train` printed")
+            raise InputError(
+                f"{path} is not a run of tunesmith (it has no manifest.json)",
+                "give the folder that `tunesmith train` printed",
+            )
         return RunDir(path)
 
 

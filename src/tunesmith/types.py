@@ -232,7 +232,11 @@ class MethodFacts:
 
 @dataclass(frozen=True, slots=True)
 class ObjectiveNeeds:
-    """What an objective asks of data, model and engine. `head` is "lm" or "pooled"."""
+    """What an objective asks of data, model and engine.
+
+    `formats` are kinds of canonical rows (messages, label, text); `trains_tokens`: a row without a
+    trained token teaches nothing; `metrics` are measured unless the recipe names others.
+    """
 
     summary: str
     head: Literal["lm", "pooled"]
@@ -240,7 +244,7 @@ class ObjectiveNeeds:
     kinds: frozenset[ModelKind]
     coupling: Coupling = "token"
     modes: frozenset[GradientMode] = frozenset({"plain", "per_example"})
-    selection_metric: str = "loss"
+    trains_tokens: bool = False
     metrics: tuple[str, ...] = ()
 
 
@@ -250,7 +254,6 @@ class HeadSpec:
 
     name: str
     outputs: int
-    pooling: Literal["mean", "first", "last"] | None = None
     labels: tuple[str, ...] = ()
 
 
@@ -271,6 +274,7 @@ class Method(Protocol):
     facts: ClassVar[MethodFacts]
     Options: ClassVar[type[Any]]
 
+    def __init__(self, options: Any, dropout: float) -> None: ...
     def attach(self, policy: Policy) -> None:
         """Make exactly the method's parameters (and fresh heads) trainable, in place."""
         ...
@@ -295,6 +299,7 @@ class Objective(Protocol):
     needs: ClassVar[ObjectiveNeeds]
     Options: ClassVar[type[Any]]
 
+    def __init__(self, options: Any) -> None: ...
     def fit(self, rows: Iterable[Row]) -> None:
         """Learn from the training rows what examples need (the label set); called once, first."""
         ...
@@ -314,7 +319,9 @@ class Objective(Protocol):
         """Exactly one forward with gradient."""
         ...
 
-    def predict(self, policy: Policy, rows: Sequence[Row], renderer: Renderer) -> list[Prediction]: ...
+    def predict(self, policy: Policy, rows: Sequence[Row], renderer: Renderer, spec: SampleSpec) -> list[Prediction]:
+        """Answers to rows, in their order; `spec` says how to sample where answers are sampled."""
+        ...
 
 
 @runtime_checkable

@@ -106,3 +106,25 @@ def _example(batch: Batch, position: int) -> Example:
             weights[1:] = batch.weight_BT[segment.row, segment.start : segment.stop - 1].cpu().numpy()
         pieces.append(Piece(ids, weights if weights.any() else None, segment.role, segment.stream))
     return Example(tuple(pieces))
+
+
+def place(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on `device`; the batch itself where they are there already."""
+    if batch.target_BT.device == device:
+        return batch
+
+    def to(tensor: Tensor) -> Tensor:
+        return tensor.to(device, non_blocking=True)
+
+    return Batch(
+        streams={
+            name: Stream(to(s.input_ids_BT), to(s.position_ids_BT), to(s.segment_ids_BT))
+            for name, s in batch.streams.items()
+        },
+        target_BT=to(batch.target_BT),
+        weight_BT=to(batch.weight_BT),
+        segments=batch.segments,
+        examples=batch.examples,
+        columns={name: to(value) for name, value in batch.columns.items()},
+        extra={name: to(value) for name, value in batch.extra.items()},
+    )

@@ -15,7 +15,7 @@ from tunesmith.data import pack
 from tunesmith.engine.schedule import multiplier, warmup_steps
 from tunesmith.errors import RefusedError, ResourceError
 from tunesmith.models.policy import Policy
-from tunesmith.types import Batch, Coupled, GradientMode, GradientRule, Objective, Step, StepStats, Stream, Terms
+from tunesmith.types import Batch, Coupled, GradientMode, GradientRule, Objective, Step, StepStats, Terms
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +137,7 @@ class NativeEngine:
         total: dict[str, Tensor] = {}
         for batch in step.batches:
             for single in self._split(batch, 1):
-                loss = sums.add(objective.terms(policy, place(single, self.device)), normalisers)
+                loss = sums.add(objective.terms(policy, pack.place(single, self.device)), normalisers)
                 sums.check(step.number, loss)
                 _differentiate(loss)
                 own = {n: p.grad for n, p in self.trainable.items() if p.grad is not None}
@@ -163,7 +163,9 @@ class NativeEngine:
         sums.check(step.number, loss)
         _differentiate(loss)
         assert joined_SD.grad is not None
-        for index, (batch, gradient) in enumerate(zip(step.batches, joined_SD.grad.split([len(e) for e in embedded]), strict=True)):
+        for index, (batch, gradient) in enumerate(
+            zip(step.batches, joined_SD.grad.split([len(e) for e in embedded]), strict=True)
+        ):
             seed_step(self._seed, step.number, index)
             _differentiate(coupled.embed(policy, batch), gradient)
         return sums
@@ -172,7 +174,7 @@ class NativeEngine:
         batches = step.batches
         if self._largest is not None:
             batches = [part for batch in batches for part in self._split(batch, self._largest)]
-        return Step(step.number, [place(batch, self.device) for batch in batches], step.state, step.epoch)
+        return Step(step.number, [pack.place(batch, self.device) for batch in batches], step.state, step.epoch)
 
     def _split(self, batch: Batch, size: int) -> list[Batch]:
         order = list(range(len(batch.examples)))
@@ -240,24 +242,3 @@ def seed_step(seed: int, step: int, part: int = 0) -> None:
     """Seeds torch's generators from (seed, step, part): nothing random needs saving between steps."""
     digest = hashlib.blake2b(f"{seed}/{step}/{part}".encode(), digest_size=7).digest()
     torch.manual_seed(int.from_bytes(digest, "big"))
-
-
-def place(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on `device`; the batch itself where they are there already."""
-    if batch.target_BT.device == device:
-        return batch
-
-    def to(tensor: Tensor) -> Tensor:
-        return tensor.to(device, non_blocking=True)
-
-    return Batch(
-        streams={
-            name: Stream(to(s.input_ids_BT), to(s.position_ids_BT), to(s.segment_ids_BT)) for name, s in batch.streams.items()
-        },
-        target_BT=to(batch.target_BT),
-        weight_BT=to(batch.weight_BT),
-        segments=batch.segments,
-        examples=batch.examples,
-        columns={name: to(value) for name, value in batch.columns.items()},
-        extra={name: to(value) for name, value in batch.extra.items()},
-    )

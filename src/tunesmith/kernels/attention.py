@@ -55,7 +55,9 @@ def segment_attention(
         raise RuntimeError(f"{type(module).__name__} called segment attention without {KEYWORD}")
     unknown = [name for name in ("position_bias", "s_aux") if keywords.get(name) is not None]
     if unknown or attention_mask is not None:
-        raise RuntimeError(f"{type(module).__name__} needs {unknown or 'a mask'}, which segment attention does not apply")
+        raise RuntimeError(
+            f"{type(module).__name__} needs {unknown or 'a mask'}, which segment attention does not apply"
+        )
     bounds.calls += 1
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     groups = query_BHTD.shape[1] // key_BKTD.shape[1]

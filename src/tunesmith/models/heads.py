@@ -41,15 +41,18 @@ class Head(nn.Module):
     mean_D: Tensor
     scale_D: Tensor
 
-    def __init__(self, spec: HeadSpec, width: int, dropout: float = 0.0) -> None:
+    def __init__(self, spec: HeadSpec, width: int) -> None:
         super().__init__()
         self.spec = spec
         self.linear = nn.Linear(width, spec.outputs)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(0.0)
         self.register_buffer("mean_D", torch.zeros(width))
         self.register_buffer("scale_D", torch.ones(width))
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
+
+    def set_dropout(self, rate: float) -> None:
+        self.dropout.p = rate
 
     def standardise(self, features_ND: Tensor) -> None:
         """Takes mean and deviation from features of the training rows."""

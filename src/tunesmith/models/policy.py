@@ -113,7 +113,9 @@ class Policy(nn.Module):
         Raises RefusedError where they differ: a scale or cap between the last hidden state and
         the logits that `OutputProjection` does not know would silently train a wrong loss.
         """
-        ids = torch.tensor([[t % self.config.get_text_config().vocab_size for t in (3, 14, 15, 92, 65, 35)]]).to(self.device)
+        ids = torch.tensor([[t % self.config.get_text_config().vocab_size for t in (3, 14, 15, 92, 65, 35)]]).to(
+            self.device
+        )
         training = self.training
         self.eval()
         self._attention("sdpa")
@@ -189,9 +191,13 @@ class Policy(nn.Module):
         """What `linear_logprobs` needs to turn hidden states into the model's log-probabilities."""
         output = self.model.get_output_embeddings()
         config = self.config.get_text_config()
-        scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+        scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
+            getattr(config, "logits_scaling", None) or 1.0
+        )
         if self.kind == "encoder-decoder" and getattr(config, "tie_word_embeddings", False):
-            scale *= config.d_model**-0.5 if getattr(config, "scale_decoder_outputs", config.model_type == "t5") else 1.0
+            scale *= (
+                config.d_model**-0.5 if getattr(config, "scale_decoder_outputs", config.model_type == "t5") else 1.0
+            )
         return {
             "weight_VD": output.weight,
             "bias_V": output.bias,

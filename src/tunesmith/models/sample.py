@@ -27,7 +27,9 @@ def generate(
         torch.manual_seed(spec.seed)
     try:
         for chosen in _batches(prompts, spec):
-            for index, completion in zip(chosen, _complete(model, [prompts[i] for i in chosen], spec, end, pad), strict=True):
+            for index, completion in zip(
+                chosen, _complete(model, [prompts[i] for i in chosen], spec, end, pad), strict=True
+            ):
                 answers[index] = completion
     finally:
         model.train(training)

@@ -1,0 +1,202 @@
+"""Training data as optimizer steps: a seeded permutation for each epoch, and a cursor of three integers."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tunesmith.data.pack import collate
+from tunesmith.types import Annotator, Batch, Example, Step
+
+if TYPE_CHECKING:
+    from tunesmith.models.policy import Policy
+
+
+class Examples(Protocol):
+    """What a source needs of a store: tokens of each example, and the example itself."""
+
+    @property
+    def lengths(self) -> NDArray[np.int64]: ...
+    def example(self, index: int) -> Example: ...
+
+
+class ExampleList:
+    """Examples in memory, as `Examples`."""
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self._examples = examples
+        counts = [sum(len(piece.input_ids_T) for piece in example.pieces) for example in examples]
+        self.lengths: NDArray[np.int64] = np.asarray(counts, dtype=np.int64)
+
+    def example(self, index: int) -> Example:
+        return self._examples[index]
+
+
+@dataclass(frozen=True, slots=True)
+class Batching:
+    """How many examples (or tokens) make a step, and how many run through the model at once.
+
+    A micro-batch ends at `micro_batch_size` examples, or before it would exceed
+    `micro_batch_tokens`; a single longer example runs alone.
+    """
+
+    epochs: float | None
+    max_steps: int | None
+    batch_size: int | None
+    batch_tokens: int | None
+    micro_batch_size: int | None
+    micro_batch_tokens: int
+
+
+def epoch_order(repeats_N: NDArray[np.float64], epoch: int, seed: int) -> NDArray[np.int64]:
+    """Examples of one epoch in order. An example of weight w comes floor or ceil of w times.
+
+    Over k epochs it comes k * w times up to one, because its fraction starts at a phase of its own.
+    """
+    phase_N = np.random.Generator(np.random.Philox(key=[seed, 2**32])).random(len(repeats_N))
+    times_N = np.floor(phase_N + repeats_N * (epoch + 1)) - np.floor(phase_N + repeats_N * epoch)
+    order = np.repeat(np.arange(len(repeats_N)), times_N.astype(np.int64))
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(order)
+
+
+def epoch_steps(
+    lengths_N: NDArray[np.int64], repeats_N: NDArray[np.float64], batching: Batching, epoch: int, seed: int
+) -> list[NDArray[np.int64]]:
+    """The examples of each step of one epoch; the last step may be smaller."""
+    order = epoch_order(repeats_N, epoch, seed)
+    if batching.batch_tokens is None:
+        size = batching.batch_size or 1
+        return [order[i : i + size] for i in range(0, len(order), size)]
+    return [order[a:b] for a, b in _spans(lengths_N[order], None, batching.batch_tokens)]
+
+
+def count_steps(lengths_N: NDArray[np.int64], repeats_N: NDArray[np.float64], batching: Batching, seed: int) -> int:
+    """Steps of the whole run, exactly."""
+    if batching.max_steps is not None:
+        return batching.max_steps
+    epochs = batching.epochs or 1.0
+    counts = [len(epoch_steps(lengths_N, repeats_N, batching, e, seed)) for e in range(math.ceil(epochs))]
+    partial = epochs - math.floor(epochs)
+    if partial:
+        counts[-1] = math.ceil(counts[-1] * partial - 1e-9)
+    return sum(counts)
+
+
+def _spans(lengths: NDArray[np.int64], size: int | None, tokens: int) -> Iterator[tuple[int, int]]:
+    """Consecutive spans of at most `size` entries and `tokens` tokens (a longer entry stands alone)."""
+    start, total = 0, 0
+    for i, length in enumerate(lengths.tolist()):
+        if i > start and (total + length > tokens or (size is not None and i - start >= size)):
+            yield start, i
+            start, total = i, 0
+        total += length
+    if start < len(lengths):
+        yield start, len(lengths)
+
+
+class DataSource:
+    """Steps over tokenised examples, made ahead by `workers` threads and handed out in order.
+
+    `columns` are added to every batch by example; with "pooled" among them (vectors of a frozen
+    backbone) batches carry no tokens at all.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        batching: Batching,
+        *,
+        seed: int,
+        packed: bool,
+        pad_id: int,
+        repeats_N: NDArray[np.float64] | None = None,
+        columns: Mapping[str, NDArray[np.generic]] | None = None,
+        annotator: Annotator | None = None,
+        workers: int = 1,
+    ) -> None:
+        self._examples = examples
+        self._batching = batching
+        self._seed = seed
+        self._packed = packed
+        self._pad_id = pad_id
+        self._repeats_N = np.ones(len(examples.lengths)) if repeats_N is None else repeats_N
+        self._columns = dict(columns or {})
+        self._annotator = annotator
+        self._workers = workers
+        self._at = {"step": 0, "epoch": 0, "position": 0}
+        self.total_steps = count_steps(examples.lengths, self._repeats_N, batching, seed)
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on behind the step whose state this was."""
+        self._at = {key: int(state[key]) for key in self._at}
+
+    def steps(self, policy: Policy) -> Iterator[Step]:
+        ahead: deque[Future[Step]] = deque()
+        plan = self._plan()
+        with ThreadPoolExecutor(self._workers, thread_name_prefix="data") as pool:
+            try:
+                while True:
+                    while len(ahead) <= self._workers and (chosen := next(plan, None)) is not None:
+                        ahead.append(pool.submit(self._make, *chosen))
+                    if not ahead:
+                        return
+                    yield self._annotated(policy, ahead.popleft().result())
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+    def _plan(self) -> Iterator[tuple[dict[str, int], float, NDArray[np.int64]]]:
+        """For each step to come: the state after it, the epoch it ends in, and its examples."""
+        number, epoch, position = self._at["step"], self._at["epoch"], self._at["position"]
+        while number < self.total_steps:
+            chosen = epoch_steps(self._examples.lengths, self._repeats_N, self._batching, epoch, self._seed)
+            for index in range(position, len(chosen)):
+                number += 1
+                yield (
+                    {"step": number, "epoch": epoch, "position": index + 1},
+                    epoch + (index + 1) / len(chosen),
+                    chosen[index],
+                )
+                if number == self.total_steps:
+                    return
+            epoch, position = epoch + 1, 0
+
+    def _make(self, state: dict[str, int], epoch: float, chosen: NDArray[np.int64]) -> Step:
+        spans = _spans(
+            self._examples.lengths[chosen], self._batching.micro_batch_size, self._batching.micro_batch_tokens
+        )
+        return Step(state["step"], [self._batch(chosen[a:b].tolist()) for a, b in spans], state, epoch)
+
+    def _batch(self, indices: Sequence[int]) -> Batch:
+        examples = [self._examples.example(index) for index in indices]
+        if "pooled" in self._columns:
+            examples = [replace(example, pieces=()) for example in examples]
+        columns = {name: column[list(indices)] for name, column in self._columns.items()}
+        return collate(examples, indices, packed=self._packed, pad_id=self._pad_id, columns=columns)
+
+    def _annotated(self, policy: Policy, step: Step) -> Step:
+        if self._annotator is not None:
+            step.batches = [self._annotator.annotate(policy, batch) for batch in step.batches]
+        return step
+
+
+def batches(
+    examples: Examples,
+    tokens: int,
+    *,
+    packed: bool,
+    pad_id: int,
+    columns: Mapping[str, NDArray[np.generic]] | None = None,
+) -> Iterator[Batch]:
+    """Every example once, those of like length together (longest first), for passes without gradient."""
+    order = np.lexsort((np.arange(len(examples.lengths)), -examples.lengths))
+    for a, b in _spans(examples.lengths[order], None, tokens):
+        indices = order[a:b].tolist()
+        chosen = {name: column[indices] for name, column in (columns or {}).items()}
+        yield collate([examples.example(i) for i in indices], indices, packed=packed, pad_id=pad_id, columns=chosen)

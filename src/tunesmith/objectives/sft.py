@@ -1,0 +1,125 @@
+"""Supervised fine-tuning: the negative log-likelihood of what the assistant must say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from tunesmith.data.pack import place
+from tunesmith.data.source import ExampleList, batches
+from tunesmith.models.policy import Policy
+from tunesmith.objectives import OBJECTIVES
+from tunesmith.recipe import Strict
+from tunesmith.types import (
+    Batch,
+    Example,
+    HeadSpec,
+    ObjectiveNeeds,
+    Part,
+    Piece,
+    Prediction,
+    Row,
+    SampleSpec,
+    Step,
+    Terms,
+    Want,
+)
+
+if TYPE_CHECKING:
+    from tunesmith.data.chat import Renderer
+
+
+@OBJECTIVES.register("sft")
+class Sft:
+    """loss = - sum_t w_t log p(x_t | x_<t) / sum_t w_t, over the tokens that the model must produce."""
+
+    needs: ClassVar[ObjectiveNeeds] = ObjectiveNeeds(
+        summary="learn to answer as the rows do, from conversations, prompts with completions, or plain text",
+        head="lm",
+        formats=frozenset({"messages", "text"}),
+        kinds=frozenset({"decoder"}),
+        coupling="token",
+        trains_tokens=True,
+        metrics=("exact_match", "loss", "perplexity"),
+    )
+
+    class Options(Strict):
+        """sft has no options."""
+
+    def __init__(self, options: Any) -> None:
+        self._options = options
+
+    def fit(self, rows: Iterable[Row]) -> None:
+        """Nothing is learned from the rows beforehand."""
+
+    def describe(self) -> dict[str, Any]:
+        return {}
+
+    def adopt(self, description: Mapping[str, Any]) -> None:
+        pass
+
+    def heads(self) -> list[HeadSpec]:
+        return []
+
+    def example(self, row: Row, renderer: Renderer) -> Example:
+        if "messages" in row.value:
+            encoded = renderer.encode(row.value["messages"], row.value.get("tools"))
+        else:
+            encoded = renderer.text(row.value["text"])
+        return Example((Piece(encoded.input_ids, encoded.weights),), cut=encoded.cut, cut_trained=encoded.cut_trained)
+
+    def normalisers(self, step: Step) -> dict[str, float]:
+        return {"nll": sum(float(batch.weight_BT.sum()) for batch in step.batches)}
+
+    def terms(self, policy: Policy, batch: Batch) -> Terms:
+        scores = policy.score(batch, Want(logprobs=True))
+        assert scores.logprob_U is not None and scores.weight_U is not None and scores.example_U is not None
+        return Terms({"nll": Part(-scores.logprob_U, scores.weight_U, scores.example_U)})
+
+    def predict(self, policy: Policy, rows: Sequence[Row], renderer: Renderer, spec: SampleSpec) -> list[Prediction]:
+        """Completes each conversation's last assistant turn; rows of plain text are only scored."""
+        asked = [index for index, row in enumerate(rows) if "messages" in row.value]
+        prompts = [renderer.prompt(*_question(rows[index])).tolist() for index in asked]
+        completions = dict(zip(asked, policy.sample(prompts, spec), strict=True))
+        scores = self._score(policy, rows, renderer, spec.batch_tokens)
+        return [
+            Prediction(
+                output=renderer.decode(completions[index].token_ids) if index in completions else "",
+                reference=_answer(row),
+                where=row.where,
+                scores=scores.get(index, {}),
+                finished=index not in completions or completions[index].finished,
+            )
+            for index, row in enumerate(rows)
+        ]
+
+    def _score(
+        self, policy: Policy, rows: Sequence[Row], renderer: Renderer, tokens: int
+    ) -> dict[int, dict[str, float]]:
+        """Summed negative log-likelihood (nats) and trained tokens of each row that has an answer."""
+        answered = [index for index, row in enumerate(rows) if "text" in row.value or _answer(row) is not None]
+        examples = ExampleList([self.example(rows[index], renderer) for index in answered])
+        found: dict[int, dict[str, float]] = {}
+        policy.eval()
+        with torch.no_grad():
+            for batch in batches(examples, tokens, packed=policy.packed, pad_id=policy.tokens.pad):
+                part = self.terms(policy, place(batch, policy.device)).parts["nll"]
+                sums_N = torch.zeros(len(batch.examples), dtype=torch.float64)
+                counts_N = torch.zeros(len(batch.examples), dtype=torch.float64)
+                sums_N.index_add_(0, part.example_U.cpu(), (part.loss_U * part.weight_U).double().cpu())
+                counts_N.index_add_(0, part.example_U.cpu(), part.weight_U.double().cpu())
+                for position, number in enumerate(batch.examples):
+                    found[answered[number]] = {"nll": float(sums_N[position]), "tokens": float(counts_N[position])}
+        return found
+
+
+def _question(row: Row) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+    messages = row.value["messages"]
+    return (messages[:-1] if messages[-1]["role"] == "assistant" else messages), row.value.get("tools")
+
+
+def _answer(row: Row) -> str | None:
+    messages = row.value.get("messages")
+    return messages[-1]["content"] if messages and messages[-1]["role"] == "assistant" else None
