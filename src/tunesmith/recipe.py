@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]
+Text = Annotated[str, Field(min_length=1)]
 
 
 class Strict(BaseModel):
@@ -25,7 +26,7 @@ class Choice(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    name: str
+    name: Text
 
     @property
     def options(self) -> dict[str, Any]:
@@ -36,7 +37,15 @@ def _as_choice(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
-Named = Annotated[Choice, BeforeValidator(_as_choice)]
+Named = Annotated[Choice, BeforeValidator(_as_choice, json_schema_input_type=str | Choice)]
+
+# It becomes part of a file's name, so it must not lead out of the run's folder.
+SetName = Annotated[
+    str,
+    Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="a name of letters, digits, dots, dashes and underscores"
+    ),
+]
 
 
 class TrainingSet(Strict):
@@ -46,19 +55,26 @@ class TrainingSet(Strict):
     `limit`: at most so many rows, drawn with the recipe's seed.
     """
 
-    path: str
+    path: Text
     weight: Annotated[float, Field(gt=0)] = 1.0
     limit: Positive | None = None
     format: str | None = None
     columns: dict[str, str] = Field(default_factory=dict)
 
 
+def _as_set(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+Mixed = Annotated[TrainingSet, BeforeValidator(_as_set, json_schema_input_type=str | TrainingSet)]
+
+
 class Data(Strict):
     """Where rows come from and what may be wrong with them."""
 
-    train: str | list[TrainingSet]
-    validation: str | Fraction | None = None
-    test: str | dict[str, str] | None = None
+    train: Annotated[Text | Annotated[list[Mixed], Field(min_length=1)], Field(examples=["rows.jsonl"])]
+    validation: Text | Fraction | None = None
+    test: Text | dict[SetName, Text] | None = None
     format: str | None = None
     columns: dict[str, str] = Field(default_factory=dict)
     template: str | None = None
@@ -97,9 +113,9 @@ class Train(Strict):
     @model_validator(mode="after")
     def _one_of_two(self) -> Train:
         if self.epochs is not None and self.max_steps is not None:
-            raise ValueError("epochs and max_steps exclude each other; keep one")
+            raise ValueError("epochs and max_steps exclude each other; keep one (null unsets the other)")
         if self.batch_size is not None and self.batch_tokens is not None:
-            raise ValueError("batch_size and batch_tokens exclude each other; keep one")
+            raise ValueError("batch_size and batch_tokens exclude each other; keep one (null unsets the other)")
         return self
 
 
@@ -124,10 +140,10 @@ class Evaluate(Strict):
 class Recipe(Strict):
     """A whole run. See docs/recipes.md for every key."""
 
-    model: str
-    data: Data
-    objective: Named
-    method: Named
+    model: Annotated[Text, Field(examples=["smollm2-135m-instruct"])]
+    data: Annotated[Data, Field(examples=["{train: rows.jsonl}"])]
+    objective: Annotated[Named, Field(examples=["sft"])]
+    method: Annotated[Named, Field(examples=["lora"])]
     train: Train = Field(default_factory=Train)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     place: Place = Field(default_factory=Place)
