@@ -10,7 +10,6 @@ from typing import Generic, TypeVar
 
 from tunesmith.errors import InputError
 
-
 T = TypeVar("T")
 Item = TypeVar("Item")
 
@@ -56,6 +55,10 @@ class Registry(Generic[T]):
         if self._loaded:
             return
         self._loaded = True
-        package = importlib.import_module(self._package)
-        for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"{self._package}.{module.name}")
+        try:
+            package = importlib.import_module(self._package)
+            for module in pkgutil.iter_modules(package.__path__):
+                importlib.import_module(f"{self._package}.{module.name}")
+        except BaseException:
+            self._loaded = False  # else the next call would answer from what loaded before the failure
+            raise

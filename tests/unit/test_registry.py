@@ -1,0 +1,86 @@
+"""The registry: a name leads to what was registered, a wrong one to the nearest, and packages load themselves."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tunesmith.errors import InputError
+from tunesmith.registry import Registry
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A package of two variants, each in its own file."""
+    folder = tmp_path / "variants"
+    folder.mkdir()
+    (folder / "__init__.py").write_text(
+        "from tunesmith.registry import Registry\nTHINGS = Registry('thing', 'variants')\n"
+    )
+    for name in ("apple", "pear"):
+        text = f"from variants import THINGS\n@THINGS.register('{name}')\nclass Thing:\n    word = '{name}'\n"
+        (folder / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "variants"
+    for module in [m for m in sys.modules if m.partition(".")[0] == "variants"]:
+        del sys.modules[module]
+
+
+def things(package: str) -> Registry[type]:
+    import importlib
+
+    registry: Registry[type] = importlib.import_module(package).THINGS
+    return registry
+
+
+def test_variants_are_found_without_being_imported_by_anyone(package: str) -> None:
+    registry = things(package)
+    assert "variants.apple" not in sys.modules
+    assert list(registry) == ["apple", "pear"]
+    assert registry.get("pear").word == "pear"  # type: ignore[attr-defined]
+
+
+def test_an_unknown_name_comes_with_the_nearest(package: str) -> None:
+    with pytest.raises(InputError) as caught:
+        things(package).get("aple")
+    assert caught.value.cause == "unknown thing 'aple'"
+    assert caught.value.remedy == "did you mean 'apple'? known: apple, pear"
+    with pytest.raises(InputError) as caught:
+        things(package).get("xyzzy")
+    assert caught.value.remedy == "known: apple, pear"
+
+
+def test_a_name_is_registered_once(package: str) -> None:
+    registry = things(package)
+    list(registry)
+
+    with pytest.raises(InputError, match="thing 'apple' is registered twice"):
+        registry.register("apple")(int)
+    apple = registry.get("apple")
+    assert registry.register("apple")(apple) is apple
+
+
+def test_a_variant_that_fails_to_import_is_tried_again(package: str, tmp_path: Path) -> None:
+    registry = things(package)
+    broken = tmp_path / "variants" / "zebra.py"
+    broken.write_text("raise ImportError('no stripes')\n")
+    for _ in range(2):  # the second call must not find a registry that silently lacks it
+        with pytest.raises(ImportError, match="no stripes"):
+            registry.get("apple_pie")
+    broken.unlink()
+    assert list(registry) == ["apple", "pear"]
+
+
+@pytest.mark.parametrize(("package_name", "registry"), [("methods", "METHODS"), ("objectives", "OBJECTIVES")])
+def test_what_is_registered_describes_itself(package_name: str, registry: str) -> None:
+    import importlib
+
+    found = getattr(importlib.import_module(f"tunesmith.{package_name}"), registry)
+    assert list(found)
+    for name in found:
+        item = found.get(name)
+        facts = item.facts if package_name == "methods" else item.needs
+        assert facts.summary
+        assert item.Options.model_config.get("extra") == "forbid", f"{name}.Options: derive from recipe.Strict"
