@@ -153,10 +153,10 @@ def _broken(error: YAMLError, name: str) -> InputError:
 
 
 class _Representer(SafeRepresenter):
-    """Quotes a text that `read_scalar` would take for something else."""
+    """Quotes a text that `read_scalar` would take for something else, or that has line breaks of any kind."""
 
     def text(self, value: str) -> Any:
-        plain = isinstance(read_scalar(value), str)
+        plain = isinstance(read_scalar(value), str) and value.isprintable()
         return self.represent_scalar("tag:yaml.org,2002:str", value, style=None if plain else '"')
 
 
