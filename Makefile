@@ -1,0 +1,70 @@
+# Everything here sets itself up: Python 3.11 or newer, git and make are all it asks for.
+# `make` alone says what there is.
+
+PYTHON ?= python3
+BIN := .venv/bin
+# The environment is made again only when what it is made of has changed (by content: git changes times).
+STAMP := .venv/made-of-$(shell cat pyproject.toml constraints.txt | cksum | tr ' ' '-')
+
+# One thread a process: pytest runs two of them, and sums in one order repeat to the same bits.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+step = @printf '\n== %s\n' '$(1)'
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_NO_INPUT := 1
+unexport PYTHONPATH
+unexport PYTHONHOME
+
+.PHONY: help setup demo test test-kill verify clean
+
+help:
+	@echo 'make demo       a whole small run: plan, train, evaluate, resume'
+	@echo 'make test       format, lint, types, import borders, then every fast test'
+	@echo 'make verify     the proofs of minutes: demo, kill and resume, every slow test'
+	@echo 'make test-kill  only the proof that a killed run resumes to the same bits'
+	@echo 'make setup      only the environment, in .venv'
+	@echo 'make clean      remove what these made (never runs/)'
+
+setup: $(STAMP)
+
+# torch comes first and alone, so that the build that your pip configuration prefers (CPU or CUDA) is taken.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo 'tunesmith needs Python 3.11 or newer; "$(PYTHON)" is' "$$($(PYTHON) -V 2>&1)." \
+	    'Name another: make PYTHON=python3.12 ...' >&2; exit 1; }
+	$(call step,environment)
+	@$(PYTHON) -m venv .venv || { echo 'no venv module: on Debian and Ubuntu, apt install python3-venv' >&2; exit 1; }
+	$(BIN)/python -m pip install -q "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	@rm -f .venv/made-of-* && touch $@
+
+demo: $(STAMP)
+	$(BIN)/tunesmith demo
+
+test: $(STAMP)
+	$(call step,lint)
+	@$(BIN)/ruff check .
+	$(call step,format)
+	@$(BIN)/ruff format --check .
+	$(call step,types)
+	@$(BIN)/pyright --pythonpath $(BIN)/python
+	$(call step,import borders)
+	@$(BIN)/lint-imports --no-cache
+	$(call step,tests)
+	@$(PYTEST) -n 2 -m 'not slow and not gpu' --durations=10
+
+test-kill: $(STAMP)
+	$(call step,a killed run resumes to the same bits)
+	@$(PYTEST) tests/e2e/test_kill.py -m slow
+
+verify: $(STAMP)
+	$(call step,demo)
+	@$(BIN)/tunesmith demo
+	$(call step,a killed run resumes to the same bits)
+	@$(PYTEST) tests/e2e/test_kill.py -m slow
+	$(call step,slow tests)
+	@$(PYTEST) -m 'slow and not gpu' --ignore=tests/e2e/test_kill.py --durations=10
+
+clean:
+	rm -rf .venv .cache .ruff_cache .hypothesis .pytest_cache .import_linter_cache build dist src/*.egg-info
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
