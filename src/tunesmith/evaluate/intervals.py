@@ -1,0 +1,189 @@
+"""Intervals of metrics, and of the difference of two models on the same rows.
+
+Chosen by the coverage of nominal 95% intervals at n = 50, 200 and 1000 (tests/unit/test_intervals.py repeats a small
+part). Rates: Wilson's score. Ratios: bootstrap-t. All else: percentile bootstrap. Both bootstraps take wider
+quantiles where the rows' influence has heavy tails; without that, and for BCa even with 2,000 resamples,
+coverage of a loss or of a macro-F1 with a rare class was 88 to 93% at n = 50.
+Shape letters: N rows, K statistics, R resamples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from statistics import NormalDist
+
+import numpy as np
+from scipy import special
+
+from tunesmith.errors import InputError, RefusedError
+from tunesmith.evaluate.metrics import FloatArray, RowMetric, quotient
+
+# Cells of one block of resampling counts: 2,000,000 rows drawn need about 48 MB, whatever N and R.
+BLOCK = 2_000_000
+
+Aggregate = Callable[[FloatArray], FloatArray]
+
+
+def interval(
+    metric: RowMetric, statistics_NK: FloatArray, seed: int, level: float = 0.95, resamples: int = 2000
+) -> tuple[float, float, float]:
+    """(value, low, high) of the metric over the rows; the same for the same seed.
+
+    Where every resample gives the same value (one row, or rows all alike) a bootstrap would claim
+    certainty: a metric between 0 and 1 then gets Wilson's interval for n rows, any other its bounds
+    when n is 1 and its value when rows agree. InputError without rows, RefusedError on NaN or infinity.
+    """
+    value = value_of(metric, statistics_NK)
+    count = len(statistics_NK)
+    if metric.kind == "rate":
+        return (value, *wilson(float(statistics_NK[:, 0].sum()), float(statistics_NK[:, 1].sum()), level))
+    limits = None
+    if count > 1 and metric.kind == "ratio":
+        limits = studentised(statistics_NK, seed, level, resamples)
+        if limits is not None:
+            # Perplexity is a monotone function of a ratio, so its limits are that function of the limits.
+            ends = metric.aggregate(np.array([[limit, 1.0] for limit in limits]))
+            limits = (float(ends.min()), float(ends.max()))
+    if count > 1 and limits is None:
+        limits = percentile(metric.aggregate, statistics_NK, seed, level, resamples)
+    if limits is None:
+        if metric.bounds == (0.0, 1.0):
+            limits = wilson(value * count, count, level)
+        else:
+            limits = metric.bounds if count == 1 else (value, value)
+    return value, max(limits[0], metric.bounds[0]), min(limits[1], metric.bounds[1])
+
+
+def wilson(hits: float, count: float, level: float = 0.95) -> tuple[float, float]:
+    """Score interval of a proportion. Wilson 1927; Brown, Cai and DasGupta 2001, equation 4."""
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    share = hits / count
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2) / (1 + z * z / count)
+    # At 0 and 1 the limit is the value itself; rounding must not put it on the other side.
+    return min(max(0.0, centre - half), share), max(min(1.0, centre + half), share)
+
+
+def paired_rate(gained: int, lost: int, count: int, level: float = 0.95) -> tuple[float, float]:
+    """Interval of the difference of two rates on the same rows.
+
+    Bonett and Price 2012 (J. Educ. Behav. Stat. 37(4)), equation 5: one row is added to each kind of change, which
+    holds the coverage where few rows changed (a bootstrap's fell to 77% with 2 changed rows of 50).
+    """
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    up, down = (gained + 1) / (count + 2), (lost + 1) / (count + 2)
+    half = z * math.sqrt((up + down - (up - down) ** 2) / (count + 2))
+    observed = (gained - lost) / count
+    return max(-1.0, min(up - down - half, observed)), min(1.0, max(up - down + half, observed))
+
+
+def percentile(
+    aggregate: Aggregate, statistics_NK: FloatArray, seed: int, level: float, resamples: int
+) -> tuple[float, float] | None:
+    """Percentile bootstrap at expanded quantiles; None if all resamples agree.
+
+    Hesterberg 2015 (arXiv 1411.5279, section 5.3) expands by Student's t with n - 1 degrees of freedom; here
+    the degrees of freedom are those of the jackknife's influence values.
+    """
+    count = len(statistics_NK)
+    values_R = np.concatenate([aggregate(sums) for sums in _resampled_sums(statistics_NK, seed, resamples)])
+    # A resample may define no value (no token drawn), though the rows do.
+    values_R = values_R[np.isfinite(values_R)]
+    if not len(values_R) or np.ptp(values_R) == 0:
+        return None
+    freedom = _degrees_of_freedom(_jackknife(aggregate, statistics_NK))
+    tail = float(special.ndtr(special.stdtrit(freedom, (1 - level) / 2) * math.sqrt(count / (count - 1))))
+    low, high = np.quantile(values_R, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def studentised(statistics_N2: FloatArray, seed: int, level: float, resamples: int) -> tuple[float, float] | None:
+    """Bootstrap-t of a ratio with its linearised standard error; None if that gives no finite limits.
+
+    Efron and Tibshirani 1993, equation 12.22. Sums of squares of the residuals travel along as further
+    statistics, so each resample's own standard error costs no second pass.
+    """
+    ratio = float(quotient(statistics_N2.sum(axis=0)))
+    base_N = statistics_N2[:, 1]
+    residual_N = statistics_N2[:, 0] - ratio * base_N
+    error = math.sqrt(float(residual_N @ residual_N)) / float(base_N.sum())
+    if error == 0:
+        return None
+    products_N5 = np.column_stack([residual_N, base_N, residual_N**2, residual_N * base_N, base_N**2])
+    pivots: list[FloatArray] = []
+    for sums_R5 in _resampled_sums(products_N5, seed, resamples):
+        residual, base, rr, rb, bb = sums_R5.T
+        with np.errstate(divide="ignore", invalid="ignore"):
+            shift = residual / base
+            # (residual / base) / (sqrt(sum of squared residuals about the resample's ratio) / base)
+            pivots.append(residual / np.sqrt(np.maximum(rr - 2 * shift * rb + shift**2 * bb, 0)))
+    freedom = _degrees_of_freedom(residual_N)
+    tail = float(special.ndtr(special.stdtrit(freedom, (1 - level) / 2)))
+    pivot_R = np.concatenate(pivots)
+    pivot_R = np.sort(pivot_R[~np.isnan(pivot_R)])
+    if not len(pivot_R):
+        return None
+    # No interpolation: between a finite and an infinite pivot there is nothing.
+    last = len(pivot_R) - 1
+    limits = (
+        ratio - error * float(pivot_R[math.ceil((1 - tail) * last)]),
+        ratio - error * float(pivot_R[math.floor(tail * last)]),
+    )
+    return limits if all(map(math.isfinite, limits)) else None
+
+
+def _degrees_of_freedom(influence_N: FloatArray) -> float:
+    """Satterthwaite's: a variance estimated from n rows of kurtosis k varies as one with 2n / (k - 1).
+
+    A rare class, or few rows that carry most of a loss, leave far fewer than n - 1.
+    """
+    count = len(influence_N)
+    squares_N = (influence_N - influence_N.mean()) ** 2
+    variance = float(squares_N.mean()) if count else 0.0
+    if variance == 0:
+        return max(1.5, count - 1.0)
+    kurtosis = float((squares_N**2).mean()) / variance**2
+    # Below 1.5 the quantile would be further out than 2,000 resamples can say.
+    return max(1.5, min(count - 1.0, 2 * count / max(kurtosis - 1, 1e-9)))
+
+
+def _jackknife(aggregate: Aggregate, statistics_NK: FloatArray) -> FloatArray:
+    """The metric without each row in turn; rows whose loss leaves no value are left out."""
+    total_K = statistics_NK.sum(axis=0)
+    size = max(1, BLOCK // statistics_NK.shape[1])
+    parts = [aggregate(total_K - statistics_NK[i : i + size]) for i in range(0, len(statistics_NK), size)]
+    values_N = np.concatenate(parts)
+    return values_N[np.isfinite(values_N)]
+
+
+def _resampled_sums(statistics_NK: FloatArray, seed: int, resamples: int) -> Iterator[FloatArray]:
+    """Blocks [R', K] of sums over rows drawn with replacement: multinomial counts times statistics."""
+    rng = np.random.default_rng(seed)
+    count = len(statistics_NK)
+    size = max(1, BLOCK // count)
+    for start in range(0, resamples, size):
+        rows = min(size, resamples - start)
+        drawn = rng.integers(0, count, size=(rows, count))
+        drawn += np.arange(rows)[:, None] * count
+        counts_RN = np.bincount(drawn.ravel(), minlength=rows * count).reshape(rows, count)
+        yield counts_RN.astype(np.float64) @ statistics_NK
+
+
+def value_of(metric: RowMetric, statistics_NK: FloatArray) -> float:
+    """The metric over the rows. InputError without rows, RefusedError if a row or the value is not finite."""
+    if statistics_NK.ndim != 2 or not len(statistics_NK):
+        raise InputError(f"{metric.name} was asked for over no rows", "give a test set that has rows")
+    bad = np.flatnonzero(~np.isfinite(statistics_NK).all(axis=1))
+    if len(bad):
+        raise RefusedError(
+            f"{metric.name}: row {bad[0]} of {len(statistics_NK)} has a non-finite statistic ({len(bad)} such rows)",
+            "the model's outputs are broken: evaluate an earlier checkpoint, or with precision=fp32",
+        )
+    value = float(metric.aggregate(statistics_NK.sum(axis=0)))
+    if not math.isfinite(value):
+        raise RefusedError(
+            f"{metric.name} has no finite value over these {len(statistics_NK)} rows",
+            "check that the test set has trained tokens, and that the model's loss is not hundreds of nats",
+        )
+    return value

@@ -1,0 +1,102 @@
+"""Metrics of answers that must be JSON objects."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, ClassVar, NoReturn, cast
+
+from tunesmith.errors import InputError
+from tunesmith.evaluate import METRICS
+from tunesmith.evaluate.metrics import Bounds, FloatArray, MetricKind, quotient, reference_of
+from tunesmith.types import Prediction
+
+
+def parse_object(text: str) -> dict[str, Any] | None:
+    """The JSON object (RFC 8259) that `text` is from end to end, or None.
+
+    Stricter than `json.loads`: NaN and Infinity are no JSON, and a key given twice has no one meaning.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        return None
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key is given twice")
+    return result
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def same(left: Any, right: Any) -> bool:
+    """Equality of JSON values: 1 and 1.0 are the same number, true is not 1, the order of keys says nothing."""
+    if isinstance(left, dict) and isinstance(right, dict):
+        a, b = cast("dict[str, Any]", left), cast("dict[str, Any]", right)
+        return a.keys() == b.keys() and all(same(value, b[key]) for key, value in a.items())
+    if isinstance(left, list) and isinstance(right, list):
+        x, y = cast("list[Any]", left), cast("list[Any]", right)
+        return len(x) == len(y) and all(same(p, q) for p, q in zip(x, y, strict=True))
+    if isinstance(left, bool) or isinstance(right, bool):
+        return left is right
+    return bool(left == right)
+
+
+@METRICS.register("json_valid")
+class JsonValid:
+    """The whole output parses as one strict JSON object; white space around it is allowed, a code fence is not."""
+
+    name: ClassVar[str] = "json_valid"
+    higher_is_better: ClassVar[bool] = True
+    kind: ClassVar[MetricKind] = "rate"
+    bounds: ClassVar[Bounds] = (0.0, 1.0)
+
+    def __init__(self, labels: Sequence[str] = ()) -> None:
+        del labels
+
+    def statistics(self, prediction: Prediction) -> tuple[float, ...]:
+        return (float(parse_object(prediction.output) is not None), 1.0)
+
+    def aggregate(self, sums: FloatArray) -> FloatArray:
+        return quotient(sums)
+
+
+@METRICS.register("field_accuracy")
+class FieldAccuracy:
+    """Mean over rows of the share of the reference's fields that the output has with the same value.
+
+    An output that is no JSON object scores 0. Fields that only the output has are not counted, except
+    that a reference without fields is met by an object without fields alone.
+    """
+
+    name: ClassVar[str] = "field_accuracy"
+    higher_is_better: ClassVar[bool] = True
+    kind: ClassVar[MetricKind] = "mean"
+    bounds: ClassVar[Bounds] = (0.0, 1.0)
+
+    def __init__(self, labels: Sequence[str] = ()) -> None:
+        del labels
+
+    def statistics(self, prediction: Prediction) -> tuple[float, ...]:
+        reference = parse_object(reference_of(prediction, self.name))
+        if reference is None:
+            raise InputError(
+                f"field_accuracy needs references that are JSON objects, and that of {prediction.where} is not",
+                "correct that row, or leave field_accuracy out of evaluate.metrics",
+            )
+        output = parse_object(prediction.output)
+        if output is None:
+            return (0.0, 1.0)
+        if not reference:
+            return (float(not output), 1.0)
+        hits = sum(key in output and same(value, output[key]) for key, value in reference.items())
+        return (hits / len(reference), 1.0)
+
+    def aggregate(self, sums: FloatArray) -> FloatArray:
+        return quotient(sums)

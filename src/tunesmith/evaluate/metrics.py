@@ -1,0 +1,197 @@
+"""A metric is a vector of numbers for each row and a function of their sums.
+
+Nothing else: so bootstrap, paired comparison, groups of rows and clusters of rows are sums over other rows of the
+same table. Shape letters: N rows, K statistics, L labels; "..." are resamples, groups, or nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import ClassVar, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tunesmith.errors import InputError
+from tunesmith.evaluate import METRICS
+from tunesmith.types import Prediction
+
+MetricKind = Literal["rate", "mean", "ratio", "general"]
+Bounds = tuple[float, float]
+FloatArray = NDArray[np.float64]
+
+
+class RowMetric(Protocol):
+    """What `METRICS` holds. `kind` chooses the interval.
+
+    rate: rows are 0 or 1, statistics (hit, 1). mean: statistics (value, 1). ratio: (numerator, denominator),
+    and the metric is their quotient or a monotone function of it. general: any function of the sums.
+    `bounds` are the smallest and largest value the metric can have.
+    """
+
+    name: ClassVar[str]
+    higher_is_better: ClassVar[bool]
+    kind: ClassVar[MetricKind]
+    bounds: ClassVar[Bounds]
+
+    def statistics(self, prediction: Prediction) -> tuple[float, ...]:
+        """Of one row; always of the same length. InputError if the prediction lacks what is needed."""
+        ...
+
+    def aggregate(self, sums: FloatArray) -> FloatArray:
+        """[..., K] sums over rows -> [...] values; NaN where the sums define none."""
+        ...
+
+
+def build(
+    names: Sequence[str], predictions: Iterable[Prediction], labels: Sequence[str] | None = None
+) -> list[RowMetric]:
+    """The metrics called `names`. Without `labels` the label set is the classifier's (the keys of
+    `probabilities`) and the references'.
+
+    A generated answer that is no label is a miss of its reference's class; it does not become a class.
+    """
+    if labels is None:
+        found: set[str] = set()
+        for prediction in predictions:
+            found.update(prediction.probabilities or ())
+            if prediction.reference is not None:
+                found.add(prediction.reference)
+        labels = sorted(found)
+    return [METRICS.get(name)(labels) for name in names]
+
+
+def statistics(metric: RowMetric, predictions: Sequence[Prediction]) -> FloatArray:
+    """[N, K] statistics of all rows. InputError when there are none."""
+    if not predictions:
+        raise InputError(f"{metric.name} was asked for over no rows", "give a test set that has rows")
+    return np.array([metric.statistics(p) for p in predictions], dtype=np.float64)
+
+
+def reference_of(prediction: Prediction, name: str) -> str:
+    """The row's reference; InputError naming the row if it has none."""
+    if prediction.reference is None:
+        raise InputError(
+            f"{name} needs a reference, and {prediction.where} has none",
+            f"add the expected answer to that row, or leave {name} out of evaluate.metrics",
+        )
+    return prediction.reference
+
+
+def quotient(sums: FloatArray) -> FloatArray:
+    """First statistic by the second; NaN where the second is 0."""
+    denominator = sums[..., 1]
+    return np.divide(sums[..., 0], denominator, out=np.full(denominator.shape, np.nan), where=denominator > 0)
+
+
+class _Rate:
+    higher_is_better: ClassVar[bool] = True
+    kind: ClassVar[MetricKind] = "rate"
+    bounds: ClassVar[Bounds] = (0.0, 1.0)
+
+    def __init__(self, labels: Sequence[str] = ()) -> None:
+        del labels
+
+    def aggregate(self, sums: FloatArray) -> FloatArray:
+        return quotient(sums)
+
+
+@METRICS.register("exact_match")
+class ExactMatch(_Rate):
+    """Output equals reference once white space at both ends of both is taken off; nothing else is forgiven."""
+
+    name: ClassVar[str] = "exact_match"
+
+    def statistics(self, prediction: Prediction) -> tuple[float, ...]:
+        reference = reference_of(prediction, self.name)
+        return (float(prediction.output.strip() == reference.strip()), 1.0)
+
+
+@METRICS.register("accuracy")
+class Accuracy(_Rate):
+    """The label is the reference's, character by character."""
+
+    name: ClassVar[str] = "accuracy"
+
+    def statistics(self, prediction: Prediction) -> tuple[float, ...]:
+        return (float(prediction.output == reference_of(prediction, self.name)), 1.0)
+
+
+@METRICS.register("macro_f1")
+class MacroF1:
+    """Mean over classes of F1 = 2 TP / (predicted + actual), each class counting the same.
+
+    Classes that neither references nor predictions hold are left out, so on predictions from the label set
+    it is scikit-learn's f1_score(average="macro"). Statistics: L hits, L predicted, L actual.
+    """
+
+    name: ClassVar[str] = "macro_f1"
+    higher_is_better: ClassVar[bool] = True
+    kind: ClassVar[MetricKind] = "general"
+    bounds: ClassVar[Bounds] = (0.0, 1.0)
+
+    def __init__(self, labels: Sequence[str]) -> None:
+        self.labels = tuple(labels)
+        self._index = {label: i for i, label in enumerate(self.labels)}
+
+    def statistics(self, prediction: Prediction) -> tuple[float, ...]:
+        reference = reference_of(prediction, self.name)
+        actual = self._index.get(reference)
+        if actual is None:
+            raise InputError(
+                f"{prediction.where} has the label {reference!r}, which is not in the label set",
+                f"known labels: {', '.join(self.labels[:20])}; correct the row, or add rows of that label to train on",
+            )
+        count = len(self.labels)
+        row = [0.0] * (3 * count)
+        row[2 * count + actual] = 1.0
+        predicted = self._index.get(prediction.output)
+        if predicted is not None:
+            row[count + predicted] = 1.0
+            row[actual] = float(predicted == actual)
+        return tuple(row)
+
+    def aggregate(self, sums: FloatArray) -> FloatArray:
+        hits, predicted, actual = np.moveaxis(sums.reshape(*sums.shape[:-1], 3, len(self.labels)), -2, 0)
+        held = predicted + actual
+        f1 = np.divide(2 * hits, held, out=np.zeros_like(held), where=held > 0)
+        classes = (held > 0).sum(axis=-1).astype(np.float64)
+        return np.divide(f1.sum(axis=-1), classes, out=np.full(classes.shape, np.nan), where=classes > 0)
+
+
+@METRICS.register("loss")
+class Loss:
+    """Nats per trained token over all rows: the sum of `nll` by the sum of `tokens`."""
+
+    name: ClassVar[str] = "loss"
+    higher_is_better: ClassVar[bool] = False
+    kind: ClassVar[MetricKind] = "ratio"
+    bounds: ClassVar[Bounds] = (0.0, float("inf"))
+
+    def __init__(self, labels: Sequence[str] = ()) -> None:
+        del labels
+
+    def statistics(self, prediction: Prediction) -> tuple[float, ...]:
+        missing = [key for key in ("nll", "tokens") if key not in prediction.scores]
+        if missing:
+            raise InputError(
+                f"{self.name} needs the score {missing[0]!r}, and {prediction.where} has none",
+                f"leave {self.name} out of evaluate.metrics: this objective's predictions carry no likelihood",
+            )
+        return (float(prediction.scores["nll"]), float(prediction.scores["tokens"]))
+
+    def aggregate(self, sums: FloatArray) -> FloatArray:
+        return quotient(sums)
+
+
+@METRICS.register("perplexity")
+class Perplexity(Loss):
+    """exp of the loss."""
+
+    name: ClassVar[str] = "perplexity"
+    bounds: ClassVar[Bounds] = (1.0, float("inf"))
+
+    def aggregate(self, sums: FloatArray) -> FloatArray:
+        # Above 709 nats exp overflows to infinity, which is then refused as any other non-finite value.
+        with np.errstate(over="ignore"):
+            return np.exp(super().aggregate(sums))
