@@ -122,7 +122,7 @@ class Policy(nn.Module):
         with torch.no_grad():
             inputs = {"decoder_input_ids": ids} if self.kind == "encoder-decoder" else {}
             logits_TV = self.model(input_ids=ids, use_cache=False, **inputs).logits[0].float()
-            hidden_TD = self._backbone()(input_ids=ids, use_cache=False, **inputs).last_hidden_state[0]
+            hidden_TD = self._forward(input_ids=ids, **inputs)[0]
             projection = self._projection()
             ours_T, _ = linear_logprobs(hidden_TD, projection["weight_VD"], ids[0], **_without(projection, "weight_VD"))
             theirs_T = logits_TV.log_softmax(-1).gather(-1, ids[0][:, None])[:, 0]
@@ -167,7 +167,7 @@ class Policy(nn.Module):
                 "decoder_input_ids": decoder.input_ids_BT,
                 "decoder_attention_mask": _inside(decoder),
             }
-            return self._backbone()(use_cache=False, **inputs, **batch.extra).last_hidden_state
+            return self._forward(**inputs, **batch.extra)
         inputs["position_ids"] = stream.position_ids_BT + self._position_offset
         if not self.packed:
             return self._forward(attention_mask=_inside(stream), **inputs, **batch.extra)
@@ -180,8 +180,29 @@ class Policy(nn.Module):
         return hidden_BTD
 
     def _forward(self, **inputs: Any) -> Tensor:
+        """Last hidden states below the output projection: [B, T, D]."""
+        if self.kind == "encoder-decoder":
+            return self._encode_decode(**inputs)
         cache = {"use_cache": False} if self.kind == "decoder" else {}
         return self._backbone()(**inputs, **cache).last_hidden_state
+
+    def _encode_decode(
+        self,
+        decoder_input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        **inputs: Any,
+    ) -> Tensor:
+        """The two halves one after the other: T5 has no module that holds both and no projection."""
+        encoded = self.model.get_encoder()(attention_mask=attention_mask, **inputs)
+        decoded = self.model.get_decoder()(
+            input_ids=decoder_input_ids,
+            attention_mask=decoder_attention_mask,
+            encoder_hidden_states=encoded.last_hidden_state,
+            encoder_attention_mask=attention_mask,
+            use_cache=False,
+        )
+        return decoded.last_hidden_state
 
     def _backbone(self) -> Any:
         """The model below its output projection; a model without one is its own backbone."""
