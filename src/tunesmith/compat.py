@@ -58,11 +58,11 @@ def gguf_progress(report: Callable[[int, int], None]) -> Generator[None]:
     if bar is None:
         yield
         return
-    reader.tqdm = counted  # type: ignore[assignment]
+    setattr(reader, "tqdm", counted)  # noqa: B010 - not a public name
     try:
         yield
     finally:
-        reader.tqdm = bar
+        setattr(reader, "tqdm", bar)  # noqa: B010
 
 
 def gguf_known_splits() -> frozenset[str]:
@@ -74,6 +74,43 @@ def gguf_known_splits() -> frozenset[str]:
     return frozenset()
 
 
+def model_types() -> frozenset[str]:
+    """Every `model_type` that transformers has built in."""
+    from transformers.models.auto import configuration_auto as auto
+
+    return frozenset(auto.CONFIG_MAPPING_NAMES)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def encoder_types() -> frozenset[str]:
+    """Model types that are trained to fill masks: encoders, and a few that are encoder and decoder."""
+    from transformers.models.auto import modeling_auto as auto
+
+    return frozenset(auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES)
+
+
+def decoder_types() -> frozenset[str]:
+    """Model types that can predict the next token; many encoders are among them."""
+    from transformers.models.auto import modeling_auto as auto
+
+    return frozenset(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def backbone_class(config: Any) -> type[Any]:
+    """The class that AutoModel would build for `config`."""
+    from transformers import AutoModel
+
+    mapping: Any = AutoModel._model_mapping  # pyright: ignore[reportPrivateUsage]
+    found = mapping[type(config)]
+    return found[0] if isinstance(found, tuple) else found
+
+
+def config_class(model_type: str) -> type[Any]:
+    """The config class of a built-in `model_type`."""
+    from transformers.models.auto import configuration_auto as auto
+
+    return auto.CONFIG_MAPPING[model_type]
+
+
 def config_keys(config_class: type[Any]) -> frozenset[str]:
     """The keys of config.json that a transformers config class understands.
 
@@ -81,12 +118,10 @@ def config_keys(config_class: type[Any]) -> frozenset[str]:
     (`rope_theta`, `torch_dtype`, ...). These are read from the classes' own source, because
     nothing else tells them: a list kept here would silently drop what the next version reads.
     """
-    keys: set[str] = {f.name for f in getattr(config_class, "__dataclass_fields__", {}).values()}
+    keys: set[str] = set(getattr(config_class, "__dataclass_fields__", {}))
     keys |= set(getattr(config_class, "attribute_map", {}))
     for base in config_class.__mro__:
-        if base is object:
-            continue
-        if "__init__" in vars(base) and not hasattr(base, "__dataclass_fields__"):
+        if "__init__" in vars(base) and not hasattr(base, "__dataclass_fields__") and base is not object:
             keys |= set(inspect.signature(base.__init__).parameters)
         with suppress(OSError, TypeError, SyntaxError):
             keys |= _read_from_kwargs(textwrap.dedent(inspect.getsource(base)))
@@ -94,19 +129,52 @@ def config_keys(config_class: type[Any]) -> frozenset[str]:
 
 
 def _read_from_kwargs(source: str) -> set[str]:
-    """Keys used as kwargs.pop("k"), kwargs.get("k"), kwargs["k"], or "k" in kwargs."""
+    """Keys that a config's own methods use as kwargs.pop("k"), kwargs.get("k"), kwargs["k"] or "k" in kwargs.
+
+    Class methods and savers are left out: what they read are arguments of a call, not keys of a file.
+    """
 
     def is_kwargs(node: ast.AST) -> bool:
         return isinstance(node, ast.Name) and node.id == "kwargs"
 
     found: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
-        candidates: list[ast.AST] = []
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and is_kwargs(node.func.value):
-            candidates = list(node.args[:1])
-        elif isinstance(node, ast.Subscript) and is_kwargs(node.value):
-            candidates = [node.slice]
-        elif isinstance(node, ast.Compare) and any(is_kwargs(c) for c in node.comparators):
-            candidates = [node.left]
-        found |= {c.value for c in candidates if isinstance(c, ast.Constant) and isinstance(c.value, str)}
+    for method in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)):
+        if method.name in ("save_pretrained", "push_to_hub") or "classmethod" in map(
+            ast.unparse, method.decorator_list
+        ):
+            continue
+        for node in ast.walk(method):
+            candidates: list[ast.AST] = []
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and is_kwargs(node.func.value):
+                candidates = list(node.args[:1])
+            elif isinstance(node, ast.Subscript) and is_kwargs(node.value):
+                candidates = [node.slice]
+            elif isinstance(node, ast.Compare) and any(is_kwargs(c) for c in node.comparators):
+                candidates = [node.left]
+            found |= {c.value for c in candidates if isinstance(c, ast.Constant) and isinstance(c.value, str)}
     return found
+
+
+# Their position ids start after the padding token's, so the table holds that many more than the text may have.
+_OFFSET_POSITIONS = frozenset(
+    {
+        "camembert",
+        "data2vec-text",
+        "ibert",
+        "longformer",
+        "luke",
+        "mpnet",
+        "roberta",
+        "roberta-prelayernorm",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+        "xmod",
+    }
+)
+
+
+def positions_before_text(config: Any) -> int:
+    """How many entries of the position table come before the first token's (RoBERTa's pad id + 1)."""
+    if config.model_type in _OFFSET_POSITIONS:
+        return int(config.pad_token_id if config.pad_token_id is not None else 1) + 1
+    return 0

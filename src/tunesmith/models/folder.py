@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from tunesmith import compat
 from tunesmith.errors import RefusedError
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
@@ -178,10 +179,8 @@ def _refuse_code(folder: Path) -> None:
 
 
 def _known_model_type(config: dict[str, Any], where: Path) -> None:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
     model_type = config.get("model_type")
-    if model_type not in CONFIG_MAPPING_NAMES:
+    if model_type not in compat.model_types():
         raise RefusedError(
             f"{where} has model_type {model_type!r}, which transformers does not have built in",
             "upgrade transformers if the architecture is new; code from a model folder is never run",
