@@ -47,7 +47,7 @@ test: $(STAMP)
 	$(call step,format)
 	@$(BIN)/ruff format --check .
 	$(call step,types)
-	@$(BIN)/pyright --pythonpath $(BIN)/python
+	@$(BIN)/pyright -p . --pythonpath $(BIN)/python
 	$(call step,import borders)
 	@$(BIN)/lint-imports --no-cache
 	$(call step,tests)
