@@ -31,7 +31,7 @@ class HeadOnly:
         """The head method has no options."""
 
     def __init__(self, options: Any, dropout: float) -> None:
-        self._options = options
+        self.options = options
         self._dropout = dropout
 
     def attach(self, policy: Policy) -> None:

@@ -37,14 +37,14 @@ class Lora:
         targets: Literal["all-linear"] | list[str] = "all-linear"
 
     def __init__(self, options: Any, dropout: float) -> None:
-        self._options: Lora.Options = options
+        self.options: Lora.Options = options
         self._dropout = dropout
         self._peft: Any = None
 
     def attach(self, policy: Policy) -> None:
         from peft import LoraConfig, get_peft_model
 
-        options = self._options
+        options = self.options
         config = LoraConfig(
             r=options.rank,
             lora_alpha=options.alpha if options.alpha is not None else 2 * options.rank,  # type: ignore[arg-type]

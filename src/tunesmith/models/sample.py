@@ -65,6 +65,7 @@ def _complete(
     greedy = spec.temperature == 0
     config = GenerationConfig(
         max_new_tokens=spec.max_new_tokens,
+        use_cache=True,
         do_sample=not greedy,
         eos_token_id=list(end),
         pad_token_id=pad,
@@ -75,9 +76,7 @@ def _complete(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            out = model.generate(
-                input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config, use_cache=True
-            )
+            out = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config)
     finally:
         model.generation_config = stored
     start = 0 if model.config.is_encoder_decoder else longest

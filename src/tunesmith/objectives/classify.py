@@ -42,7 +42,7 @@ class Classify:
     needs: ClassVar[ObjectiveNeeds] = ObjectiveNeeds(
         summary="give each text one label of those seen in training",
         head="pooled",
-        formats=frozenset({"label"}),
+        formats=frozenset({"text+label"}),
         kinds=frozenset({"encoder", "decoder"}),
         coupling="example",
         metrics=("accuracy", "macro_f1", "loss"),
@@ -52,7 +52,7 @@ class Classify:
         """classify has no options."""
 
     def __init__(self, options: Any) -> None:
-        self._options = options
+        self.options = options
         self.labels: list[str] = []
 
     def fit(self, rows: Iterable[Row]) -> None:
@@ -60,7 +60,7 @@ class Classify:
         self.labels = sorted({_label(row) for row in rows})
         if len(self.labels) < 2:
             raise InputError(
-                f"the training rows hold {len(self.labels)} label ({', '.join(self.labels)}); classification needs two or more",
+                f"the training rows hold one label ({', '.join(self.labels)}); classification needs two or more",
                 "add rows of another label, or check data.columns",
             )
 

@@ -49,7 +49,7 @@ class Sft:
         """sft has no options."""
 
     def __init__(self, options: Any) -> None:
-        self._options = options
+        self.options = options
 
     def fit(self, rows: Iterable[Row]) -> None:
         """Nothing is learned from the rows beforehand."""
@@ -75,7 +75,9 @@ class Sft:
 
     def terms(self, policy: Policy, batch: Batch) -> Terms:
         scores = policy.score(batch, Want(logprobs=True))
-        assert scores.logprob_U is not None and scores.weight_U is not None and scores.example_U is not None
+        assert scores.logprob_U is not None
+        assert scores.weight_U is not None
+        assert scores.example_U is not None
         return Terms({"nll": Part(-scores.logprob_U, scores.weight_U, scores.example_U)})
 
     def predict(self, policy: Policy, rows: Sequence[Row], renderer: Renderer, spec: SampleSpec) -> list[Prediction]:

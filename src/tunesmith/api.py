@@ -1,0 +1,293 @@
+"""The verbs: plan, train, resume, evaluate, predict, load. What the command line does is done here."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tunesmith import measuring, rundir, session, training
+from tunesmith import plan as planning
+from tunesmith.data.formats import rows as formatted
+from tunesmith.data.read import read, read_memory
+from tunesmith.engine.precision import choose_device
+from tunesmith.errors import InputError
+from tunesmith.evaluate.run import metric_names
+from tunesmith.models.cache import cache_dir
+from tunesmith.models.policy import Policy
+from tunesmith.monitor import Listen
+from tunesmith.plan import Assets, Plan
+from tunesmith.recipe import Recipe
+from tunesmith.recipe_file import Origin, load_recipe, parse_recipe, resolve_paths
+from tunesmith.rundir import RunDir
+from tunesmith.settings import Placement
+from tunesmith.types import Method, Objective, Prediction, Row, SampleSpec
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A finished run: its folder, and what evaluation.json holds."""
+
+    path: Path
+    records: list[dict[str, Any]]
+    effects: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A run's model, ready to answer."""
+
+    policy: Policy
+    objective: Objective
+    method: Method
+    renderer: Any
+    card: dict[str, Any]
+
+    def predict(self, rows: Sequence[Row], max_new_tokens: int | None = None) -> list[Prediction]:
+        spec = SampleSpec(max_new_tokens or int(self.card["max_new_tokens"]))
+        return self.objective.predict(self.policy, rows, self.renderer, spec)
+
+
+def silent(event: str, data: Mapping[str, Any]) -> None:
+    """A listener that shows nothing."""
+
+
+def plan(
+    recipe: Recipe | Mapping[str, Any] | Path,
+    overrides: Sequence[str] = (),
+    *,
+    data: Mapping[str, Rows] | None = None,
+    plugins: Sequence[Path] = (),
+    listen: Listen = silent,
+) -> Plan:
+    """Plans a recipe: a file, a mapping, or a Recipe; `data` gives rows by split in place of paths."""
+    load_plugins(plugins)
+    return _planned(*_recipe(recipe, overrides, data), listen)[0]
+
+
+def train(
+    recipe: Recipe | Mapping[str, Any] | Path,
+    overrides: Sequence[str] = (),
+    *,
+    data: Mapping[str, Rows] | None = None,
+    out: Path | None = None,
+    plugins: Sequence[Path] = (),
+    listen: Listen = silent,
+) -> Result:
+    """Plans and runs a recipe in a new folder: `out`, the recipe's `out`, or runs/<name>."""
+    hashes = load_plugins(plugins)
+    typed, origin = _recipe(recipe, overrides, data)
+    folder = out or typed.out or _free_folder(origin)
+    training.check_run_folder(folder)
+    planned, assets = _planned(typed, origin, listen)
+    run = RunDir(folder)
+    with run.hold():
+        training.check_run_folder(folder)
+        training.begin(run, typed, planned, hashes)
+        listen("planned", {"run": str(folder), "plan": planned})
+        return _result(run, training.execute(run, typed, planned, assets, listen))
+
+
+def resume(path: Path, *, plugins: Sequence[Path] = (), listen: Listen = silent) -> Result:
+    """Goes on with a run from its last checkpoint, to the same bits as if it had never stopped."""
+    run = RunDir.open(path)
+    with run.hold():
+        hashes = load_plugins(plugins)
+        if (path / "evaluation.json").is_file() and run.model.is_dir():
+            listen("phase", {"name": "finished already"})
+            return _result(run, rundir.read_json(path / "evaluation.json"))
+        recipe, _ = load_recipe(path / "recipe.yaml")
+        stored = rundir.read_json(path / "plan.json")
+        recipe = recipe.model_copy(
+            update={"place": recipe.place.model_copy(update={"threads": stored["placement"]["threads"]})}
+        )
+        planned, assets = _planned(recipe, Origin(), listen)
+        planned = replace(planned, placement=Placement(**stored["placement"]))
+        training.check_same(run, planned, hashes)
+        listen("planned", {"run": str(path), "plan": planned})
+        return _result(run, training.execute(run, recipe, planned, assets, listen))
+
+
+def load(path: Path, device: str = "auto") -> Loaded:
+    """The model of a run (or an exported model folder), ready to predict."""
+    folder = path / "model" if (path / "model" / session.CARD).is_file() else path
+    if not (folder / session.CARD).is_file():
+        hint = "finish it with `tunesmith resume`" if (path / "manifest.json").is_file() else "give a run's folder"
+        raise InputError(f"{path} holds no model of tunesmith", hint)
+    return Loaded(*session.load(folder, str(choose_device(device))))
+
+
+def predict(
+    path: Path,
+    rows: Path | Rows,
+    *,
+    device: str = "auto",
+    max_new_tokens: int | None = None,
+    plugins: Sequence[Path] = (),
+) -> list[Prediction]:
+    """Answers of a run's model to rows of a file or in memory; labels and answers in them are optional."""
+    load_plugins(plugins)
+    loaded = load(path, device)
+    return loaded.predict(_input_rows(rows), max_new_tokens)
+
+
+def evaluate(
+    path: Path,
+    data: Path | None = None,
+    *,
+    metrics: Sequence[str] | None = None,
+    base: bool = True,
+    device: str = "auto",
+    plugins: Sequence[Path] = (),
+    listen: Listen = silent,
+) -> Result:
+    """Measures a run's model on more rows and adds the records to its evaluation.json.
+
+    Without `data`, shows what the run has measured.
+    """
+    run = RunDir.open(path)
+    load_plugins(plugins)
+    stored = path / "evaluation.json"
+    results = rundir.read_json(stored) if stored.is_file() else {"records": [], "effects": []}
+    if data is None:
+        return _result(run, results)
+    recipe, _ = load_recipe(path / "recipe.yaml")
+    planned = rundir.read_json(path / "plan.json")
+    with run.hold():
+        loaded = load(path, device)
+        rows = list(_rows(data, recipe.data.format, recipe.data.columns))
+        spec = SampleSpec(int(loaded.card["max_new_tokens"]))
+        found = measuring.measure_rows(
+            data.stem,
+            rows,
+            loaded.policy,
+            loaded.objective,
+            loaded.method,
+            loaded.renderer,
+            spec,
+            base,
+            planned["audit"]["train"]["labels"],
+            listen,
+        )
+        names = metric_names(loaded.objective.needs.metrics, metrics or recipe.evaluate.metrics)
+        measuring.merge(results, measuring.score(data.stem, found, names, loaded.objective, recipe.seed))
+        measuring.write_predictions(run, data.stem, found, recipe.evaluate.keep)
+        rundir.write_json(stored, results)
+    return _result(run, results)
+
+
+def load_plugins(paths: Sequence[Path]) -> dict[str, str]:
+    """Runs the user's files, which register names that recipes use; their sha256 by name."""
+    hashes: dict[str, str] = {}
+    for path in paths:
+        spec = importlib.util.spec_from_file_location(f"tunesmith_plugin_{path.stem}", path)
+        if not path.is_file() or spec is None or spec.loader is None:
+            raise InputError(f"--plugin {path} is not a Python file", "give the path of a .py file")
+        try:
+            spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        except Exception as error:
+            raise InputError(f"--plugin {path} fails: {type(error).__name__}: {error}", "mend the file") from error
+        hashes[path.name] = rundir.sha256_file(path)
+    return hashes
+
+
+def _planned(recipe: Recipe, origin: Origin, listen: Listen) -> tuple[Plan, Assets]:
+    def progress(what: str, done: int, of: int | None) -> None:
+        listen("progress", {"what": what, "done": done, "of": of})
+
+    return planning.make_plan(recipe, Path.cwd(), origin, progress=progress)
+
+
+def _recipe(
+    recipe: Recipe | Mapping[str, Any] | Path, overrides: Sequence[str], data: Mapping[str, Rows] | None
+) -> tuple[Recipe, Origin]:
+    """The recipe with absolute paths, and where its keys stand."""
+    if isinstance(recipe, Path):
+        typed, origin = load_recipe(recipe, overrides)
+        return resolve_paths(typed, recipe.resolve().parent), origin
+    if overrides:
+        raise InputError("overrides belong to a recipe file", "change the mapping itself")
+    typed = parse_recipe(_with_data(recipe, data)) if isinstance(recipe, Mapping) else recipe
+    if data is not None and isinstance(recipe, Recipe):
+        typed = parse_recipe(_with_data(recipe.model_dump(mode="json"), data))
+    return resolve_paths(typed, Path.cwd()), Origin()
+
+
+def _with_data(recipe: Mapping[str, Any], data: Mapping[str, Rows] | None) -> dict[str, Any]:
+    """The recipe with rows in memory written to the cache, so that a resume finds them."""
+    given = dict(recipe)
+    if data is None:
+        return given
+    keys: dict[str, Any] = dict(given.get("data") or {})
+    tests: dict[str, str] = {}
+    for split, rows in data.items():
+        path = str(_stored(rows, split))
+        if split in ("train", "validation"):
+            keys[split] = path
+        else:
+            tests[split] = path
+    if tests:
+        keys["test"] = tests
+    return {**given, "data": keys}
+
+
+def _stored(rows: Rows, split: str) -> Path:
+    import hashlib
+
+    lines: list[str] = []
+    for index, row in enumerate(rows):
+        try:
+            lines.append(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"{split} row {index}: {error}", "give rows of text, numbers, lists and mappings"
+            ) from error
+    content = "".join(lines).encode()
+    path = cache_dir() / "given" / hashlib.sha256(content).hexdigest()[:16] / f"{split}.jsonl"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rundir.write_file(path, content)
+    return path
+
+
+def _free_folder(origin: Origin) -> Path:
+    """runs/<recipe's name>, or the first of -2, -3, ... that is free."""
+    from tunesmith.recipe_file import run_name
+
+    name = run_name(origin.file) if origin.file is not None else "run"
+    folder = Path("runs") / name
+    number = 2
+    while folder.exists():
+        folder, number = Path("runs") / f"{name}-{number}", number + 1
+    return folder
+
+
+def _input_rows(rows: Path | Rows) -> list[Row]:
+    if isinstance(rows, Path):
+        return list(_rows(rows, None, {}))
+    return list(formatted(_askable(read_memory(rows, "rows")), None, {})[1])
+
+
+def _rows(path: Path, format: str | None, columns: Mapping[str, str]) -> Iterator[Row]:
+    return formatted(_askable(read(path.name, path.resolve().parent, "test")), format, columns)[1]
+
+
+def _askable(records: Iterator[tuple[Mapping[str, Any], str]]) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """A prompt without its completion is a conversation that waits for its answer."""
+    for raw, where in records:
+        if "prompt" in raw and "completion" not in raw and isinstance(raw["prompt"], str):
+            yield {"messages": [{"role": "user", "content": raw["prompt"]}]}, where
+        elif "instruction" in raw and "output" not in raw and isinstance(raw["instruction"], str):
+            asked = "\n\n".join(str(raw[key]) for key in ("instruction", "input") if raw.get(key))
+            yield {"messages": [{"role": "user", "content": asked}]}, where
+        else:
+            yield raw, where
+
+
+def _result(run: RunDir, results: Mapping[str, Any]) -> Result:
+    return Result(run.path, list(results["records"]), list(results["effects"]))

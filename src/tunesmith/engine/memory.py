@@ -1,0 +1,63 @@
+"""Predicted peak memory and time of a step, before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+GIB = 2**30
+ADAM_BYTES = 16  # of one trainable parameter: fp32 weight, gradient and two moments
+LOGIT_CHUNK = {"cpu": 3 * 64 * 2**20, "mps": 3 * 2**30, "cuda": 3 * 2**30}  # what the loss holds at once
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What memory and time depend on. Widths are per token and layer."""
+
+    parameters: int
+    embedding_parameters: int
+    trainable: int
+    layers: int
+    width: int
+    intermediate: int
+    vocabulary: int
+    weight_bytes: int  # of one frozen parameter
+
+
+def activation_bytes(shape: Shape, bytes_each: int, recompute: bool) -> int:
+    """Bytes kept for the backward for each token.
+
+    A decoder or encoder layer keeps about its two norms' inputs and outputs, q, k, v, the attention
+    output and the residuals (11 widths), and gate, up, their product and its input (5 intermediate
+    widths). Recomputation keeps one width a layer and one layer's activations.
+    """
+    layer = 11 * shape.width + 5 * shape.intermediate
+    kept = shape.width * shape.layers + layer if recompute else layer * shape.layers
+    return bytes_each * (kept + 8 * shape.width)
+
+
+def static_bytes(shape: Shape, device: torch.device) -> int:
+    """Weights, optimizer, and the loss's scratch: what does not grow with the batch."""
+    frozen = shape.parameters - shape.trainable
+    return frozen * shape.weight_bytes + shape.trainable * ADAM_BYTES + LOGIT_CHUNK[device.type]
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that this process may still take on the device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def flop_per_token(shape: Shape, trained_share: float, frozen_backbone: bool, recompute: bool) -> float:
+    """2N forward, 2N for the gradient of activations, 2 per trainable for its own; the head where there is loss."""
+    linear = shape.parameters - shape.embedding_parameters
+    if frozen_backbone:
+        return 2.0 * linear
+    full = shape.trainable >= linear
+    passes = 2 + 2 + (2 if recompute else 0) + (2 if full else 0)
+    return (
+        passes * linear + 6.0 * (0 if full else shape.trainable) + 4.0 * trained_share * shape.vocabulary * shape.width
+    )

@@ -1,0 +1,137 @@
+"""What is known before weights load: the model's shape, the method's and objective's declarations, the hardware."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tunesmith.data.pack import collate
+from tunesmith.engine.precision import choose_device, is_served, probe
+from tunesmith.models.cache import cache_dir
+from tunesmith.models.fetch import LocalModel
+from tunesmith.models.load import MetaModel, meta_model
+from tunesmith.models.policy import Policy, Tokens
+from tunesmith.types import Example, MethodFacts, ModelKind, ObjectiveNeeds, Piece, Want
+
+if TYPE_CHECKING:
+    from tunesmith.engine.precision import Speed
+    from tunesmith.recipe import Recipe
+    from tunesmith.types import Method, Objective
+
+DEFAULT_POOLING: dict[ModelKind, str] = {"encoder": "mean", "decoder": "last", "encoder-decoder": "mean"}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """A base by its config alone. `packable`: its attention can be held inside segments."""
+
+    name: str
+    model_type: str
+    kind: ModelKind
+    parameters: int
+    embedding_parameters: int
+    layers: int
+    width: int
+    intermediate: int
+    vocabulary: int
+    context_length: int | None
+    tied_embeddings: bool
+    packable: bool
+    pooling: str
+    has_template: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Previous:
+    """The earlier run that this one goes on from."""
+
+    method: dict[str, Any]
+    objective: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """All that the rules of compatibility may look at."""
+
+    recipe: Recipe
+    method_name: str
+    method: MethodFacts
+    objective_name: str
+    needs: ObjectiveNeeds
+    model: ModelFacts
+    device: str
+    device_served: bool
+    bf16_served: bool
+    previous: Previous | None = None
+
+
+def gather_model(local: LocalModel, needs: ObjectiveNeeds, has_template: bool) -> tuple[ModelFacts, MetaModel]:
+    """Facts of a base, from its config on the meta device."""
+    meta = meta_model(local, needs.head)
+    text = meta.module.config.get_text_config()  # type: ignore[union-attr]
+    intermediate = getattr(text, "intermediate_size", None) or 4 * meta.width
+    pooling = local.entry.pooling if local.entry is not None else None
+    facts = ModelFacts(
+        name=local.name,
+        model_type=meta.model_type,
+        kind=meta.kind,
+        parameters=meta.parameters,
+        embedding_parameters=meta.embedding_parameters,
+        layers=meta.layers,
+        width=meta.width,
+        intermediate=int(intermediate),  # type: ignore[arg-type]
+        vocabulary=meta.vocab_size,
+        context_length=meta.context_length,
+        tied_embeddings=meta.tied_embeddings,
+        packable=is_packable(meta),
+        pooling=pooling or DEFAULT_POOLING[meta.kind],
+        has_template=has_template,
+    )
+    return facts, meta
+
+
+def is_packable(meta: MetaModel) -> bool:
+    """Whether every attention of the model asks for segment bounds: one forward of shapes tells."""
+    if meta.kind == "encoder-decoder":
+        return False
+    import numpy as np
+
+    piece = Piece(np.asarray([1, 2, 3], dtype=np.int32))
+    try:
+        policy = Policy(meta.module, meta.kind, Tokens((0,), 0), packed=True)
+        batch = collate([Example((piece,)), Example((piece,))], [0, 1], packed=True, pad_id=0)
+        for stream in batch.streams.values():
+            stream.input_ids_BT = stream.input_ids_BT.to("meta")
+            stream.position_ids_BT = stream.position_ids_BT.to("meta")
+        with torch.no_grad():
+            policy.score(batch, Want(hidden=True))
+    except (RuntimeError, TypeError, ValueError, NotImplementedError):
+        return False
+    return True
+
+
+def gather(
+    recipe: Recipe,
+    method: Method,
+    objective: Objective,
+    model: ModelFacts,
+    previous: Previous | None,
+) -> tuple[Facts, Speed | None]:
+    """The facts of a run, with the measured speed of its device (None where it is not served)."""
+    served = is_served(recipe.place.device)
+    speed = probe(choose_device(recipe.place.device), cache_dir()) if served else None
+    facts = Facts(
+        recipe=recipe,
+        method_name=recipe.method.name,
+        method=method.facts,
+        objective_name=recipe.objective.name,
+        needs=objective.needs,
+        model=model,
+        device=recipe.place.device,
+        device_served=served,
+        bf16_served=speed is not None and speed.bf16 > 0,
+        previous=previous,
+    )
+    return facts, speed

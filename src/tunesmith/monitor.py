@@ -1,0 +1,210 @@
+"""What happens around the steps: records, validation, checkpoints, the best one, early stopping, stop signals."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import psutil
+import torch
+
+from tunesmith.engine import checkpoint
+from tunesmith.engine.checkpoint import Checkpoint
+from tunesmith.engine.native import NativeEngine
+from tunesmith.errors import StoppedError
+from tunesmith.rundir import RunDir
+from tunesmith.settings import Meaning
+from tunesmith.types import GradientRule, Source, Step, StepStats
+
+Listen = Callable[[str, Mapping[str, Any]], None]
+
+
+@dataclass(slots=True)
+class StopRequest:
+    """Set by SIGTERM or SIGINT; looked at after each step."""
+
+    asked: bool = False
+    signals: list[int] = field(default_factory=list[int])
+
+
+@contextmanager
+def stoppable() -> Iterator[StopRequest]:
+    """Inside, the first SIGTERM or SIGINT asks for a stop after the step; a second SIGINT interrupts at once."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if request.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        request.asked = True
+        request.signals.append(number)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@dataclass(slots=True)
+class Best:
+    """The best validation so far, and how many evaluations have passed without a better one."""
+
+    step: int = 0
+    value: float | None = None
+    waited: int = 0
+    stopped: bool = False
+
+
+class Monitor:
+    """The `Watch` of a run: `validate` returns the numbers of one validation, None where there is none."""
+
+    def __init__(
+        self,
+        run: RunDir,
+        training: Meaning,
+        save_every: int,
+        engine: NativeEngine,
+        source: Source,
+        rules: Sequence[GradientRule],
+        *,
+        validate: Callable[[], dict[str, float]] | None,
+        selects: tuple[str, bool],
+        stop: StopRequest,
+        listen: Listen,
+    ) -> None:
+        self.best = Best()
+        self.skipped = 0
+        self._run = run
+        self._training = training
+        self._save_every = save_every
+        self._engine = engine
+        self._source = source
+        self._rules = rules
+        self._validate = validate
+        self._selects, self._higher = selects
+        self._stop = stop
+        self._listen = listen
+        self._metrics = run.journal("metrics.jsonl")
+        self._timings = run.journal("timings.jsonl")
+        self._clock = time.perf_counter()
+        self._tokens = 0
+
+    def restore(self, states: Mapping[str, Mapping[str, Any]]) -> None:
+        """Takes everything back to where a checkpoint was written; a fresh run has no states."""
+        if not states:
+            self._metrics.cut(0)
+            return
+        self._engine.restore(states["engine"])
+        self._source.restore(states["source"])
+        for index, rule in enumerate(self._rules):
+            rule.restore(states["rules"][str(index)])
+        watch = states["watch"]
+        self.best = Best(**watch["best"])
+        self.skipped, self._tokens = int(watch["skipped"]), int(watch["tokens"])
+        self._metrics.cut(int(watch["metrics_bytes"]))
+
+    def record(self, step: Step, stats: StepStats, columns: dict[str, float]) -> None:
+        seconds, self._clock = time.perf_counter() - self._clock, time.perf_counter()
+        self._tokens += stats.tokens
+        self.skipped += stats.skipped
+        line: dict[str, Any] = {
+            "step": step.number,
+            "epoch": round(step.epoch, 6),
+            "tokens": self._tokens,
+            "loss": stats.loss,
+            **({name: value for name, value in stats.parts.items()} if len(stats.parts) > 1 else {}),
+            **stats.metrics,
+            "learning_rate": self._engine.learning_rate,
+            **columns,
+            **({"skipped": True} if stats.skipped else {}),
+        }
+        timing = {
+            "step": step.number,
+            "seconds": round(seconds, 6),
+            "tokens_per_second": round(stats.tokens / seconds, 1),
+            "examples_per_second": round(step.examples / seconds, 1),
+            "peak_memory_bytes": peak_memory(self._engine.device),
+        }
+        self._metrics.append(line)
+        self._timings.append(timing)
+        self._listen("step", {**line, **timing, "total_steps": self._source.total_steps})
+
+    def finished(self, step: Step) -> bool:
+        """Validates and saves when due. Raises StoppedError, saved, when a signal asked for it."""
+        last = step.number == self._source.total_steps
+        every = self._training.evaluate_every
+        validated = self._validate is not None and every is not None and (last or step.number % every == 0)
+        improved = self._validated(step) if validated else False
+        if last or improved or self._stop.asked or self.best.stopped or step.number % self._save_every == 0:
+            self.save(step)
+        if self._stop.asked and not last:
+            raise StoppedError(
+                f"stopped after step {step.number}, as asked", f"go on with `tunesmith resume {self._run.path}`"
+            )
+        self._clock = time.perf_counter()
+        return self.best.stopped
+
+    def save(self, step: Step) -> Checkpoint:
+        """A checkpoint of everything that has state; the best and the last are kept."""
+        states = {
+            "engine": self._engine.state(),
+            "source": step.state,
+            "rules": {str(index): rule.state() for index, rule in enumerate(self._rules)},
+            "watch": {
+                "best": {name: getattr(self.best, name) for name in Best.__slots__},
+                "skipped": self.skipped,
+                "tokens": self._tokens,
+                "metrics_bytes": self._metrics.sync(),
+            },
+        }
+        saved = checkpoint.write(self._run.checkpoints, step.number, states)
+        checkpoint.prune(self._run.checkpoints, {self.best.step, step.number})
+        return saved
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._timings.close()
+
+    def _validated(self, step: Step) -> bool:
+        """Records one validation; True if it is the best so far."""
+        assert self._validate is not None
+        numbers = self._validate()
+        self._metrics.append({"step": step.number, "validation": numbers})
+        value = numbers[self._selects]
+        stopping = self._training.early_stopping or {}
+        best, margin = self.best, float(stopping.get("min_delta", 0.0))
+        improved = best.value is None or (value - best.value if self._higher else best.value - value) > margin
+        if improved:
+            self.best = Best(step.number, value, 0, False)
+        else:
+            waited = best.waited + 1
+            stopped = bool(stopping) and waited >= int(stopping["patience"])
+            self.best = Best(best.step, best.value, waited, stopped)
+        self._listen("validation", {"step": step.number, **numbers, "best": improved})
+        return improved
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes this process has held: on the device, or resident where the device is the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    info = psutil.Process().memory_info()
+    return int(getattr(info, "peak_wset", 0) or _max_rss() or info.rss)
+
+
+def _max_rss() -> int:
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

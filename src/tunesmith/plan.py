@@ -1,0 +1,315 @@
+"""Recipe + facts -> Plan, or the conflicts that refuse it: everything decided before weights load."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tunesmith import rules, settings
+from tunesmith.data.prepare import Prepared, prepare
+from tunesmith.errors import InputError, RefusedError
+from tunesmith.evaluate.run import metric_names
+from tunesmith.facts import Facts, Previous, gather, gather_model
+from tunesmith.methods import METHODS
+from tunesmith.models.cache import cache_dir
+from tunesmith.models.fetch import LocalModel, resolve
+from tunesmith.models.heads import Head
+from tunesmith.models.load import MetaModel, load_tokenizer
+from tunesmith.models.policy import Policy, Tokens
+from tunesmith.objectives import OBJECTIVES
+from tunesmith.recipe_file import Origin, check_options, defaults_taken
+from tunesmith.rundir import read_json
+from tunesmith.settings import Default
+
+if TYPE_CHECKING:
+    from tunesmith.data.chat import Renderer
+    from tunesmith.recipe import Recipe
+    from tunesmith.types import Method, Objective
+
+Memory = Mapping[str, Sequence[Mapping[str, Any]]]
+Progress = Callable[[str, int, int | None], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run will do. `hash` covers `meaning`: what the run means, not where it runs."""
+
+    meaning: dict[str, Any]
+    placement: settings.Placement
+    training: settings.Meaning
+    prediction: settings.Prediction
+    base: dict[str, Any]
+    audit: dict[str, Any]
+    parameters: dict[str, int]
+    metrics: list[str]
+    defaults: list[Default]
+    substitutions: list[str]
+    warnings: list[str]
+    shown: list[tuple[str, bool]]
+    resume: str
+
+    @property
+    def hash(self) -> str:
+        text = json.dumps(self.meaning, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plan.json holds it."""
+        return {
+            "hash": self.hash,
+            "meaning": self.meaning,
+            "placement": settings.as_json(self.placement),
+            "prediction": settings.as_json(self.prediction),
+            "base": self.base,
+            "parameters": self.parameters,
+            "metrics": self.metrics,
+            "resume": self.resume,
+            "audit": self.audit,
+            "defaults": [settings.as_json(default) for default in self.defaults],
+            "substitutions": self.substitutions,
+            "warnings": self.warnings,
+            "shown": [list(piece) for piece in self.shown],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Assets:
+    """What planning made on the way and training needs again."""
+
+    local: LocalModel
+    renderer: Renderer
+    objective: Objective
+    method: Method
+    prepared: Prepared
+    facts: Facts
+    previous: Path | None
+
+
+def make_plan(
+    recipe: Recipe,
+    base: Path,
+    origin: Origin | None = None,
+    memory: Memory | None = None,
+    progress: Progress | None = None,
+) -> tuple[Plan, Assets]:
+    """Plans `recipe`, whose relative paths start at `base`.
+
+    Raises InputError with every conflict of the compatibility rules, before any weight is loaded;
+    RefusedError for data that would spoil the run; ResourceError where the run cannot fit.
+    """
+    from tunesmith.data.chat import Renderer
+
+    origin = origin or Origin()
+    tell = progress or _silent
+    if recipe.place.threads is not None:
+        torch.set_num_threads(recipe.place.threads)
+    previous, previous_run = _previous(recipe.model, base)
+    local = resolve(_base_name(recipe.model, base, previous_run), tell)
+    objective, method = _chosen(recipe, origin, previous)
+    tokenizer = load_tokenizer(local)
+    model, meta = gather_model(local, objective.needs, tokenizer.chat_template is not None)
+    facts, speed = gather(recipe, method, objective, model, previous)
+    conflicts, substitutions = rules.judge(facts)
+    if conflicts:
+        cause = "\n".join(f"{' x '.join(c.axes)}: {c.reason}" for c in conflicts)
+        raise InputError(cause, "; ".join(dict.fromkeys(c.remedy for c in conflicts)))
+    assert speed is not None
+    metrics = metric_names(objective.needs.metrics, recipe.evaluate.metrics)
+    defaults: list[Default] = []
+    length = settings.length_limit(facts, defaults)
+    renderer = Renderer(tokenizer, template=_template(recipe, base), sequence_length=length)
+    prepared = prepare(
+        recipe.data, base, objective, renderer, recipe.seed, cache_dir(), recipe.place.workers, memory, tell
+    )
+    _check_labels(objective, previous)
+    trainable, total = _count(meta, facts, method, objective)
+    training = settings.resolve_meaning(
+        facts, length, prepared.train.lengths, prepared.repeats, _longest_answer(prepared), defaults
+    )
+    longest = max(int(s.lengths.max(initial=1)) for s in _stores(prepared))
+    placement, shape, peak = settings.resolve_placement(facts, training, speed, trainable, longest, defaults)
+    tokens, trained = _epoch_tokens(prepared)
+    plan = Plan(
+        meaning=_meaning(recipe, facts, method, objective, local, renderer, prepared, training),
+        placement=placement,
+        training=training,
+        prediction=settings.predict(facts, training, placement, shape, speed, peak, tokens, trained),
+        base=_describe_base(local, facts),
+        audit=prepared.audit.to_json(),
+        parameters={"trainable": trainable, "total": total},
+        metrics=metrics,
+        defaults=_all_defaults(recipe, origin, defaults),
+        substitutions=substitutions,
+        warnings=_warnings(recipe, prepared),
+        shown=_shown(prepared, renderer),
+        resume="exact" if placement.device == "cpu" else "same data",
+    )
+    return plan, Assets(local, renderer, objective, method, prepared, facts, previous_run)
+
+
+def _silent(what: str, done: int, of: int | None) -> None:
+    pass
+
+
+def _previous(model: str, base: Path) -> tuple[Previous | None, Path | None]:
+    """The earlier run that `model` names, if it names one."""
+    path = (base / model).resolve()
+    if not (path / "manifest.json").is_file():
+        return None, None
+    card = path / "model" / "tunesmith.json"
+    if not card.is_file():
+        raise InputError(f"{model} is a run that has no model yet", f"finish it with `tunesmith resume {model}`")
+    saved = read_json(card)
+    return Previous(saved["method"], saved["objective"]), path
+
+
+def _base_name(model: str, base: Path, previous_run: Path | None) -> str:
+    if previous_run is not None:
+        return str(read_json(previous_run / "model" / "tunesmith.json")["base"]["name"])
+    path = base / model
+    return str(path.resolve()) if path.exists() else model
+
+
+def _chosen(recipe: Recipe, origin: Origin, previous: Previous | None) -> tuple[Objective, Method]:
+    objective_class, method_class = OBJECTIVES.get(recipe.objective.name), METHODS.get(recipe.method.name)
+    objective = objective_class(check_options(recipe.objective, objective_class.Options, "objective", origin))
+    options = check_options(recipe.method, method_class.Options, "method", origin)
+    if previous is not None and not recipe.method.options and previous.method["name"] == recipe.method.name:
+        options = method_class.Options.model_validate(previous.method["options"])
+    return objective, method_class(options, recipe.train.dropout or 0.0)
+
+
+def _template(recipe: Recipe, base: Path) -> str | None:
+    """The chat template that the recipe gives: a file, or the template itself."""
+    if recipe.data.template is None:
+        return None
+    path = base / recipe.data.template
+    if "{" not in recipe.data.template:
+        if not path.is_file():
+            raise InputError(f"data.template: there is no file {path}", "give a jinja file, or the template itself")
+        return path.read_text(encoding="utf-8")
+    return recipe.data.template
+
+
+def _check_labels(objective: Objective, previous: Previous | None) -> None:
+    if previous is not None and objective.heads() and objective.describe() != previous.objective["learned"]:
+        raise InputError(
+            "the labels of the training rows are not those of the earlier run, whose head goes on",
+            "train on the same label set, or name the base itself as model",
+        )
+
+
+def _count(meta: MetaModel, facts: Facts, method: Method, objective: Objective) -> tuple[int, int]:
+    """Trainable and total parameters, counted on a model of shapes."""
+    with torch.device("meta"):
+        policy = Policy(meta.module, meta.kind, Tokens((0,), 0), packed=facts.model.packable)
+        for spec in objective.heads():
+            policy.add_head(Head(spec, facts.model.width))
+        method.attach(policy)
+    counts = [(p.numel(), p.requires_grad) for p in policy.parameters()]
+    trainable = sum(n for n, trains in counts if trains)
+    if not trainable:
+        raise RefusedError(f"{facts.method_name} leaves nothing to train", "check the method's options")
+    return trainable, sum(n for n, _ in counts)
+
+
+def _stores(prepared: Prepared) -> list[Any]:
+    held = [prepared.validation] if prepared.validation is not None else []
+    return [prepared.train, *held, *prepared.tests.values()]
+
+
+def _longest_answer(prepared: Prepared) -> int:
+    return int(prepared.train.trained.max(initial=0))
+
+
+def _epoch_tokens(prepared: Prepared) -> tuple[int, int]:
+    """Tokens and trained tokens of one epoch, each row as often as its weight says."""
+    lengths, trained = prepared.train.lengths, prepared.train.trained
+    return int((lengths * prepared.repeats).sum()), int((trained * prepared.repeats).sum())
+
+
+def _meaning(
+    recipe: Recipe,
+    facts: Facts,
+    method: Method,
+    objective: Objective,
+    local: LocalModel,
+    renderer: Renderer,
+    prepared: Prepared,
+    training: settings.Meaning,
+) -> dict[str, Any]:
+    """What the plan's hash covers, by name, so that a resume can say what differs."""
+    return {
+        "base": local.sha256,
+        "tokenizer": local.tokenizer_sha256,
+        "renderer": renderer.fingerprint,
+        "earlier run": recipe.model if facts.previous is not None else None,
+        "objective": [recipe.objective.name, recipe.objective.options, objective.describe()],
+        "method": [recipe.method.name, method_options(method)],
+        "data": {
+            "train": prepared.train.fingerprint,
+            "repeats": hashlib.sha256(prepared.repeats.tobytes()).hexdigest(),
+            "validation": prepared.validation.fingerprint if prepared.validation is not None else None,
+            "test": {name: store.fingerprint for name, store in prepared.tests.items()},
+        },
+        "train": settings.as_json(training),
+        "precision": recipe.precision,
+        "evaluate": recipe.evaluate.model_dump(mode="json"),
+    }
+
+
+def method_options(method: Method) -> dict[str, Any]:
+    """The options that a method was made with, defaults included."""
+    return method.options.model_dump(mode="json")
+
+
+def _describe_base(local: LocalModel, facts: Facts) -> dict[str, Any]:
+    return {
+        "name": local.name,
+        "source": local.source,
+        "licence": local.licence,
+        "sha256": local.sha256,
+        "tokenizer_sha256": local.tokenizer_sha256,
+        "kind": facts.model.kind,
+        "model_type": facts.model.model_type,
+        "parameters": facts.model.parameters,
+        "context_length": facts.model.context_length,
+    }
+
+
+def _all_defaults(recipe: Recipe, origin: Origin, resolved: list[Default]) -> list[Default]:
+    """Defaults that depended on facts, then those that the recipe's own model filled in."""
+    known = {default.key for default in resolved}
+    plain = [
+        Default(key, value, "the recipe's default")
+        for key, value in defaults_taken(recipe, origin).items()
+        if key not in known and value is not None and value != {} and value != []
+    ]
+    return resolved + plain
+
+
+def _warnings(recipe: Recipe, prepared: Prepared) -> list[str]:
+    found: list[str] = []
+    if not prepared.tests:
+        judged = (
+            "the validation rows, which also chose the checkpoint" if prepared.validation is not None else "nothing"
+        )
+        found.append(f"there is no test set (data.test): the result is judged on {judged}")
+    if prepared.audit.duplicates:
+        found.append(f"{prepared.audit.duplicates} rows of train repeat an earlier one")
+    return found
+
+
+def _shown(prepared: Prepared, renderer: Renderer) -> list[tuple[str, bool]]:
+    """The example of median length, in pieces, with whether each is trained."""
+    from tunesmith.data.chat import Encoded
+
+    piece = prepared.train.example(prepared.audit.shown).pieces[0]
+    weights = piece.weights_T if piece.weights_T is not None else 0 * piece.input_ids_T.astype("float32")
+    return renderer.show(Encoded(piece.input_ids_T, weights, 0, 0))

@@ -1,0 +1,157 @@
+"""Compatibility as rows of data: which facts exclude each other, why, and what to do about it.
+
+A rule that refuses ends the run before weights load. A rule with `substitute` lets it run in
+another way, which the plan states. `{...}` in a text is filled from the facts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tunesmith.facts import Facts
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """`axes` collide when `when` holds of the facts."""
+
+    axes: tuple[str, ...]
+    when: Callable[[Facts], bool]
+    reason: str
+    remedy: str
+    substitute: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Conflict:
+    """A rule that refused, with its texts filled in."""
+
+    axes: tuple[str, ...]
+    reason: str
+    remedy: str
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        ("objective", "model"),
+        lambda f: f.model.kind not in f.needs.kinds,
+        "{f.objective_name} needs a model of kind {kinds_of_objective}, and {f.model.name} is of kind {f.model.kind}",
+        "choose such a base (`tunesmith models` lists kinds) or another objective",
+    ),
+    Rule(
+        ("method", "model"),
+        lambda f: f.model.kind not in f.method.kinds,
+        "{f.method_name} trains models of kind {kinds_of_method}, and {f.model.name} is of kind {f.model.kind}",
+        "choose such a base or another method",
+    ),
+    Rule(
+        ("method", "objective"),
+        lambda f: f.needs.head not in f.method.heads,
+        "{f.method_name} trains a {heads_of_method} head, and {f.objective_name} needs a {f.needs.head} head",
+        "choose another method: lora serves both heads",
+    ),
+    Rule(
+        ("train.sequence_length", "model"),
+        lambda f: f.model.context_length is not None and (f.recipe.train.sequence_length or 0) > f.model.context_length,
+        "train.sequence_length is {f.recipe.train.sequence_length}, "
+        "and {f.model.name} sees {f.model.context_length} tokens",
+        "set train.sequence_length to {f.model.context_length} or less",
+    ),
+    Rule(
+        ("place.device", "hardware"),
+        lambda f: not f.device_served,
+        "place.device is {f.device}, which this machine or this build of torch does not serve",
+        "set place.device to cpu or auto, or install a torch for that device",
+    ),
+    Rule(
+        ("precision", "hardware"),
+        lambda f: f.recipe.precision == "bf16" and f.device_served and not f.bf16_served,
+        "precision is bf16, which this device does not serve",
+        "set precision to fp32 or auto",
+    ),
+    Rule(
+        ("train.early_stopping", "data.validation"),
+        lambda f: f.recipe.train.early_stopping is not None and f.recipe.data.validation is None,
+        "train.early_stopping needs a validation set to watch",
+        "set data.validation to a file or a fraction such as 0.1",
+    ),
+    Rule(
+        ("train.evaluate_every", "data.validation"),
+        lambda f: f.recipe.train.evaluate_every is not None and f.recipe.data.validation is None,
+        "train.evaluate_every needs a validation set to evaluate on",
+        "set data.validation to a file or a fraction such as 0.1",
+    ),
+    Rule(
+        ("train.recompute", "method"),
+        lambda f: bool(f.recipe.train.recompute) and f.method.frozen_backbone,
+        "train.recompute is on, and with {f.method_name} no backward goes through the layers",
+        "leave train.recompute out",
+    ),
+    Rule(
+        ("data.template", "objective"),
+        lambda f: f.recipe.data.template is not None and not f.needs.trains_tokens,
+        "data.template is given, and {f.objective_name} reads plain text, not conversations",
+        "leave data.template out",
+    ),
+    Rule(
+        ("evaluate.max_new_tokens", "objective"),
+        lambda f: f.recipe.evaluate.max_new_tokens is not None and f.needs.head != "lm",
+        "evaluate.max_new_tokens is given, and {f.objective_name} generates nothing",
+        "leave evaluate.max_new_tokens out",
+    ),
+    Rule(
+        ("model", "method"),
+        lambda f: f.previous is not None and f.previous.method["name"] != f.method_name,
+        "the earlier run trained {f.previous.method[name]}, and this recipe asks for {f.method_name}",
+        "go on with method {f.previous.method[name]}, or name the base itself as model",
+    ),
+    Rule(
+        ("model", "method"),
+        lambda f: (
+            f.previous is not None
+            and f.previous.method["name"] == f.method_name
+            and any(f.previous.method["options"].get(k) != v for k, v in f.recipe.method.options.items())
+        ),
+        "the earlier run had method options {f.previous.method[options]}, and this recipe asks for others",
+        "leave the options out: they are taken from the earlier run",
+    ),
+    Rule(
+        ("model", "objective"),
+        lambda f: f.previous is not None and f.previous.objective["name"] != f.objective_name,
+        "the earlier run was trained for {f.previous.objective[name]}, and this recipe asks for {f.objective_name}",
+        "go on with the same objective, or name the base itself as model",
+    ),
+    Rule(
+        ("packing", "model"),
+        lambda f: not f.model.packable,
+        "attention of {f.model.model_type} models cannot be held inside segments",
+        "",
+        substitute="one padded row for each example: slower, the same result",
+    ),
+    Rule(
+        ("evaluate.base", "objective"),
+        lambda f: f.recipe.evaluate.base and f.needs.head == "pooled",
+        "a base without a trained head gives no labels",
+        "",
+        substitute="compared with the majority class of the training rows",
+    ),
+)
+
+
+def judge(facts: Facts) -> tuple[list[Conflict], list[str]]:
+    """Conflicts that refuse the run, and substitutions that the plan states."""
+    words = {
+        "f": facts,
+        "kinds_of_objective": " or ".join(sorted(facts.needs.kinds)),
+        "kinds_of_method": " or ".join(sorted(facts.method.kinds)),
+        "heads_of_method": " or ".join(sorted(facts.method.heads)),
+    }
+    hit = [rule for rule in RULES if rule.when(facts)]
+    conflicts = [
+        Conflict(r.axes, r.reason.format(**words), r.remedy.format(**words)) for r in hit if r.substitute is None
+    ]
+    substitutions = [
+        f"{r.reason.format(**words)}: {r.substitute.format(**words)}" for r in hit if r.substitute is not None
+    ]
+    return conflicts, substitutions

@@ -1,0 +1,142 @@
+"""A policy ready to train or to answer: loaded, with its heads, its method attached, and how it is saved again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from tunesmith import __version__, rundir
+from tunesmith.data.chat import Renderer
+from tunesmith.engine.native import seed_step
+from tunesmith.errors import InputError, RefusedError
+from tunesmith.methods import METHODS
+from tunesmith.models.fetch import LocalModel, resolve
+from tunesmith.models.heads import Head
+from tunesmith.models.load import load_backbone, load_tokenizer
+from tunesmith.models.policy import Policy, Tokens
+from tunesmith.objectives import OBJECTIVES
+from tunesmith.plan import Assets, Plan
+from tunesmith.settings import Placement
+from tunesmith.types import Method, Objective
+
+if TYPE_CHECKING:
+    from tunesmith.recipe import Recipe
+
+CARD = "tunesmith.json"
+HEADS = "heads.safetensors"
+
+
+def build(plan: Plan, assets: Assets) -> Policy:
+    """The policy of a run before its first step: the base with the method attached, or the earlier run's."""
+    placement = plan.placement
+    torch.set_num_threads(placement.threads)
+    policy = _policy(assets.local, assets.renderer, assets.objective, placement, assets.facts.model.pooling)
+    seed_step(plan.training.seed, 0)  # the fresh parameters' draw
+    if assets.previous is None:
+        assets.method.attach(policy)
+    else:
+        assets.method.load(policy, assets.previous / "model")
+        load_heads(policy, assets.previous / "model")
+    if placement.recompute:
+        policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return policy
+
+
+def save(folder: Path, policy: Policy, recipe: Recipe, plan: Plan, assets: Assets) -> None:
+    """Writes the result into `folder`: what PEFT or transformers loads, fresh heads, tokenizer and tunesmith's card."""
+    method, objective = assets.method, assets.objective
+    method.export(policy, folder)
+    heads = {
+        f"{name}.{key}": value.contiguous()
+        for name, head in policy.heads.items()
+        for key, value in head.state_dict().items()
+    }
+    if heads:
+        save_file(heads, folder / HEADS)
+    assets.renderer.tokenizer.save_pretrained(folder)
+    card = {
+        "tunesmith": __version__,
+        "base": {key: plan.base[key] for key in ("name", "sha256", "tokenizer_sha256", "licence", "source")},
+        "method": {"name": recipe.method.name, "options": method.options.model_dump(mode="json")},
+        "objective": {
+            "name": recipe.objective.name,
+            "options": recipe.objective.options,
+            "learned": objective.describe(),
+        },
+        "head": objective.needs.head,
+        "pooling": assets.facts.model.pooling,
+        "packed": plan.placement.packed,
+        "precision": plan.placement.precision,
+        "templates": dict(assets.renderer.templates),
+        "sequence_length": plan.training.sequence_length,
+        "max_new_tokens": plan.training.max_new_tokens,
+    }
+    rundir.write_json(folder / CARD, card)
+
+
+def load(folder: Path, device: str) -> tuple[Policy, Objective, Method, Renderer, dict[str, Any]]:
+    """What `save` wrote, on its base, ready to answer.
+
+    Raises RefusedError when the base's bytes are not those that the model was trained on.
+    """
+    card = rundir.read_json(folder / CARD)
+    local = resolve(card["base"]["name"])
+    if local.sha256 != card["base"]["sha256"]:
+        raise RefusedError(
+            f"{folder} was trained on {card['base']['name']} with sha256 {card['base']['sha256'][:12]}..., "
+            f"and the weights found have {local.sha256[:12]}...",
+            "restore the base that it was trained on",
+        )
+    objective_class, method_class = OBJECTIVES.get(card["objective"]["name"]), METHODS.get(card["method"]["name"])
+    objective = objective_class(objective_class.Options.model_validate(card["objective"]["options"]))
+    objective.adopt(card["objective"]["learned"])
+    method = method_class(method_class.Options.model_validate(card["method"]["options"]), 0.0)
+    renderer = Renderer(load_tokenizer(local), card["templates"].get("default"), card["sequence_length"])
+    placement = Placement(device, torch.get_num_threads(), 1, card["precision"], card["packed"], None, 4096, False, 1)
+    policy = _policy(local, renderer, objective, placement, card["pooling"])
+    method.load(policy, folder)
+    load_heads(policy, folder)
+    policy.eval()
+    return policy, objective, method, renderer, card
+
+
+def load_heads(policy: Policy, folder: Path) -> None:
+    """The heads that `save` wrote beside the adapter."""
+    if not policy.heads:
+        return
+    path = folder / HEADS
+    if not path.is_file():
+        raise InputError(f"{path} is missing", "restore it, or train again")
+    saved = load_file(path)
+    for name, head in policy.heads.items():
+        head.load_state_dict(
+            {key.removeprefix(f"{name}."): value for key, value in saved.items() if key.startswith(f"{name}.")}
+        )
+
+
+def _policy(local: LocalModel, renderer: Renderer, objective: Objective, placement: Placement, pooling: str) -> Policy:
+    head = objective.needs.head
+    precision = "bf16" if placement.precision == "bf16" else "fp32"
+    model = load_backbone(local, precision, head, placement.device)
+    policy = Policy(
+        model,
+        _kind(model),
+        Tokens(tuple(renderer.end_ids) if head == "lm" else (), renderer.pad_id),
+        packed=placement.packed,
+        pooling=pooling,
+        autocast=torch.bfloat16 if precision == "bf16" else None,
+    )
+    if head == "lm":
+        policy.check_projection()
+    for spec in objective.heads():
+        policy.add_head(Head(spec, policy.width))
+    return policy
+
+
+def _kind(model: Any) -> Any:
+    from tunesmith.models.load import kind_of
+
+    return kind_of(model.config)

@@ -1,0 +1,257 @@
+"""The recipe's training keys with every default resolved, and why each default was taken."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tunesmith.data.source import Batching, count_steps
+from tunesmith.engine import memory
+from tunesmith.engine.precision import Speed, choose_device
+from tunesmith.errors import ResourceError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from tunesmith.facts import Facts
+
+LENGTH_LIMIT = 2048  # tokens of an example where the recipe names none
+MICRO_TOKENS = {"cpu": 2048, "mps": 4096, "cuda": 16384}  # beyond these a larger micro-batch was not faster
+MEMORY_SHARE = 0.7  # of what is free: the rest is for other processes and what the model leaves out
+EFFICIENCY = {"cpu": 0.7, "mps": 0.4, "cuda": 0.45}  # of the probed matrix-product rate, whole steps
+
+
+@dataclass(frozen=True, slots=True)
+class Default:
+    """A key that the recipe left out, the value it got, and why."""
+
+    key: str
+    value: Any
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Meaning:
+    """What decides the trained numbers, beside data and base."""
+
+    epochs: float | None
+    max_steps: int | None
+    batch_size: int | None
+    batch_tokens: int | None
+    sequence_length: int
+    learning_rate: float
+    schedule: str
+    warmup: float
+    weight_decay: float
+    optimizer: str
+    clip: float | None
+    dropout: float
+    total_steps: int
+    evaluate_every: int | None
+    early_stopping: dict[str, Any] | None
+    max_new_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where and in what pieces it runs; kept by a resume, free to differ between runs."""
+
+    device: str
+    threads: int
+    workers: int
+    precision: str
+    packed: bool
+    micro_batch_size: int | None
+    micro_batch_tokens: int
+    recompute: bool
+    save_every: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What the run will cost: peak bytes of the training process, and seconds of training."""
+
+    peak_memory_bytes: int
+    free_memory_bytes: int
+    seconds: float
+    tokens: int
+
+
+def length_limit(facts: Facts, defaults: list[Default]) -> int:
+    """Tokens at which an example is cut."""
+    asked = facts.recipe.train.sequence_length
+    if asked is not None:
+        return asked
+    context = facts.model.context_length or LENGTH_LIMIT
+    limit = min(context, LENGTH_LIMIT)
+    why = (
+        "the model's context"
+        if limit == context
+        else f"the lesser of {LENGTH_LIMIT} and the model's context of {context}"
+    )
+    defaults.append(Default("train.sequence_length", limit, why))
+    return limit
+
+
+def resolve_meaning(
+    facts: Facts,
+    sequence_length: int,
+    lengths_N: NDArray[np.int64],
+    repeats_N: NDArray[np.float64],
+    longest_answer: int,
+    defaults: list[Default],
+) -> Meaning:
+    """Every training key with its value; what was filled in is added to `defaults`."""
+    recipe = facts.recipe
+    train = recipe.train
+
+    def fill(key: str, given: Any, value: Any, why: str) -> Any:
+        if given is None:
+            defaults.append(Default(key, value, why))
+        return value if given is None else given
+
+    epochs = train.epochs
+    if train.max_steps is None:
+        epochs = fill("train.epochs", epochs, 20 if facts.method.frozen_backbone else 3, "usual for this method")
+    size = train.batch_size
+    if train.batch_tokens is None:
+        size = fill("train.batch_size", size, 64 if facts.method.frozen_backbone else 16, "usual for this method")
+    batching = Batching(epochs, train.max_steps, size, train.batch_tokens, None, 1 << 40)
+    total = count_steps(lengths_N, repeats_N, batching, recipe.seed)
+    every = train.evaluate_every
+    if recipe.data.validation is not None:
+        every = fill("train.evaluate_every", every, max(1, math.ceil(total / 5)), "five times a run")
+    answer = recipe.evaluate.max_new_tokens
+    if facts.needs.head == "lm":
+        room = min(1024, 8 + math.ceil(1.5 * longest_answer))
+        answer = fill("evaluate.max_new_tokens", answer, room, "half as long again as the longest trained answer")
+    return Meaning(
+        epochs=epochs,
+        max_steps=train.max_steps,
+        batch_size=size,
+        batch_tokens=train.batch_tokens,
+        sequence_length=sequence_length,
+        learning_rate=fill(
+            "train.learning_rate", train.learning_rate, facts.method.default_learning_rate, "the method's"
+        ),
+        schedule=train.schedule,
+        warmup=train.warmup,
+        weight_decay=train.weight_decay,
+        optimizer=train.optimizer,
+        clip=train.clip,
+        dropout=fill("train.dropout", train.dropout, 0.0, "fastest; raise it if validation loss turns up"),
+        total_steps=total,
+        evaluate_every=every,
+        early_stopping=train.early_stopping.model_dump() if train.early_stopping else None,
+        max_new_tokens=answer or 0,
+        seed=recipe.seed,
+    )
+
+
+def resolve_placement(
+    facts: Facts, meaning: Meaning, speed: Speed, trainable: int, longest: int, defaults: list[Default]
+) -> tuple[Placement, memory.Shape, int]:
+    """Device, precision, micro-batch and recomputation: the fastest that fits into free memory.
+
+    Returns the shape that memory was predicted from, and the predicted peak in bytes. Raises
+    ResourceError where not even one example fits.
+    """
+    recipe, train = facts.recipe, facts.recipe.train
+    device = choose_device(recipe.place.device)
+    precision = recipe.precision
+    if precision == "auto":
+        precision = speed.best
+        rates = f"fp32 {speed.fp32 / 1e9:.0f}, bf16 {speed.bf16 / 1e9:.0f} GFLOP/s measured here"
+        defaults.append(Default("precision", precision, rates))
+    shape = memory.Shape(
+        facts.model.parameters,
+        facts.model.embedding_parameters,
+        trainable,
+        facts.model.layers,
+        facts.model.width,
+        facts.model.intermediate,
+        facts.model.vocabulary,
+        2 if precision == "bf16" else 4,
+    )
+    free = memory.free_bytes(device)
+    room = MEMORY_SHARE * free - memory.static_bytes(shape, device)
+    each = 2 if precision == "bf16" else 4
+    kept = memory.activation_bytes(shape, each, recompute=False)
+    less = memory.activation_bytes(shape, each, recompute=True)
+    recompute = bool(train.recompute)
+    if train.recompute is None and not facts.method.frozen_backbone:
+        recompute = room < kept * longest
+        defaults.append(Default("train.recompute", recompute, "memory forces it" if recompute else "memory allows it"))
+    per_token = (less if recompute else kept) if not facts.method.frozen_backbone else less // 2
+    if room < per_token * longest:
+        needed = memory.static_bytes(shape, device) + per_token * longest
+        raise ResourceError(
+            f"the longest example ({longest} tokens) needs about {needed / memory.GIB:.1f} GiB, "
+            f"and {MEMORY_SHARE * free / memory.GIB:.1f} GiB may be used on {device}",
+            "lower train.sequence_length, choose a smaller base, or free memory",
+        )
+    tokens = int(min(MICRO_TOKENS[device.type], max(longest, room // per_token)))
+    if train.micro_batch_size is None:
+        defaults.append(
+            Default("train.micro_batch_size", f"up to {tokens} tokens", f"fits into {free / memory.GIB:.1f} GiB free")
+        )
+    else:
+        tokens = 1 << 40
+    save = train.save_every
+    if save is None:
+        save = max(1, math.ceil(meaning.total_steps / 10))
+        defaults.append(Default("train.save_every", save, "ten times a run"))
+    threads = recipe.place.threads or torch.get_num_threads()
+    if recipe.place.threads is None:
+        defaults.append(Default("place.threads", threads, "the cores this process may use"))
+    placement = Placement(
+        device=str(device),
+        threads=threads,
+        workers=recipe.place.workers,
+        precision=precision,
+        packed=facts.model.packable,
+        micro_batch_size=train.micro_batch_size,
+        micro_batch_tokens=tokens,
+        recompute=recompute,
+        save_every=save,
+    )
+    step_tokens = min(
+        tokens, MICRO_TOKENS[device.type], _tokens_of_a_micro_batch(meaning, train.micro_batch_size, longest)
+    )
+    return placement, shape, memory.static_bytes(shape, device) + per_token * step_tokens
+
+
+def predict(
+    facts: Facts,
+    meaning: Meaning,
+    placement: Placement,
+    shape: memory.Shape,
+    speed: Speed,
+    peak: int,
+    tokens: int,
+    trained: int,
+) -> Prediction:
+    """Tokens, seconds and memory of the training, from the probed speed."""
+    share = trained / max(1, tokens)
+    passes = 1.0
+    if not facts.method.frozen_backbone:
+        passes = meaning.epochs if meaning.epochs is not None else 1.0
+    total = int(tokens * passes)
+    flop = memory.flop_per_token(shape, share, facts.method.frozen_backbone, placement.recompute)
+    rate = speed.bf16 if placement.precision == "bf16" else speed.fp32
+    device = placement.device.split(":")[0]
+    return Prediction(peak, memory.free_bytes(torch.device(device)), total * flop / (rate * EFFICIENCY[device]), total)
+
+
+def as_json(value: Meaning | Placement | Prediction | Default) -> dict[str, Any]:
+    return asdict(value)
+
+
+def _tokens_of_a_micro_batch(meaning: Meaning, size: int | None, longest: int) -> int:
+    examples = size or meaning.batch_size
+    return 1 << 40 if examples is None else examples * longest

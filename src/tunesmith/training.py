@@ -1,0 +1,272 @@
+"""A planned run, carried out in its folder: loop, export, evaluation; begun or gone on with."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tunesmith import loop, rundir, session
+from tunesmith.data.source import Batching, DataSource
+from tunesmith.engine import checkpoint, features
+from tunesmith.engine.native import NativeEngine, Optimization
+from tunesmith.engine.precision import device_name
+from tunesmith.errors import InputError, RefusedError
+from tunesmith.evaluate import METRICS
+from tunesmith.evaluate.validate import losses
+from tunesmith.gradients.clip import Clip
+from tunesmith.measuring import measure_run
+from tunesmith.models.cache import cache_dir
+from tunesmith.models.policy import Policy
+from tunesmith.monitor import Listen, Monitor, StopRequest, stoppable
+from tunesmith.plan import Assets, Plan
+from tunesmith.recipe_file import dump_recipe
+from tunesmith.rundir import RunDir
+from tunesmith.types import Annotator, GradientMode, GradientRule, Prediction, SampleSpec
+
+if TYPE_CHECKING:
+    from tunesmith.data.store import TokenStore
+    from tunesmith.recipe import Recipe
+
+LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "numpy", "tunesmith")
+Columns = dict[str, NDArray[np.generic]]
+
+
+def begin(run: RunDir, recipe: Recipe, plan: Plan, plugins: Mapping[str, str]) -> None:
+    """Writes what identifies the run; the manifest last, because a folder with one is a run."""
+    rundir.write_file(run.path / "recipe.yaml", dump_recipe(recipe).encode())
+    rundir.write_json(run.path / "plan.json", plan.to_json())
+    rundir.write_json(run.path / "manifest.json", _manifest(plan, plugins))
+
+
+def check_same(run: RunDir, plan: Plan, plugins: Mapping[str, str]) -> None:
+    """Raises RefusedError naming all that differs from when the run began."""
+    before, now = rundir.read_json(run.path / "manifest.json"), _manifest(plan, plugins)
+    stored = rundir.read_json(run.path / "plan.json")
+    differences = [
+        *(f"{key} changed" for key in plan.meaning if _plain(plan.meaning[key]) != stored["meaning"].get(key)),
+        *_differing("library", before["libraries"], now["libraries"]),
+        *_differing("plugin", before["plugins"], now["plugins"]),
+        *(_differing("machine", before["machine"], now["machine"]) if stored["resume"] == "exact" else []),
+    ]
+    if differences:
+        raise RefusedError(
+            f"{run.path} cannot go on as it began: {'; '.join(differences)}",
+            "put it back as it was, or start a new run (with `model:` naming this one to go on from its result)",
+        )
+
+
+def execute(run: RunDir, recipe: Recipe, plan: Plan, assets: Assets, listen: Listen) -> dict[str, Any]:
+    """Trains to the end from wherever the run stands, saves the result and measures it.
+
+    Returns what evaluation.json holds. The caller holds the run's lock.
+    """
+    with stoppable() as stop:
+        listen("phase", {"name": "loading", "what": plan.base["name"]})
+        policy = session.build(plan, assets)
+        _train(run, plan, assets, policy, stop, listen)
+        listen("phase", {"name": "saving"})
+        with rundir.replace_folder(run.model) as folder:
+            session.save(folder, policy, recipe, plan, assets)
+        return measure_run(run, recipe, plan, assets, policy, listen)
+
+
+def _train(run: RunDir, plan: Plan, assets: Assets, policy: Policy, stop: StopRequest, listen: Listen) -> None:
+    objective, method, prepared, training = assets.objective, assets.method, assets.prepared, plan.training
+    columns, held_columns = _frozen_vectors(plan, assets, policy, listen)
+    rules: list[GradientRule] = [Clip(training.clip)]
+    engine = NativeEngine(
+        policy,
+        method.parameter_groups(policy),
+        Optimization(
+            training.learning_rate, training.schedule, training.warmup, training.weight_decay, training.total_steps
+        ),
+        seed=training.seed,
+        mode=_mode(assets),
+        rules=rules,
+    )
+    source = DataSource(
+        prepared.train,
+        Batching(
+            training.epochs,
+            training.max_steps,
+            training.batch_size,
+            training.batch_tokens,
+            plan.placement.micro_batch_size,
+            plan.placement.micro_batch_tokens,
+        ),
+        seed=training.seed,
+        packed=policy.packed,
+        pad_id=policy.tokens.pad,
+        repeats_N=prepared.repeats,
+        columns=columns,
+        annotator=objective if isinstance(objective, Annotator) else None,
+        workers=plan.placement.workers,
+    )
+    validation = prepared.validation
+    monitor = Monitor(
+        run,
+        training,
+        plan.placement.save_every,
+        engine,
+        source,
+        rules,
+        validate=_validation(plan, assets, policy, validation, held_columns, listen)
+        if validation is not None
+        else None,
+        selects=_selection(plan),
+        stop=stop,
+        listen=listen,
+    )
+    try:
+        saved = checkpoint.found(run.checkpoints)
+        monitor.restore(checkpoint.read(saved[-1]) if saved else {})
+        listen(
+            "phase",
+            {"name": "training", "total_steps": source.total_steps, "from_step": saved[-1].step if saved else 0},
+        )
+        if not monitor.best.stopped:
+            loop.train(source, policy, objective, engine, rules, monitor)
+        kept = {c.step: c for c in checkpoint.found(run.checkpoints)}
+        if monitor.best.step and monitor.best.step in kept and monitor.best.step != max(kept):
+            engine.restore(checkpoint.read(kept[monitor.best.step])["engine"])
+            listen("best", {"step": monitor.best.step, "value": monitor.best.value})
+    finally:
+        monitor.close()
+    policy.eval()
+
+
+def _mode(assets: Assets) -> GradientMode:
+    return "cached" if assets.facts.needs.coupling == "batch" else "plain"
+
+
+def _selection(plan: Plan) -> tuple[str, bool]:
+    """The validation number that chooses the best checkpoint, and whether more of it is better."""
+    name = str((plan.training.early_stopping or {}).get("metric") or "loss")
+    return name, name != "loss" and METRICS.get(name)([]).higher_is_better
+
+
+def _frozen_vectors(plan: Plan, assets: Assets, policy: Policy, listen: Listen) -> tuple[Columns, Columns]:
+    """Pooled vectors of train and validation where the backbone is frozen; the heads are standardised by them."""
+    if not assets.facts.method.frozen_backbone:
+        return {}, {}
+    prepared = assets.prepared
+    train = {"pooled": _vectors("train", prepared.train, plan, policy, listen)}
+    held = prepared.validation
+    validation = {"pooled": _vectors("validation", held, plan, policy, listen)} if held is not None else {}
+    if assets.previous is None:
+        for head in policy.heads.values():
+            head.standardise(torch.from_numpy(train["pooled"]))
+    return train, validation
+
+
+def _vectors(name: str, store: TokenStore, plan: Plan, policy: Policy, listen: Listen) -> NDArray[np.float32]:
+    key = f"{plan.base['sha256'][:16]}-{store.fingerprint[:16]}-{policy.pooling}-{plan.placement.precision}"
+    path = cache_dir() / "vectors" / f"{key}.f32"
+
+    def report(done: int, of: int) -> None:
+        listen("progress", {"what": f"embedding {name}", "done": done, "of": of})
+
+    def make() -> NDArray[np.float32]:
+        return features.pooled(policy, store, plan.placement.micro_batch_tokens, report)
+
+    return features.cached(path, make, len(store), policy.width)
+
+
+def _validation(
+    plan: Plan, assets: Assets, policy: Policy, store: TokenStore | None, columns: Columns, listen: Listen
+) -> Callable[[], dict[str, float]]:
+    """Measures the validation rows, and shows an answer to one of them where answers are generated."""
+    assert store is not None
+    held = store
+    objective, selected = assets.objective, _selection(plan)[0]
+
+    def validate() -> dict[str, float]:
+        numbers = losses(policy, objective, held, plan.placement.micro_batch_tokens, columns)
+        spec = SampleSpec(plan.training.max_new_tokens)
+        if selected not in numbers:
+            rows = [held.row(i) for i in range(len(held))]
+            numbers[selected] = _value(selected, objective.predict(policy, rows, assets.renderer, spec), assets)
+        if objective.needs.head == "lm":
+            listen("sample", _as_sample(objective.predict(policy, [held.row(0)], assets.renderer, spec)[0]))
+        return numbers
+
+    return validate
+
+
+def _value(name: str, predictions: list[Prediction], assets: Assets) -> float:
+    metric = METRICS.get(name)(assets.objective.describe().get("labels", []))
+    statistics_NK = np.asarray([metric.statistics(p) for p in predictions], dtype=np.float64)
+    return float(metric.aggregate(statistics_NK.sum(0)))
+
+
+def _as_sample(prediction: Prediction) -> dict[str, Any]:
+    return {"where": prediction.where, "output": prediction.output, "reference": prediction.reference}
+
+
+def _manifest(plan: Plan, plugins: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "plan": plan.hash,
+        "seed": plan.training.seed,
+        "commit": _commit(),
+        "libraries": {name: _version(name) for name in LIBRARIES},
+        "plugins": dict(plugins),
+        "machine": {
+            "device": device_name(torch.device(plan.placement.device)),
+            "threads": plan.placement.threads,
+            "MKL_CBWR": os.environ.get("MKL_CBWR", ""),
+            "compiled": False,
+            "python": platform.python_version(),
+        },
+        "base": plan.base,
+        "data": {
+            "train": plan.audit["train"]["files"],
+            "validation": (plan.audit["validation"] or {}).get("files"),
+            "test": {name: split["files"] for name, split in plan.audit["tests"].items()},
+        },
+    }
+
+
+def _version(name: str) -> str:
+    with suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(name)
+    return "not installed"
+
+
+def _commit() -> str | None:
+    """The commit of the working directory's repository, if there is one."""
+    with suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
+        return done.stdout.strip()
+    return None
+
+
+def _plain(value: Any) -> Any:
+    """A value as it comes back from JSON."""
+    import json
+
+    return json.loads(json.dumps(value, default=str))
+
+
+def _differing(what: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    names = dict.fromkeys([*before, *now])
+    return [f"{what} {n} was {before.get(n)!r}, is {now.get(n)!r}" for n in names if before.get(n) != now.get(n)]
+
+
+def check_run_folder(path: Path) -> None:
+    """Raises InputError where a new run cannot be put."""
+    if (path / "manifest.json").exists():
+        raise InputError(f"{path} holds a run already", f"go on with `tunesmith resume {path}`, or give another --out")
+    if path.exists() and (not path.is_dir() or any(p.name not in (".lock", ".holder.json") for p in path.iterdir())):
+        raise InputError(f"{path} exists and is not empty", "give another --out, or empty it")
