@@ -1,0 +1,266 @@
+"""Messages or text -> tokens and per-token weights: the one place where it is decided which tokens are trained.
+
+An assistant turn is trained from where its generation prompt ends through its end token, unless it carries
+`"train": false`. `turns.py` finds those characters, `align.py` their tokens, so that the tokens of `prompt` are
+always the first tokens of `encode`. An empty thinking block that the template's prompt for answers without thinking
+writes (Qwen3 with `enable_thinking` off) belongs to the prompt: it is not trained, and `prompt(..., thinking=False)`
+ends with it. Thinking that the template keeps is trained.
+
+Text in a message that spells a control token is tokenised as text. BOS comes once: the template writes it or, where
+the tokenizer puts one before any text and the template does not, it is added here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from tunesmith.data.align import Aligner
+from tunesmith.data.template import Messages, Tools
+from tunesmith.data.turns import Rendering, Turns
+from tunesmith.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+VERSION = 1  # part of the fingerprint: raise it when the same input comes to give other tokens or weights
+
+# Without a template: every other text on a line of its own, then the answer and EOS.
+PLAIN = (
+    "{% if tools %}{{ raise_exception('tools need a chat template') }}{% endif %}"
+    "{% for m in messages %}"
+    "{% if m.tool_calls %}{{ raise_exception('tool calls need a chat template') }}{% endif %}"
+    "{{ m.content }}{{ eos_token if m.role == 'assistant' else '\\n' }}"
+    "{% endfor %}"
+)
+
+Kind = Literal["encoder", "decoder"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Encoded:
+    """Tokens with their weights (0 or 1), and how many tokens, and trained tokens, truncation took."""
+
+    input_ids: NDArray[np.int32]
+    weights: NDArray[np.float32]
+    cut: int = 0
+    cut_trained: int = 0
+
+
+class Renderer:
+    """One tokenizer with one template, cut to one length. It can be pickled.
+
+    `template` is a jinja text, or the path of a file with one; it stands in for the tokenizer's own.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, template: str | None = None, sequence_length: int | None = None
+    ) -> None:
+        self._set_up(tokenizer, _templates(tokenizer, template), sequence_length)
+
+    def _set_up(
+        self, tokenizer: PreTrainedTokenizerBase, templates: Mapping[str, str], sequence_length: int | None
+    ) -> None:
+        backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+        if not isinstance(backend, Tokenizer):
+            raise InputError(
+                f"{type(tokenizer).__name__} has no tokenizer.json: its tokens cannot be traced to characters",
+                "use a model folder with a tokenizer.json",
+            )
+        self.tokenizer = tokenizer
+        self.templates = templates
+        self.sequence_length = sequence_length
+        self._special_tokens = tokenizer.special_tokens_map
+        self._aligner = Aligner(backend)
+        self._json = _with_processor(self._aligner.backend, backend)
+        # What the tokenizer itself puts around a text, read off a text of one letter.
+        letter, whole = self._aligner.read("a"), Tokenizer.from_str(self._json).encode("a").ids
+        at = next((i for i in range(len(whole)) if whole[i : i + len(letter)] == letter), 0)
+        self._before, self._after = whole[:at], whole[at + len(letter) :]
+        self._turns: dict[str, Turns] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"tokenizer": self.tokenizer, "templates": self.templates, "sequence_length": self.sequence_length}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self._set_up(state["tokenizer"], state["templates"], state["sequence_length"])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over everything that decides which tokens and weights an input gives."""
+        parts = [VERSION, self._json, self._special_tokens, self.templates, self.sequence_length]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def end_ids(self) -> list[int]:
+        """Tokens that end an assistant turn: the template's own first, then EOS. InputError if it has none."""
+        own = [self._aligner.backend.token_to_id(end) for end in self._turns_for(None).shape.ends]
+        return list(dict.fromkeys(i for i in (*own, self._eos) if i is not None))
+
+    @property
+    def pad_id(self) -> int:
+        """A token to fill with. Text may have it too (often it is EOS): padding is told by segment and weight."""
+        own: Any = self.tokenizer.pad_token_id
+        return next(int(i) for i in (own, self._eos, 0) if i is not None)
+
+    @property
+    def kind(self) -> Kind:
+        """An encoder's tokenizer is known by having both CLS and SEP."""
+        return "encoder" if {"cls_token", "sep_token"} <= self._special_tokens.keys() else "decoder"
+
+    def encode(self, messages: Messages, tools: Tools = None) -> Encoded:
+        """The tokens of a whole conversation, cut from the right to the sequence length.
+
+        Raises InputError if the template refuses the messages, or if what is trained cannot be told exactly.
+        """
+        turns = self._turns_for(tools)
+        ids, ranges = self._tokens(turns.lay_out(_checked(messages), tools), turns)
+        weights = np.zeros(len(ids), np.float32)
+        for start, stop in ranges:
+            weights[start:stop] = 1
+        return self._cut(ids, weights)
+
+    def prompt(self, messages: Messages, tools: Tools = None, thinking: bool | None = None) -> NDArray[np.int32]:
+        """The tokens that the next answer follows, generation prompt included; never cut.
+
+        `thinking` turns the template's switch, if it has one; None leaves it at the template's default. Raises
+        InputError if the last message is the assistant's, or the prompt is longer than the sequence length.
+        """
+        if _checked(messages)[-1]["role"] == "assistant":
+            raise InputError("the messages of a prompt end with an assistant turn", "leave out the answer")
+        turns = self._turns_for(tools)
+        ids, _ = self._tokens(turns.lay_out(messages, tools, prompt=True, thinking=thinking), turns)
+        if self.sequence_length is not None and len(ids) > self.sequence_length:
+            raise InputError(
+                f"a prompt has {len(ids)} tokens, more than the sequence length of {self.sequence_length}",
+                "raise train.sequence_length, or take the row out",
+            )
+        return np.array(ids, np.int32)
+
+    def text(self, text: str, special: Kind | None = None) -> Encoded:
+        """Plain text as the tokenizer itself reads it, special tokens spelled in it included.
+
+        encoder: with the tokenizer's own tokens around it (CLS, SEP), which stay when the text is cut.
+        decoder: with BOS if the tokenizer puts one and with EOS at the end, neither twice; only BOS has weight 0.
+        """
+        ids = self._aligner.read(text)
+        if (special or self.kind) == "encoder":
+            around = len(self._before) + len(self._after)
+            room = len(ids) if self.sequence_length is None else max(self.sequence_length - around, 0)
+            cut = max(len(ids) - room, 0)
+            ids = [*self._before, *ids[:room], *self._after]
+            return Encoded(np.array(ids, np.int32), np.ones(len(ids), np.float32), cut, cut)
+        if self._eos is None:
+            raise InputError("the tokenizer has no EOS token, so a text has no end", "set eos_token in its config")
+        ids = [*self._opening(ids), *ids, *([] if ids[-1:] == [self._eos] else [self._eos])]
+        weights = np.ones(len(ids), np.float32)
+        if len(ids) > 1 and ids[0] == self.tokenizer.bos_token_id:
+            weights[0] = 0
+        return self._cut(ids, weights)
+
+    def decode(self, ids: Sequence[int] | NDArray[np.integer[Any]]) -> str:
+        """Exactly the text of the tokens, special ones included."""
+        return self._aligner.decode([int(i) for i in ids])
+
+    def show(self, encoded: Encoded) -> list[tuple[str, bool]]:
+        """The stretches of an example as text, and whether each is trained."""
+        trained = encoded.weights > 0
+        edges = [0, *(np.flatnonzero(trained[1:] != trained[:-1]) + 1).tolist(), len(trained)]
+        return [(self.decode(encoded.input_ids[a:b]), bool(trained[a])) for a, b in pairwise(edges) if a < b]
+
+    @property
+    def _eos(self) -> int | None:
+        eos: Any = self.tokenizer.eos_token_id
+        return None if eos is None else int(eos)
+
+    def _turns_for(self, tools: Tools) -> Turns:
+        name = "tool_use" if tools and "tool_use" in self.templates else "default"
+        if name not in self._turns:
+            if not self.templates and self._eos is None:
+                raise InputError(
+                    "the tokenizer has neither a chat template nor an EOS token, so an answer would have no end",
+                    "give a template with data.template",
+                )
+            added = list(self._aligner.backend.get_added_tokens_decoder().values())
+            self._turns[name] = Turns(
+                self.templates.get(name, PLAIN),
+                self._special_tokens,
+                [str(token.content) for token in added if token.special],
+                [str(token.content) for token in added],
+            )
+        return self._turns[name]
+
+    def _tokens(self, rendering: Rendering, turns: Turns) -> tuple[list[int], list[tuple[int, int]]]:
+        """The tokens with BOS, and the ranges of them that are to be produced."""
+        ids, ranges = self._aligner.align(rendering.text, rendering.spans, rendering.breaks)
+        ends = {*self.end_ids, *(self._aligner.backend.token_to_id(end) for end in turns.shape.ends)}
+        for _, stop in ranges:
+            if ids[stop - 1] not in ends:
+                raise InputError(
+                    f"an answer ends with the token {self.decode(ids[stop - 1 : stop])!r}, not with its end token",
+                    "give a template with data.template that ends answers with a special token",
+                )
+        opening = self._opening(ids)
+        return [*opening, *ids], [(len(opening) + start, len(opening) + stop) for start, stop in ranges]
+
+    def _opening(self, ids: Sequence[int]) -> list[int]:
+        """The BOS that the tokenizer puts before any text, unless it is there."""
+        bos: Any = self.tokenizer.bos_token_id
+        return [bos] if bos is not None and bos in self._before and list(ids[:1]) != [bos] else []
+
+    def _cut(self, ids: Sequence[int], weights: NDArray[np.float32]) -> Encoded:
+        length = len(ids) if self.sequence_length is None else self.sequence_length
+        cut_trained = int(np.count_nonzero(weights[length:]))
+        return Encoded(np.array(ids[:length], np.int32), weights[:length], max(len(ids) - length, 0), cut_trained)
+
+
+def _with_processor(bare: Tokenizer, backend: Tokenizer) -> str:
+    """The tokenizer as JSON, without the truncation and padding that an earlier call may have left on it."""
+    whole = Tokenizer.from_str(bare.to_str())
+    whole.post_processor = backend.post_processor
+    return whole.to_str()
+
+
+def _templates(tokenizer: PreTrainedTokenizerBase, template: str | None) -> dict[str, str]:
+    """Templates by name; none if the tokenizer has none. A jinja text is known by a brace or a line end."""
+    if template is None:
+        own: Any = getattr(tokenizer, "chat_template", None)
+        return {} if not own else {"default": own} if isinstance(own, str) else _with_default(own)
+    if "{" in template or "\n" in template:
+        return {"default": template}
+    try:
+        return {"default": Path(template).expanduser().read_text(encoding="utf-8")}
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"the chat template {template!r} cannot be read: {error}",
+            "give a jinja text or the path of a file with one",
+        ) from error
+
+
+def _with_default(own: Mapping[str, str]) -> dict[str, str]:
+    if "default" not in own:
+        raise InputError(
+            f"the tokenizer has the chat templates {', '.join(sorted(own))} and no default",
+            "give one of them as a file with data.template",
+        )
+    return dict(own)
+
+
+def _checked(messages: Messages) -> Messages:
+    if not messages:
+        raise InputError("a conversation has no messages", "take the row out")
+    for place, message in enumerate(messages):
+        role: Any = message.get("role") if isinstance(message, Mapping) else None  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not isinstance(role, str):
+            raise InputError(f"message {place} has no role", 'write messages as {"role": ..., "content": ...}')
+    return messages
