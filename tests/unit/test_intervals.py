@@ -1,0 +1,171 @@
+"""Coverage of the intervals, and what happens at their edges."""
+
+from __future__ import annotations
+
+import math
+import tracemalloc
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from tunesmith.errors import InputError, RefusedError
+from tunesmith.evaluate.intervals import interval, paired_rate, wilson
+from tunesmith.evaluate.json_metrics import FieldAccuracy
+from tunesmith.evaluate.metrics import Accuracy, FloatArray, Loss, MacroF1, Perplexity, RowMetric
+
+Draw = Callable[[int, np.random.Generator], FloatArray]
+
+# Five classes, 35% to 10% of the rows, found in 90% to 60% of the cases; errors fall on the others alike.
+SHARES = np.array([0.35, 0.25, 0.18, 0.12, 0.10])
+FOUND = np.array([0.90, 0.85, 0.75, 0.70, 0.60])
+JOINT = SHARES[:, None] * (np.diag(FOUND) + (1 - FOUND)[:, None] * (1 - np.eye(5)) / 4)
+TRUE_F1 = float(np.mean(2 * np.diag(JOINT) / (JOINT.sum(axis=0) + JOINT.sum(axis=1))))
+FIELDS = np.array([0.03, 0.02, 0.05, 0.1, 0.2, 0.6])
+
+
+def classes(count: int, rng: np.random.Generator) -> FloatArray:
+    cell_N = rng.choice(25, count, p=JOINT.ravel())
+    actual_N, predicted_N = cell_N // 5, cell_N % 5
+    one_hot = np.eye(5)
+    hits = one_hot[predicted_N] * (actual_N == predicted_N)[:, None]
+    return np.concatenate([hits, one_hot[predicted_N], one_hot[actual_N]], axis=1)
+
+
+def answers(count: int, rng: np.random.Generator) -> FloatArray:
+    """Answers of about 55 tokens, some of hundreds, whose nats per token are skewed: mean 1.35, median 1.13."""
+    tokens_N = np.maximum(1, np.round(rng.lognormal(4, 0.8, count)))
+    return np.column_stack([tokens_N * rng.lognormal(0.3 - 0.18, 0.6, count), tokens_N])
+
+
+def labels(count: int, rng: np.random.Generator) -> FloatArray:
+    """A classifier that is right in 9 cases of 10, and sure of it: a tenth of the rows carry most of the loss."""
+    right_N = rng.random(count) < 0.9
+    nll_N = np.where(right_N, rng.exponential(0.12, count), 0.7 + rng.exponential(1.2, count))
+    return np.column_stack([nll_N, np.ones(count)])
+
+
+def fields(count: int, rng: np.random.Generator) -> FloatArray:
+    return np.column_stack([rng.choice(6, count, p=FIELDS) / 5, np.ones(count)])
+
+
+def hits(count: int, rng: np.random.Generator) -> FloatArray:
+    return np.column_stack([rng.random(count) < 0.8, np.ones(count)]).astype(np.float64)
+
+
+@pytest.mark.parametrize("count", [50, 200, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("metric", "draw", "truth"),
+    [
+        (MacroF1("abcde"), classes, TRUE_F1),
+        (Loss(), answers, math.exp(0.3)),
+        (Loss(), labels, 0.9 * 0.12 + 0.1 * 1.9),
+        (FieldAccuracy(), fields, float(FIELDS @ np.arange(6)) / 5),
+        (Accuracy(), hits, 0.8),
+    ],
+    ids=["macro_f1", "loss", "label_loss", "field_accuracy", "accuracy"],
+)
+def test_nineteen_of_twenty_intervals_hold_the_truth(metric: RowMetric, draw: Draw, truth: float, count: int) -> None:
+    trials, resamples = {50: (1000, 1000), 200: (800, 500), 1000: (1000, 500)}[count]
+    rng = np.random.default_rng(17)
+    held = 0
+    for trial in range(trials):
+        _, low, high = interval(metric, draw(count, rng), seed=trial, resamples=resamples)
+        held += low <= truth <= high
+    assert 0.93 <= held / trials <= 0.97
+
+
+@pytest.mark.parametrize(("up", "down", "count"), [(0.3, 0.05, 50), (0.1, 0.02, 200), (0.03, 0.01, 1000)])
+def test_paired_rates_cover_their_difference(up: float, down: float, count: int) -> None:
+    rng = np.random.default_rng(5)
+    held = 0
+    for gained, lost, _ in rng.multinomial(count, [up, down, 1 - up - down], size=4000):
+        low, high = paired_rate(int(gained), int(lost), count)
+        held += low <= up - down <= high
+    assert 0.93 <= held / 4000 <= 0.97
+
+
+@pytest.mark.parametrize(("k", "n"), [(0, 1), (1, 1), (0, 40), (40, 40), (7, 9), (500, 1000)])
+def test_wilson_is_that_of_scipy(k: int, n: int) -> None:
+    expected = binomtest(k, n).proportion_ci(0.95, method="wilson")
+    assert wilson(k, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_the_same_seed_gives_the_same_bits() -> None:
+    table = classes(120, np.random.default_rng(0))
+    metric = MacroF1("abcde")
+    assert interval(metric, table, 3) == interval(metric, table, 3)
+    assert interval(metric, table, 3) != interval(metric, table, 4)
+
+
+def test_limits_of_perplexity_are_those_of_the_loss() -> None:
+    table = answers(80, np.random.default_rng(0))
+    assert interval(Perplexity(), table, 1) == pytest.approx([math.exp(x) for x in interval(Loss(), table, 1)])
+
+
+def test_blocks_change_nothing_but_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = classes(100, np.random.default_rng(0))
+    whole = interval(MacroF1("abcde"), table, 3)
+    monkeypatch.setattr("tunesmith.evaluate.intervals.BLOCK", 777)
+    assert interval(MacroF1("abcde"), table, 3) == pytest.approx(whole)
+
+
+def test_ten_thousand_rows_of_77_classes_take_bounded_memory() -> None:
+    rng = np.random.default_rng(0)
+    metric = MacroF1([str(i) for i in range(77)])
+    table = np.zeros((10_000, 231))
+    table[np.arange(10_000), 77 + rng.integers(0, 77, 10_000)] = 1
+    table[np.arange(10_000), 154 + rng.integers(0, 77, 10_000)] = 1
+    tracemalloc.start()
+    try:
+        interval(metric, table, 0)
+        assert tracemalloc.get_traced_memory()[1] < 200 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+ONE = np.array([[2.0, 4.0]])
+
+
+@pytest.mark.parametrize(
+    ("metric", "table", "expected"),
+    [
+        (Loss(), ONE, (0.5, 0.0, math.inf)),
+        (Perplexity(), ONE, (math.exp(0.5), 1.0, math.inf)),
+        (Loss(), np.repeat(ONE, 30, axis=0), (0.5, 0.5, 0.5)),
+        (Loss(), np.array([[0.0, 9.0], [0.0, 1.0]]), (0.0, 0.0, 0.0)),
+        (FieldAccuracy(), np.ones((1, 2)), (1.0, *wilson(1, 1))),
+        (FieldAccuracy(), np.ones((50, 2)), (1.0, *wilson(50, 50))),
+        (MacroF1("a"), np.ones((50, 3)), (1.0, *wilson(50, 50))),
+        (Accuracy(), np.ones((50, 2)), (1.0, *wilson(50, 50))),
+        (Accuracy(), np.array([[0.0, 1.0]]), (0.0, *wilson(0, 1))),
+    ],
+)
+def test_one_row_and_rows_all_alike(metric: RowMetric, table: FloatArray, expected: tuple[float, float, float]) -> None:
+    assert interval(metric, table, 0) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 8])
+def test_few_rows_still_have_finite_limits_around_the_value(count: int) -> None:
+    for seed in range(20):
+        table = answers(count, np.random.default_rng(seed))
+        value, low, high = interval(Loss(), table, seed)
+        assert 0 <= low <= value <= high < math.inf
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_is_refused(bad: float) -> None:
+    table = np.ones((5, 2))
+    table[3, 0] = bad
+    with pytest.raises(RefusedError, match="loss: row 3 of 5 has a non-finite statistic"):
+        interval(Loss(), table, 0)
+
+
+def test_no_value_is_refused() -> None:
+    with pytest.raises(RefusedError, match="no finite value"):
+        interval(Loss(), np.zeros((3, 2)), 0)
+    with pytest.raises(RefusedError, match="no finite value"):
+        interval(Perplexity(), np.array([[1e6, 1.0]]), 0)
+    with pytest.raises(InputError, match="no rows"):
+        interval(Loss(), np.zeros((0, 2)), 0)
