@@ -118,7 +118,7 @@ def licence_of(entry: Entry) -> Licence:
 def unknown_model(model: str) -> InputError:
     """The error for a word that is neither a name, a hub id, a folder nor a .gguf file."""
     names = [entry.name for entry in catalog().models]
-    near = difflib.get_close_matches(model.lower(), names, n=1)
+    near = difflib.get_close_matches(model.lower(), names, n=1) or [n for n in names if model.lower() in n]
     hint = f"did you mean {near[0]!r}? " if near else ""
     return InputError(
         f"there is no model {model!r}: not in the catalog, and no such folder or .gguf file",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith import compat
 from tunesmith.errors import InputError, RefusedError
-from tunesmith.models.folder import read_json
+from tunesmith.models.folder import known_model_type, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -67,12 +67,7 @@ def _filter(folder: Path) -> tuple[dict[str, Any], list[str]]:
         raise RefusedError(
             f"{path} asks for custom code by the key 'auto_map', which is never run", "use another model"
         )
-    model_type = raw.get("model_type")
-    if model_type not in compat.model_types():
-        raise RefusedError(
-            f"{path} has model_type {model_type!r}, which transformers does not have built in",
-            "upgrade transformers if the architecture is new; code from a model folder is never run",
-        )
+    model_type = known_model_type(raw, path)
     if quantised := raw.get("quantization_config") or raw.get("compression_config"):
         how = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else "unknown"
         raise InputError(f"the weights in {folder} are quantised ({how})", "use the unquantised base")
@@ -103,5 +98,5 @@ def _known(raw: dict[str, Any], config_class: type[Any], prefix: str) -> tuple[d
 def _nested_class(declared: type[Any], value: dict[str, Any]) -> type[Any] | None:
     if hasattr(declared, "model_type"):
         return declared
-    model_type = value.get("model_type")
+    model_type = str(value.get("model_type"))
     return compat.config_class(model_type) if model_type in compat.model_types() else None

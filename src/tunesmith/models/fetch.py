@@ -132,7 +132,9 @@ def _from_hub(hub_id: str, entry: Entry | None, name: str, progress: Progress | 
 
     if progress:
         progress("download", 0, 0)
-    elsewhere = "give a folder that holds the model, or a catalog name with a package copy (see `tunesmith models`)"
+    named = entry.name if entry and entry.package else None
+    copies = ", ".join(known.name for known in catalog().models if known.package)
+    elsewhere = f"give a folder that holds the model, or the catalog name {named or copies}, which pip fetches"
     try:
         folder = snapshot_download(hub_id, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED)
     except GatedRepoError as error:
@@ -141,9 +143,12 @@ def _from_hub(hub_id: str, entry: Entry | None, name: str, progress: Progress | 
             f"accept its terms at https://huggingface.co/{hub_id} and run `hf auth login`",
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
-        raise InputError(f"the hub has no model {hub_id!r} that you may read", elsewhere) from error
+        raise InputError(
+            f"the hub has no model {hub_id!r} that you may read", f"check the name, or {elsewhere}"
+        ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise ResourceError(f"the hub could not be reached for {hub_id}: {_first_line(error)}", elsewhere) from error
+        cause = f"the hub could not be reached for {hub_id}: {_first_line(error)}"
+        raise ResourceError(cause, f"try again with a network, or {elsewhere}") from error
     return _local(name, Path(folder), entry, f"the hub's {hub_id} at {Path(folder).name[:12]}", progress)
 
 

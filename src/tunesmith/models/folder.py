@@ -68,7 +68,7 @@ def check_folder(folder: Path) -> list[Path]:
             "move the adapter's files to a folder of their own",
         )
     _refuse_code(folder)
-    _known_model_type(read_json(config_file), config_file)
+    known_model_type(read_json(config_file), config_file)
     weights = weight_files(folder)
     for path in weights:
         check_safetensors(path)
@@ -178,10 +178,12 @@ def _refuse_code(folder: Path) -> None:
                 )
 
 
-def _known_model_type(config: dict[str, Any], where: Path) -> None:
+def known_model_type(config: dict[str, Any], where: Path) -> str:
+    """The `model_type` of a config.json; one that transformers does not have built in is refused."""
     model_type = config.get("model_type")
-    if model_type not in compat.model_types():
+    if not isinstance(model_type, str) or model_type not in compat.model_types():
         raise RefusedError(
             f"{where} has model_type {model_type!r}, which transformers does not have built in",
             "upgrade transformers if the architecture is new; code from a model folder is never run",
         )
+    return model_type

@@ -70,7 +70,7 @@ def load_tokenizer(local: LocalModel) -> PreTrainedTokenizerFast:
             else:
                 # Classes that rebuild a tokenizer from its vocabulary may split text differently.
                 tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-                if tokenizer.pad_token is None or tokenizer.eos_token is None:
+                if tokenizer.pad_token is None or (tokenizer.eos_token is None and tokenizer.cls_token is None):
                     _name_special_tokens(tokenizer, local)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise InputError(

