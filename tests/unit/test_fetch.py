@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from tunesmith.errors import InputError, RefusedError, ResourceError, TunesmithError
 from tunesmith.models import catalog as catalogs
@@ -425,6 +426,18 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, tiny_entry: Entry, monke
     with pytest.raises(ResourceError, match="cannot be written") as caught:
         resolve(TINY)
     assert "TUNESMITH_CACHE" in caught.value.remedy
+
+
+def test_the_lock_is_free_afterwards(tiny_entry: Entry, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[FileLock] = []
+
+    def remembered(path: Path) -> FileLock:
+        taken.append(FileLock(path))
+        return taken[-1]
+
+    monkeypatch.setattr(package, "FileLock", remembered)
+    resolve(TINY)
+    assert [lock.is_locked for lock in taken] == [False]
 
 
 def test_several_at_once_build_one_copy(tiny_entry: Entry) -> None:

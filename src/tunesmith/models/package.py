@@ -11,6 +11,8 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -89,8 +91,9 @@ def settle(aside: Path, folder: Path) -> None:
     os.replace(aside, folder)
 
 
-def held(folder: Path, progress: Progress | None) -> FileLock:
-    """The lock of a cached folder, held; says so when it has to wait for another process."""
+@contextmanager
+def held(folder: Path, progress: Progress | None) -> Generator[None]:
+    """Hold the lock of a cached folder; says so when it has to wait for another process."""
     locks = cache_dir() / "locks"
     try:
         locks.mkdir(parents=True, exist_ok=True)
@@ -107,7 +110,10 @@ def held(folder: Path, progress: Progress | None) -> FileLock:
         if progress:
             progress("wait", 0, 1)
         lock.acquire()
-    return lock
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _copy(entry: Entry) -> PackageCopy:
