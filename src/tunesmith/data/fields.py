@@ -1,0 +1,104 @@
+"""One raw record under a column map: typed access that refuses what is missing, empty or NaN, with its place."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import numbers
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+from tunesmith.errors import InputError
+
+
+class Fields:
+    """A raw record, its place, and `columns`: canonical name -> the file's own name for it."""
+
+    __slots__ = ("_columns", "_raw", "where")
+
+    def __init__(self, raw: Mapping[str, Any], columns: Mapping[str, str], where: str) -> None:
+        self._raw, self._columns, self.where = raw, columns, where
+
+    def wrong(self, name: str, what: str, remedy: str) -> InputError:
+        """An error about the field `name`, called as the file calls it."""
+        return InputError(f"{self.where}: {self._columns.get(name, name)}: {what}", remedy)
+
+    def get(self, name: str) -> Any:
+        """The value, or None where it is absent, null or NaN (which is how tables write absent)."""
+        value = self._raw.get(self._columns.get(name, name))
+        return None if isinstance(value, float) and math.isnan(value) else value
+
+    def need(self, name: str) -> Any:
+        """The value; absent, null and NaN are refused."""
+        column = self._columns.get(name, name)
+        if column not in self._raw:
+            raise absent_column(column, self._raw, self.where)
+        value = self._raw[column]
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            what = "null" if value is None else "NaN"
+            raise self.wrong(name, f"the value is {what}", "fill it in, or leave the row out")
+        return value
+
+    def text(self, name: str) -> str:
+        """A text that holds more than white space."""
+        value = self.need(name)
+        if not isinstance(value, str):
+            raise self.wrong(name, f"must be text, this is {shown(value)}", "write it as a string")
+        return self._filled(name, value)
+
+    def optional_text(self, name: str) -> str | None:
+        """The same, or None where it is absent, null or empty."""
+        value = self.get(name)
+        return None if value is None or value == "" else self.text(name)
+
+    def label(self, name: str) -> str:
+        """A class: text, or a whole number turned into its decimal text."""
+        return self._label(name, self.need(name))
+
+    def labels(self, name: str) -> list[str]:
+        """Several classes of one row, none twice; none at all is an answer too."""
+        found = [self._label(name, item) for item in self.items(name)]
+        for label in found:
+            if found.count(label) > 1:
+                raise self.wrong(name, f"the label {label!r} is given twice", "name each label of a row once")
+        return found
+
+    def items(self, name: str) -> list[Any]:
+        value = self.need(name)
+        if not isinstance(value, list):
+            raise self.wrong(name, f"must be a list, this is {shown(value)}", "write it as a JSON array")
+        return cast("list[Any]", value)
+
+    def _label(self, name: str, value: Any) -> str:
+        if isinstance(value, bool):
+            return "true" if value else "false"
+        if isinstance(value, numbers.Integral):
+            return str(int(value))
+        if not isinstance(value, str):
+            bad = "null" if value is None else shown(value)
+            raise self.wrong(name, f"a label must be text or a whole number, this is {bad}", "name the class in words")
+        label = self._filled(name, value).strip()
+        if label.casefold() == "nan":
+            raise self.wrong(name, "the label is NaN", "name the class, or leave the row out")
+        return label
+
+    def _filled(self, name: str, value: str) -> str:
+        if not value or value.isspace():
+            raise self.wrong(name, "the text is empty", "fill it in, or leave the row out")
+        return value
+
+
+def absent_column(column: str, present: Iterable[str], where: str, mapped_as: str | None = None) -> InputError:
+    """For a column that a record lacks: names those that it has, and the nearest."""
+    have = [str(name) for name in present]
+    near = difflib.get_close_matches(column, have, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    mapped = f", which data.columns gives as {mapped_as!r}" if mapped_as else ""
+    return InputError(
+        f"{where}: there is no column {column!r}{mapped}", f"{hint}the row has: {', '.join(have) or 'none'}"
+    )
+
+
+def shown(value: Any) -> str:
+    """A value for an error message: its kind, and a little of it."""
+    return f"{type(value).__name__} {value!r:.40}"

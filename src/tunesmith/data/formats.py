@@ -1,0 +1,240 @@
+"""Data formats as a table: how each is recognised, and how its records become canonical rows."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+from tunesmith.data import conversation
+from tunesmith.data.fields import Fields, absent_column, shown
+from tunesmith.errors import InputError
+from tunesmith.types import Row
+
+Kind = Literal["messages", "label", "text"]
+Value = dict[str, Any]
+Raw = tuple[Mapping[str, Any], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A format: the columns that tell it, those that it may have, and a record as it stands in a file.
+
+    `kind` is the canonical form of its rows (docs/architecture.md).
+    """
+
+    name: str
+    kind: Kind
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
+    make: Callable[[Fields], Value]
+    sample: str
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return self.required + self.optional
+
+
+def _messages(fields: Fields) -> Value:
+    return {"messages": conversation.messages(fields, "messages"), **conversation.tools(fields)}
+
+
+def _sharegpt(fields: Fields) -> Value:
+    found = conversation.sharegpt(fields, "conversations")
+    system = fields.optional_text("system")
+    if system is not None:
+        found = [_turn("system", system), *found]
+    return {"messages": found, **conversation.tools(fields)}
+
+
+def _alpaca(fields: Fields) -> Value:
+    found: list[Value] = []
+    system, extra = fields.optional_text("system"), fields.optional_text("input")
+    if system is not None:
+        found.append(_turn("system", system))
+    for index, pair in enumerate(fields.items("history") if fields.get("history") is not None else []):
+        texts = cast("list[Any]", pair) if isinstance(pair, list) else []
+        if len(texts) != 2 or not all(isinstance(text, str) and text.strip() for text in texts):
+            raise fields.wrong(f"history[{index}]", f"must be two texts, this is {shown(pair)}", "[question, answer]")
+        found += [_turn("user", texts[0]), _turn("assistant", texts[1])]
+    asked = fields.text("instruction")
+    found.append(_turn("user", asked if extra is None else f"{asked}\n\n{extra}"))
+    found.append(_turn("assistant", fields.text("output")))
+    return {"messages": found}
+
+
+def _prompt_completion(fields: Fields) -> Value:
+    """Only the completion is learned, whatever answers the prompt holds."""
+    found: list[Value] = []
+    for name, role in (("prompt", "user"), ("completion", "assistant")):
+        if isinstance(fields.need(name), list):
+            said = conversation.messages(fields, name)
+            found += conversation.untrained(said) if role == "user" else said
+        else:
+            found.append(_turn(role, fields.text(name)))
+    return {"messages": found, **conversation.tools(fields)}
+
+
+def _text_label(fields: Fields) -> Value:
+    return {"text": fields.text("text"), "label": fields.label("label")}
+
+
+def _text_labels(fields: Fields) -> Value:
+    return {"text": fields.text("text"), "labels": fields.labels("labels")}
+
+
+def _text(fields: Fields) -> Value:
+    return {"text": fields.text("text")}
+
+
+def _turn(role: str, content: str) -> Value:
+    return {"role": role, "content": content}
+
+
+# From the most to the least particular: detection takes the first whose required columns are all there.
+FORMATS: Mapping[str, Format] = {
+    form.name: form
+    for form in (
+        Format(
+            "messages",
+            "messages",
+            ("messages",),
+            ("tools",),
+            _messages,
+            '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}',
+        ),
+        Format(
+            "sharegpt",
+            "messages",
+            ("conversations",),
+            ("system", "tools"),
+            _sharegpt,
+            '{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]}',
+        ),
+        Format(
+            "alpaca",
+            "messages",
+            ("instruction", "output"),
+            ("input", "system", "history"),
+            _alpaca,
+            '{"instruction": "Translate to French.", "input": "Good morning", "output": "Bonjour"}',
+        ),
+        Format(
+            "prompt+completion",
+            "messages",
+            ("prompt", "completion"),
+            ("tools",),
+            _prompt_completion,
+            '{"prompt": "What is 2 + 2?", "completion": "4"}',
+        ),
+        Format(
+            "text+label",
+            "label",
+            ("text", "label"),
+            (),
+            _text_label,
+            '{"text": "Where is my card?", "label": "card_arrival"}',
+        ),
+        Format(
+            "text+labels",
+            "label",
+            ("text", "labels"),
+            (),
+            _text_labels,
+            '{"text": "Thanks, that was fun!", "labels": ["gratitude", "joy"]}',
+        ),
+        Format("text", "text", ("text",), (), _text, '{"text": "Any plain text to go on learning the language from."}'),
+    )
+}
+
+
+def detect(sample: Sequence[Raw], columns: Mapping[str, str] | None = None) -> str:
+    """The name of the format of all these records; an unknown or a mixed one is refused with places."""
+    first = sample[0]
+    name = _format_of(first[0], columns or {})
+    if name is None:
+        raise _unknown(*first)
+    for raw, where in sample[1:]:
+        if _format_of(raw, columns or {}) != name:
+            raise _mixed(name, first[1], raw, columns or {}, where)
+    return name
+
+
+def convert(raw: Mapping[str, Any], format: str, columns: Mapping[str, str], where: str) -> Value:
+    """The canonical `Row.value` of one record; whatever is wrong with it is refused with its place."""
+    for canonical, column in columns.items():
+        if column not in raw:
+            raise absent_column(column, raw, where, mapped_as=canonical)
+    return FORMATS[format].make(Fields(raw, columns, where))
+
+
+def rows(stream: Iterable[Raw], format: str | None, columns: Mapping[str, str]) -> tuple[str, Iterator[Row]]:
+    """The format of a stream of records (detected from the first one if None), and its canonical rows.
+
+    A later record whose columns tell another format is refused, with both places.
+    """
+    check_names(format, columns)
+    records = iter(stream)
+    first = next(records)
+    for canonical, column in columns.items():
+        if column not in first[0]:
+            raise absent_column(column, first[0], first[1], mapped_as=canonical)
+    name = format or detect([first], columns)
+    return name, _convert_all(itertools.chain([first], records), name, first[1], columns, detected=format is None)
+
+
+def _convert_all(
+    records: Iterable[Raw], name: str, first: str, columns: Mapping[str, str], *, detected: bool
+) -> Iterator[Row]:
+    same: set[tuple[str, ...]] = set()  # the sets of keys already seen to be of this format
+    for raw, where in records:
+        keys = tuple(raw)
+        if detected and keys not in same:
+            if all(column in raw for column in columns.values()) and _format_of(raw, columns) != name:
+                raise _mixed(name, first, raw, columns, where)
+            if len(same) < 1000:
+                same.add(keys)
+        yield Row(convert(raw, name, columns, where), where)
+
+
+def check_names(format: str | None, columns: Mapping[str, str]) -> None:
+    """Refuses an unknown format, and a column map whose left sides no (or not this) format knows."""
+    if format is not None and format not in FORMATS:
+        raise InputError(f"unknown data format {format!r}", _nearest(format, FORMATS))
+    known = FORMATS[format].columns if format else tuple(dict.fromkeys(c for f in FORMATS.values() for c in f.columns))
+    for canonical in columns:
+        if canonical not in known:
+            of = f"the format {format!r}" if format else "any format"
+            raise InputError(f"data.columns: {canonical!r} is not a column of {of}", _nearest(canonical, known))
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    names = list(known)
+    near = difflib.get_close_matches(word, names, n=1)
+    return (f"did you mean {near[0]!r}? " if near else "") + f"known: {', '.join(names)}"
+
+
+def _format_of(raw: Mapping[str, Any], columns: Mapping[str, str]) -> str | None:
+    taken = set(columns.values())
+    present = {name for name in raw if name not in taken} | set(columns)
+    return next((form.name for form in FORMATS.values() if present.issuperset(form.required)), None)
+
+
+def _unknown(raw: Mapping[str, Any], where: str) -> InputError:
+    known = "; ".join(" and ".join(form.required) for form in FORMATS.values())
+    return InputError(
+        f"{where}: no known format has the columns {', '.join(map(str, raw)) or '(none)'}",
+        f"say which column is which, as in data.columns: {{prompt: question, completion: answer}}; known: {known}",
+    )
+
+
+def _mixed(name: str, first: str, raw: Mapping[str, Any], columns: Mapping[str, str], where: str) -> InputError:
+    other = _format_of(raw, columns)
+    lacks = [c for c in FORMATS[name].required if columns.get(c, c) not in raw]
+    what = f"lacks {', '.join(map(repr, lacks))}" if other is None else f"is {other!r}"
+    return InputError(
+        f"two schemas in one file: {first} is {name!r}, {where} {what} (columns: {', '.join(map(str, raw))})",
+        "write all rows of a file with the same columns, or split it and list both under data.train",
+    )
