@@ -1,0 +1,74 @@
+"""Normalised hashes of rows: which rows say the same, inside one split and across two."""
+
+from __future__ import annotations
+
+import hashlib
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+KEY_BYTES = 16
+Keys = NDArray[np.bytes_]  # of dtype S16: fixed width, so equal bytes are equal keys
+
+
+def normalise(text: str) -> str:
+    """Unicode NFKC, case folded, runs of white space made one space, none at the ends."""
+    if not text.isascii():  # ASCII is NFKC already
+        text = unicodedata.normalize("NFKC", text)
+    return " ".join(text.casefold().split())
+
+
+def row_keys(value: Mapping[str, Any]) -> tuple[bytes, bytes]:
+    """The keys of a canonical row: of what the model is shown, and of that with the answer.
+
+    Shown are the messages before the last assistant's, and the tools; or the text without its
+    labels. Where nothing that tells rows apart comes before the answer, both keys are of the whole.
+    """
+    if "messages" in value:
+        return _conversation_keys(value["messages"], value.get("tools"))
+    shown = hashlib.blake2b(normalise(value["text"]).encode(), digest_size=KEY_BYTES)
+    whole = shown.copy()
+    for label in [value["label"]] if "label" in value else sorted(value.get("labels", [])):
+        whole.update(b"\x1e" + label.encode())
+    return shown.digest(), whole.digest()
+
+
+def duplicates(keys: Keys) -> NDArray[np.int64]:
+    """Indices, ascending, of the keys that stand earlier in the array too."""
+    _, first = np.unique(keys, return_index=True)
+    later = np.ones(len(keys), dtype=bool)
+    later[first] = False
+    return np.flatnonzero(later)
+
+
+def shared(keys: Keys, others: Keys) -> NDArray[np.int64]:
+    """Indices, ascending, of the `keys` that stand among the `others`."""
+    return np.flatnonzero(np.isin(keys, others))
+
+
+def as_keys(joined: bytes | bytearray) -> Keys:
+    """Keys laid end to end -> an array of them."""
+    return np.frombuffer(bytes(joined), dtype=f"S{KEY_BYTES}")
+
+
+def _conversation_keys(messages: Sequence[Mapping[str, Any]], tools: Any) -> tuple[bytes, bytes]:
+    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=len(messages))
+    digest = hashlib.blake2b(orjson.dumps(tools, option=orjson.OPT_SORT_KEYS) if tools else b"", digest_size=KEY_BYTES)
+    for message in messages[:last]:
+        digest.update(_said(message))
+    asked = any(message["role"] in ("user", "tool") for message in messages[:last])
+    shown = digest.digest()
+    for message in messages[last:]:
+        digest.update(_said(message))
+    whole = digest.digest()
+    return (shown if asked else whole), whole
+
+
+def _said(message: Mapping[str, Any]) -> bytes:
+    calls = message.get("tool_calls")
+    tail = orjson.dumps(calls, option=orjson.OPT_SORT_KEYS) if calls else b""
+    return b"\x1e%s\x1f%s\x1f%s" % (message["role"].encode(), normalise(message["content"]).encode(), tail)
