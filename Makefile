@@ -28,7 +28,7 @@ help:
 setup: $(STAMP)
 
 # torch comes first and alone, so that the build that your pip configuration prefers (CPU or CUDA) is taken.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo 'tunesmith needs Python 3.11 or newer; "$(PYTHON)" is' "$$($(PYTHON) -V 2>&1)." \
 	    'Name another: make PYTHON=python3.12 ...' >&2; exit 1; }

@@ -219,6 +219,7 @@ def test_wrong_values(tmp_path: Path, line: str, cause: str) -> None:
         ("{train: ''}", "data.train must be text or a list"),
         ("{train: [{path: a, weight: 0}]}", "data.train.0.weight must be a number above 0, not 0"),
         ("{train: [{weight: 2}]}", "data.train.0.path is missing"),
+        ("{train: [{path: a, wieght: 2}]}", "unknown key data.train.0.wieght"),
         ("{train: a, validation: 1.5}", "data.validation must be text or a number above 0 and below 1, not 1.5"),
         ("{train: a, test: {../../x: b}}", 'data.test.../../x: "../../x" must be a name of letters, digits'),
         ("{train: a, test: {easy: 3}}", "data.test.easy must be text, not 3"),
