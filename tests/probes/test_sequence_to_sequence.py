@@ -23,7 +23,9 @@ class Answer(Bare):
 
     def terms(self, policy: Policy, batch: Batch) -> Terms:
         scores = policy.score(batch, Want(logprobs=True))
-        assert scores.logprob_U is not None and scores.weight_U is not None and scores.example_U is not None
+        assert scores.logprob_U is not None
+        assert scores.weight_U is not None
+        assert scores.example_U is not None
         return Terms({"nll": Part(-scores.logprob_U, scores.weight_U, scores.example_U)})
 
 
