@@ -67,4 +67,4 @@ verify: $(STAMP)
 
 clean:
 	rm -rf .venv .cache .ruff_cache .hypothesis .pytest_cache .import_linter_cache build dist src/*.egg-info
-	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
