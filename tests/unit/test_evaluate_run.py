@@ -160,7 +160,10 @@ def test_majority_answers_the_most_frequent_label() -> None:
     ]
     assert predictions[0].scores == {"nll": pytest.approx(-math.log(0.4)), "tokens": 1.0}
     assert predictions[0].probabilities == {"a": 0.4, "b": 0.4, "c": 0.2}
-    assert predictions[1].scores == {}
+    assert predictions[1].scores["nll"] == pytest.approx(126 * math.log(2))
+    assert predictions[2].scores == {}
+    measured = measure("majority", "t", predictions[:2], build(["accuracy", "macro_f1", "loss"], predictions[:2]), 0)
+    assert [r.value for r in measured][:2] == [0.0, 0.0]
     with pytest.raises(InputError, match="no majority label"):
         majority({}, rows)
 
@@ -222,3 +225,14 @@ def test_table_names_the_data_when_there_are_several() -> None:
     text = shown(records, {})
     assert "hard / long" in text
     assert "test" in text
+
+
+def test_table_shows_the_baseline_that_was_measured() -> None:
+    records = [
+        Metric("majority", "test", "accuracy", 0.3, 0.2, 0.4, 100),
+        Metric("tuned", "test", "accuracy", 0.5, 0.4, 0.6, 100),
+    ]
+    text = shown(records, {("test", "accuracy"): Effect(0.2, 0.1, 0.3, 0.01)})
+    assert "majority" in text
+    assert "0.300 [0.200, 0.400]" in text
+    assert "base" not in text

@@ -141,6 +141,12 @@ def test_the_label_set_is_the_classifiers_and_the_references() -> None:
     assert metric.labels == ("a", "b", "c", "d")
 
 
+def test_a_label_that_training_never_saw_is_a_class_of_score_0() -> None:
+    rows = [Prediction("a", "a", "r"), Prediction("a", "new", "s")]
+    metric = build(["macro_f1"], rows, labels=["a", "b"])[0]
+    assert value_of(metric, *rows) == pytest.approx((2 / 3 + 0) / 2)
+
+
 def test_perfect_macro_f1_ignores_absent_classes() -> None:
     metric = MacroF1(["a", "b", "c"])
     assert value_of(metric, Prediction("a", "a", "r"), Prediction("b", "b", "s")) == 1.0

@@ -46,6 +46,32 @@ class RowMetric(Protocol):
 def build(
     names: Sequence[str], predictions: Iterable[Prediction], labels: Sequence[str] | None = None
 ) -> list[RowMetric]:
+    """The metrics called `names`, over the label set of `labels` (else the keys of `probabilities`) and all references.
+
+    So a test label that training never saw is a class that scores 0, as it is for scikit-learn. A generated
+    answer that is no label is a miss of its reference's class; it does not become a class.
+    """
+    found = set(labels or ())
+    for prediction in predictions:
+        if labels is None:
+            found.update(prediction.probabilities or ())
+        if prediction.reference is not None:
+            found.add(prediction.reference)
+    return [METRICS.get(name)(sorted(found)) for name in names]
+
+
+def statistics(self, prediction: Prediction) -> tuple[float, ...]:
+        """Of one row; always of the same length. InputError if the prediction lacks what is needed."""
+        ...
+
+    def aggregate(self, sums: FloatArray) -> FloatArray:
+        """[..., K] sums over rows -> [...] values; NaN where the sums define none."""
+        ...
+
+
+def build(
+    names: Sequence[str], predictions: Iterable[Prediction], labels: Sequence[str] | None = None
+) -> list[RowMetric]:
     """The metrics called `names`. Without `labels` the label set is the classifier's (the keys of
     `probabilities`) and the references'.
 

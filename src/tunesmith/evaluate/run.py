@@ -18,6 +18,10 @@ from tunesmith.evaluate.metrics import FloatArray, RowMetric, statistics
 from tunesmith.types import Metric, Prediction, Row
 
 
+# Stands for the probability of a label that training never saw, here as in the classifier's own predictions.
+SMALLEST = float(np.finfo(np.float32).tiny)
+
+
 @dataclass(frozen=True, slots=True)
 class Effect:
     """Tuned minus base on the same rows, with its 95% interval and a two-sided p-value."""
@@ -122,9 +126,10 @@ def majority(references_train: Mapping[str, int], rows: Sequence[Row]) -> list[P
     predictions: list[Prediction] = []
     for row in rows:
         reference = row.value.get("label")
-        share = probabilities.get(reference, 0.0) if isinstance(reference, str) else 0.0
-        scores = {"nll": -math.log(share), "tokens": 1.0} if share > 0 else {}
         expected = reference if isinstance(reference, str) else None
+        share = probabilities.get(expected, 0.0) if expected is not None else 0.0
+        nll = -math.log(max(share, SMALLEST))
+        scores = {} if expected is None else {"nll": nll, "tokens": 1.0}
         predictions.append(Prediction(output, expected, row.where, scores, probabilities))
     return predictions
 
@@ -140,13 +145,15 @@ def records_to_json(records: Sequence[Metric]) -> list[dict[str, Any]]:
 def table(records: Sequence[Metric], effects: Mapping[tuple[str, str], Effect]) -> Table:
     """Before and after, a line for each data set, group and metric. `effects` by (data, metric), for group "all".
 
-    Rates are fractions; all numbers have three decimals, p two significant digits.
+    A column for each model in the order of its first record: base or majority, then tuned. Rates are
+    fractions; all numbers have three decimals, p two significant digits.
     """
     several = len({(r.data, r.group) for r in records}) > 1
     result = Table(caption="95% intervals; difference and p are paired over the same rows")
     for heading in (["data"] if several else []) + ["metric"]:
         result.add_column(heading)
-    for heading in ("base", "tuned", "difference", "p", "n"):
+    names = list(dict.fromkeys(r.model for r in records))
+    for heading in (*names, "difference", "p", "n"):
         result.add_column(heading, justify="right", no_wrap=True)
     cells: dict[tuple[str, str, str], dict[str, Metric]] = {}
     for record in records:
@@ -158,7 +165,7 @@ def table(records: Sequence[Metric], effects: Mapping[tuple[str, str], Effect]) 
         result.add_row(
             *place,
             name,
-            *(_with_interval(models.get(model)) for model in ("base", "tuned")),
+            *(_with_interval(models.get(model)) for model in names),
             "-" if effect is None else f"{effect.difference:+.3f} [{effect.low:+.3f}, {effect.high:+.3f}]",
             "-" if effect is None else _probability(effect.p),
             " / ".join(map(str, counts)),
