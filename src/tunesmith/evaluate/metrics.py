@@ -60,33 +60,6 @@ def build(
     return [METRICS.get(name)(sorted(found)) for name in names]
 
 
-def statistics(self, prediction: Prediction) -> tuple[float, ...]:
-        """Of one row; always of the same length. InputError if the prediction lacks what is needed."""
-        ...
-
-    def aggregate(self, sums: FloatArray) -> FloatArray:
-        """[..., K] sums over rows -> [...] values; NaN where the sums define none."""
-        ...
-
-
-def build(
-    names: Sequence[str], predictions: Iterable[Prediction], labels: Sequence[str] | None = None
-) -> list[RowMetric]:
-    """The metrics called `names`. Without `labels` the label set is the classifier's (the keys of
-    `probabilities`) and the references'.
-
-    A generated answer that is no label is a miss of its reference's class; it does not become a class.
-    """
-    if labels is None:
-        found: set[str] = set()
-        for prediction in predictions:
-            found.update(prediction.probabilities or ())
-            if prediction.reference is not None:
-                found.add(prediction.reference)
-        labels = sorted(found)
-    return [METRICS.get(name)(labels) for name in names]
-
-
 def statistics(metric: RowMetric, predictions: Sequence[Prediction]) -> FloatArray:
     """[N, K] statistics of all rows. InputError when there are none."""
     if not predictions:

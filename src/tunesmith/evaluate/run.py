@@ -17,7 +17,6 @@ from tunesmith.evaluate.intervals import BLOCK, interval, paired_rate, percentil
 from tunesmith.evaluate.metrics import FloatArray, RowMetric, statistics
 from tunesmith.types import Metric, Prediction, Row
 
-
 # Stands for the probability of a label that training never saw, here as in the classifier's own predictions.
 SMALLEST = float(np.finfo(np.float32).tiny)
 
