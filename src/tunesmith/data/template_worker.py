@@ -23,36 +23,20 @@ ERROR_CHARACTERS = 500
 FLUSH_SECONDS = 0.25
 
 
-def environment() -> Any:
-    """jinja as transformers sets it up for chat templates, less what differs from one call to the next."""
-    from jinja2 import nodes
-    from jinja2.exceptions import SecurityError, TemplateError
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.parser import Parser
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+class PlainDict:
+    """`dict(...)` without the type behind it."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args, **kwargs)
+
+
+def plain_namespace() -> type[Any]:
+    """`namespace(...)` that takes no attribute starting with an underscore."""
+    from jinja2.exceptions import SecurityError
     from jinja2.utils import Namespace
-
-    class Generation(Extension):
-        """Reads `{% generation %}` blocks as their body; what they claim to mark is not used."""
-
-        tags = {"generation"}  # noqa: RUF012 (jinja2 declares it as a plain set)
-
-        def parse(self, parser: Parser) -> nodes.Node:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.CallBlock(self.call_method("body"), [], [], body).set_lineno(line)
-
-        def body(self, caller: Callable[[], str]) -> str:
-            return caller()
-
-    class PlainDict:
-        """`dict(...)` without the type behind it."""
-
-        def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-            return dict(*args, **kwargs)
-
-        def fromkeys(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-            return dict.fromkeys(*args, **kwargs)
 
     class PlainNamespace(Namespace):
         """`namespace(...)` that takes no attribute starting with an underscore."""
@@ -72,6 +56,30 @@ def environment() -> Any:
         if isinstance(name, str) and name.startswith("_"):
             raise SecurityError(f"a namespace takes no attribute {name!r}")
 
+    return PlainNamespace
+
+
+def environment() -> Any:
+    """jinja as transformers sets it up for chat templates, less what differs from one call to the next."""
+    from jinja2 import nodes
+    from jinja2.exceptions import TemplateError
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.parser import Parser
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """Reads `{% generation %}` blocks as their body; what they claim to mark is not used."""
+
+        tags = {"generation"}  # noqa: RUF012 (jinja2 declares it as a plain set)
+
+        def parse(self, parser: Parser) -> nodes.Node:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.CallBlock(self.call_method("body"), [], [], body).set_lineno(line)
+
+        def body(self, caller: Callable[[], str]) -> str:
+            return caller()
+
     def raise_exception(message: Any) -> None:
         raise TemplateError(str(message))
 
@@ -87,7 +95,7 @@ def environment() -> Any:
     del env.filters["random"], env.globals["lipsum"]
     env.filters["tojson"] = tojson
     cast("dict[str, Any]", env.globals).update(
-        raise_exception=raise_exception, strftime_now=strftime_now, dict=PlainDict(), namespace=PlainNamespace
+        raise_exception=raise_exception, strftime_now=strftime_now, dict=PlainDict(), namespace=plain_namespace()
     )
     return env
 
