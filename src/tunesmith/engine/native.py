@@ -118,10 +118,12 @@ class NativeEngine:
         with torch.no_grad():
             for name, value in state["parameters"].items():
                 (buffers[name] if name in buffers else self.trainable[name]).copy_(value)
+        self._optimizer.state.clear()  # a state from before the first step has no moments
         for name, moment in state["moments"].items():
             parameter = self.trainable[name]
             self._optimizer.state[parameter] = {
-                key: value.to(parameter.device if key != "step" else value.device) for key, value in moment.items()
+                key: value.to(parameter.device if key != "step" else value.device, copy=True)
+                for key, value in moment.items()
             }
 
     def _plain(self, objective: Objective, policy: Policy, step: Step, normalisers: Mapping[str, float]) -> _Sums:
