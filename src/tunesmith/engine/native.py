@@ -189,8 +189,9 @@ class NativeEngine:
         """Same step, same gradient, smaller micro-batches; one example that does not fit ends the run."""
         largest = self._largest or max(len(batch.examples) for batch in step.batches)
         if largest == 1:
+            longest = max(part.tokens for batch in step.batches for part in self._split(batch, 1))
             raise ResourceError(
-                f"step {step.number}: one example of {max(b.tokens for b in step.batches)} tokens does not fit in memory",
+                f"step {step.number}: one example of up to {longest} tokens does not fit in memory",
                 "lower train.sequence_length or choose a smaller model",
             ) from error
         self._largest = max(1, largest // 2)
