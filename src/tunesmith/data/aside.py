@@ -18,32 +18,42 @@ from numpy.typing import DTypeLike, NDArray
 from tunesmith.errors import ResourceError
 
 META = "meta.json"
+_BUFFER = 2**20
 
 
 class Sink:
     """A file that is hashed while it is written."""
 
     def __init__(self, path: Path) -> None:
-        self._stream: IO[bytes] = path.open("wb", buffering=2**20)
+        self._stream: IO[bytes] = path.open("wb", buffering=0)
         self._hash = hashlib.sha256()
+        self._waiting = bytearray()
         self.bytes = 0
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        self._stream.write(data)
-        self._hash.update(data)
+        self._waiting += data
         self.bytes += len(data)
+        if len(self._waiting) >= _BUFFER:  # many small writes become one of the file and one of the hash
+            self._flush()
 
     def array(self, values: NDArray[Any]) -> None:
         self.write(np.ascontiguousarray(values).tobytes())
 
     def close(self) -> dict[str, Any]:
-        self._stream.flush()
+        self._flush()
         os.fsync(self._stream.fileno())
         self._stream.close()
         return {"bytes": self.bytes, "sha256": self._hash.hexdigest()}
 
     def abandon(self) -> None:
         self._stream.close()
+
+    def _flush(self) -> None:
+        self._hash.update(self._waiting)
+        view = memoryview(self._waiting)
+        while view:
+            view = view[self._stream.write(view) :]
+        self._waiting = bytearray()
 
 
 class Build:
