@@ -1,0 +1,81 @@
+"""`tunesmith predict`: a run's answers to the rows of a file, one JSON line each."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.cli.verb import Call, Verb, add_plugins, add_run, json_text
+from tunesmith.errors import InputError
+
+if TYPE_CHECKING:
+    from tunesmith.types import Prediction
+
+TOP = 5  # labels whose probability is shown
+
+
+def _add(parser: argparse.ArgumentParser) -> None:
+    add_run(parser)
+    parser.add_argument("--input", metavar="F", type=Path, required=True, help="rows to answer; their answers may lack")
+    parser.add_argument("--output", metavar="F", type=Path, help="where the lines go; stdout if left out")
+    parser.add_argument(
+        "--max-new-tokens", metavar="N", type=_positive, help="longest answer; the run's own if left out"
+    )
+    add_plugins(parser)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("it must be at least 1")
+    return number
+
+
+def _run(options: argparse.Namespace, call: Call) -> int:
+    output: Path | None = options.output
+    if output is not None and not output.absolute().parent.is_dir():
+        raise InputError(f"there is no folder {output.absolute().parent} for --output", "make it, or give another path")
+    if output is not None and output.is_dir():
+        raise InputError(f"--output {output} is a folder", "give the path of a file")
+    from tunesmith import api, rundir
+
+    predictions = api.predict(
+        options.path, options.input, max_new_tokens=options.max_new_tokens, plugins=options.plugins
+    )
+    answers = [_answer(prediction) for prediction in predictions]
+    if output is not None:
+        lines = [json.dumps(answer, ensure_ascii=False, allow_nan=False) + "\n" for answer in answers]
+        rundir.write_file(output, "".join(lines).encode())
+    if call.json:
+        found = {"run": str(options.path), "rows": len(answers)}
+        call.print_json(found | ({"predictions": answers} if output is None else {"output": str(output)}))
+    elif output is not None:
+        sys.stdout.write(f"{len(answers):,} answers in {output}\n")
+    else:
+        sys.stdout.writelines(json_text(answer) + "\n" for answer in answers)
+    return 0
+
+
+def _answer(prediction: Prediction) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "where": prediction.where,
+        "output": prediction.output,
+        "reference": prediction.reference,
+    }
+    if prediction.probabilities is not None:
+        found["probabilities"] = _top(prediction.probabilities)
+    if not prediction.finished:
+        found["finished"] = False
+    return found
+
+
+def _top(probabilities: Mapping[str, float]) -> dict[str, float]:
+    """The most probable labels, the first first."""
+    return dict(sorted(probabilities.items(), key=lambda pair: -pair[1])[:TOP])
+
+
+VERB = Verb("predict", "answer the rows of a file with a run's model", _add, _run)

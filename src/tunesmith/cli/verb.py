@@ -1,0 +1,80 @@
+"""What a verb is, and what a running one shares with `main`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(slots=True)
+class Call:
+    """One invocation. `run`: the run that holds what was done so far, once there is one."""
+
+    json: bool = False
+    debug: bool = False
+    run: Path | None = None
+
+    def print_json(self, value: Any) -> None:
+        """The verb's result for a machine: the only thing that goes to stdout with --json."""
+        sys.stdout.write(json_text(value, indent=2) + "\n")
+
+    def following(self, listen: Callable[[str, Mapping[str, Any]], None]) -> Callable[[str, Mapping[str, Any]], None]:
+        """The listener, with `run` kept as soon as the run has a folder."""
+
+        def follow(event: str, data: Mapping[str, Any]) -> None:
+            if event == "planned":
+                self.run = Path(data["run"])
+            listen(event, data)
+
+        return follow
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON for stdout; where stdout cannot hold every character, only ASCII."""
+    ascii_only = (sys.stdout.encoding or "ascii").lower().replace("-", "") != "utf8"
+    return json.dumps(value, indent=indent, ensure_ascii=ascii_only, allow_nan=False, default=str)
+
+
+@dataclass(frozen=True, slots=True)
+class Verb:
+    """`add` declares the arguments; `run` takes what was parsed and returns the exit code."""
+
+    name: str
+    summary: str
+    add: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace, Call], int]
+
+
+def add_plugins(parser: argparse.ArgumentParser) -> None:
+    """--plugin, which only the command line may give: a recipe that names code to run would be unsafe to share."""
+    parser.add_argument(
+        "--plugin",
+        dest="plugins",
+        metavar="FILE",
+        type=Path,
+        action="append",
+        default=[],
+        help="a Python file that registers metrics, methods or objectives; may be given several times",
+    )
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """RECIPE and the keys that are set on the command line."""
+    parser.add_argument("recipe", metavar="RECIPE", type=Path, help="the recipe file (YAML)")
+    parser.add_argument(
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        default=[],
+        help="keys set over the recipe's, such as train.epochs=1",
+    )
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """RUN, the folder of a run."""
+    parser.add_argument("path", metavar="RUN", type=Path, help="the run's folder, such as runs/tickets")

@@ -1,0 +1,103 @@
+"""Results on screen: what is in evaluation.json as a table, what it cannot say, and where to go from there."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tunesmith.report.visible import visible
+
+TUNED = "tuned"
+
+
+def show_results(
+    path: Path, records: Sequence[Mapping[str, Any]], effects: Sequence[Mapping[str, Any]], console: Console
+) -> None:
+    """The table of a run, and the next commands."""
+    for table in results_tables(records, effects):
+        console.print(table)
+    if records:
+        paired = "; the difference and its p-value are paired over the same rows" if effects else ""
+        console.print(Text(f"\n[low, high]: 95% intervals{paired}\n", style="dim"), soft_wrap=True)
+    for warning in weaknesses(records):
+        console.print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
+    run = shlex.quote(str(path))
+    for line in (
+        f"model: {path / 'model'}",
+        f"next:  tunesmith predict {run} --input FILE    answers to more rows",
+        f"       tunesmith evaluate {run} --data FILE    measure it on more rows",
+    ):
+        console.print(Text(line), soft_wrap=True)
+
+
+def weaknesses(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What keeps these numbers from being a fair judgement."""
+    if not records:
+        return ["nothing was measured, because there is no test set (data.test) and no validation set"]
+    if {record["data"] for record in records} == {"validation"}:
+        return [
+            "there is no test set (data.test): these rows also chose the checkpoint, so the numbers may be too good"
+        ]
+    return []
+
+
+def results_tables(records: Sequence[Mapping[str, Any]], effects: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """A table for each data set and group: the base (or the majority class), the tuned model, the difference."""
+    changes = {(effect["data"], effect["metric"]): effect for effect in effects}
+    places = dict.fromkeys((str(record["data"]), str(record["group"])) for record in records)
+    tables: list[Table] = []
+    for data, group in places:
+        own = [record for record in records if (record["data"], record["group"]) == (data, group)]
+        found = {metric: change for (of, metric), change in changes.items() if of == data and group == "all"}
+        title = data if group == "all" else f"{data} / {group}"
+        tables.append(_table(visible(title), own, found))
+    return tables
+
+
+def _table(title: str, records: Sequence[Mapping[str, Any]], changes: Mapping[str, Mapping[str, Any]]) -> Table:
+    compared = next((str(record["model"]) for record in records if record["model"] != TUNED), None)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
+    table.title, table.title_justify = Text(f"\nmeasured on {title}"), "left"
+    table.add_column("metric", overflow="fold", min_width=8)
+    for heading in [*([compared] if compared else []), TUNED, *(["difference", "p"] if changes else []), "n"]:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for metric in dict.fromkeys(str(record["metric"]) for record in records):
+        models = {str(record["model"]): record for record in records if record["metric"] == metric}
+        change = changes.get(metric)
+        counts = sorted({int(record["n"]) for record in models.values()})
+        table.add_row(
+            visible(metric),
+            *([_with_limits(models.get(compared), "value")] if compared else []),
+            _with_limits(models.get(TUNED), "value"),
+            *([_with_limits(change, "difference", "+"), _probability(change)] if changes else []),
+            " / ".join(f"{n:,}" for n in counts),
+        )
+    return table
+
+
+def _with_limits(record: Mapping[str, Any] | None, key: str, sign: str = "") -> str:
+    """A value over its interval, so that the table fits into 80 columns."""
+    if record is None:
+        return "-"
+    low, high = (_number(record[limit], sign) for limit in ("low", "high"))
+    return f"{_number(record[key], sign)}\n[{low}, {high}]"
+
+
+def _number(value: Any, sign: str) -> str:
+    if value is None:
+        return "unknown"  # one row tells nothing of a loss's spread
+    size = abs(value)
+    return f"{value:{sign}.{3 if size < 10 else 2 if size < 100 else 1}f}" if size < 10**5 else f"{value:{sign}.2e}"
+
+
+def _probability(effect: Mapping[str, Any] | None) -> str:
+    if effect is None:
+        return "-"
+    return "<0.001" if effect["p"] < 0.001 else f"{effect['p']:.2g}"
