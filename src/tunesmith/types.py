@@ -234,7 +234,7 @@ class MethodFacts:
 class ObjectiveNeeds:
     """What an objective asks of data, model and engine.
 
-    `formats` are kinds of canonical rows (messages, text+label, text); `trains_tokens`: a row without a
+    `formats` are kinds of canonical rows (messages, label, text); `trains_tokens`: a row without a
     trained token teaches nothing; `metrics` are measured unless the recipe names others.
     """
 

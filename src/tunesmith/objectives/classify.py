@@ -42,7 +42,7 @@ class Classify:
     needs: ClassVar[ObjectiveNeeds] = ObjectiveNeeds(
         summary="give each text one label of those seen in training",
         head="pooled",
-        formats=frozenset({"text+label"}),
+        formats=frozenset({"label"}),
         kinds=frozenset({"encoder", "decoder"}),
         coupling="example",
         metrics=("accuracy", "macro_f1", "loss"),
