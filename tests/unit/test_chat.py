@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
@@ -222,6 +222,14 @@ def test_a_template_that_drops_the_thinking_its_prompt_opens_is_refused() -> Non
         renderer.encode(messages)
     # In the history the header stands without what the prompt opens.
     assert trained(renderer, [*messages, user("?")]) == ["Hello<|im_end|>"]
+
+
+def test_qwen3_turns_of_nothing_but_thinking() -> None:
+    renderer = RENDERERS["qwen3"]
+    messages = [user("Hi"), answer("<think>hm</think>")]
+    assert trained(renderer, messages) == ["<think>\nhm\n</think>\n\n<|im_end|>"]
+    assert_prompt_leads(renderer, messages)
+    assert trained(renderer, [*messages, user("?")]) == ["<|im_end|>"]
 
 
 # ---------------------------------------------------------------- what is trained
@@ -555,6 +563,8 @@ def conversations(draw: st.DrawFn) -> list[Turn]:
 @pytest.mark.parametrize("name", FAMILIES)
 @settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 @given(messages=conversations())
+@example([user("assistant\n"), answer("\n You", train=True), user("You"), answer("You", train=True)])
+@example([user("You"), answer("<think>", train=True), user("You"), answer("You", train=True)])
 def test_any_conversation_trains_exactly_its_answers(name: str, messages: list[Turn]) -> None:
     family, renderer = FAMILIES[name], RENDERERS[name]
     if not family.system:

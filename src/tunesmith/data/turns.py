@@ -93,7 +93,8 @@ class Marks:
         """Mark each stretch between think tags; of a text, only what follows the last tag is sure to be kept."""
         *head, last = _THINK_TAG.split(text)
         kept = [piece if _THINK_TAG.fullmatch(piece) else self._wrap(piece, turn, False) for piece in head]
-        return "".join(kept) + self._wrap(last, turn, required)
+        marked = "".join(kept) + self._wrap(last, turn, required)
+        return self._wrap(text, turn, False) if marked == text else marked  # nothing but tags
 
     def _mark_turn(self, message: dict[str, Any], turn: int) -> None:
         calls: list[Any] = list(message.get("tool_calls") or ())
@@ -143,11 +144,12 @@ class Marks:
         found: dict[int, Found] = {}
         for number, (turn, required) in enumerate(self.owners):
             opened, closed = (places.get(chr(self.base + 2 * number + side), []) for side in (0, 1))
-            if len(opened) != len(closed) or len(opened) > 1 or (required and not opened):
+            whole = len(opened) == len(closed) == 1
+            if max(len(opened), len(closed)) > 1 or (required and not whole):
                 _refuse(
                     turn, "is not in the rendering exactly once: the template changes, repeats or drops it", _REMEDY
                 )
-            if opened:
+            if whole:
                 one = found.setdefault(turn, Found(opened[0], closed[0], len(text)))
                 one.first, one.last = min(one.first, opened[0]), max(one.last, closed[0])
         for turn, mark in self.limits.items():
@@ -210,7 +212,7 @@ class _Reading:
         # An earlier turn stands in a history that was another one when it was made. What introduces it is the end of
         # its prompt, from behind the text of the message before; a thinking block may be left out of it.
         before = _last_text(self.messages[turn - 1])
-        leads = [p[p.rfind(before) + len(before) :] if before in p else "" for p in known]
+        leads = [_lead(p, before) for p in known]
         for header in [lead.partition("<think>")[0] for lead in leads]:
             at = self.text.rfind(header, floor, first) if header.strip() else -1
             if at >= 0:
@@ -296,18 +298,20 @@ class Turns:
         """
         plain = [{k: v for k, v in m.items() if k != "train" and v is not None} for m in messages]
         turns = [i for i, m in enumerate(messages) if m.get("role") == "assistant" and m.get("train") is not False]
-        variables = {**self.special_tokens, **({} if thinking is None else LOUD if thinking else QUIET)}
+        asked = {} if thinking is None else LOUD if thinking else QUIET
         anywhere, in_json, ends = self._patterns
         as_json = _as_json([plain, tools])
         controls = anywhere if in_json.search(as_json) else None
         if not turns and controls is None:
-            (text,) = render_views(self.template, [(plain, tools)], [View(prompt=prompt)], variables)
+            (text,) = render_views(self.template, [(plain, tools)], [View(0, None, prompt, asked)], self.special_tokens)
             return Rendering(_good(text))
         marks = Marks(plain, tools, turns, controls, _free_plane(as_json))
         prompted = [turn for turn in turns if turn]
-        views = [View(0, prompt=prompt), View(1, prompt=prompt)]
+        views = [View(0, None, prompt, asked), View(1, None, prompt, asked)]
         views += [View(0, turn, True, switch) for turn in prompted for switch in self._switches]
-        answers = render_views(self.template, [(plain, tools), (marks.messages, marks.tools)], views, variables)
+        answers = render_views(
+            self.template, [(plain, tools), (marks.messages, marks.tools)], views, self.special_tokens
+        )
         text, wide = _good(answers[0]), len(self._switches)
         try:
             unmarked, found, breaks = marks.read(_good(answers[1]))
@@ -352,6 +356,15 @@ def _as_json(value: Any) -> str:
         raise InputError(
             f"a message holds what JSON cannot: {error}", "keep to text, numbers, lists and maps"
         ) from error
+
+
+def _lead(prompt: str, before: str) -> str:
+    """What a prompt has behind the text of its last message; "" if that is not found."""
+    at = prompt.rfind(before)
+    # A message may say "assistant" too: what is left of the header must be more than a line end.
+    while at >= 0 and not prompt[at + len(before) :].partition("<think>")[0].strip():
+        at = prompt.rfind(before, 0, at + len(before) - 1) if before else -1
+    return "" if at < 0 else prompt[at + len(before) :]
 
 
 def _last_text(message: Mapping[str, Any]) -> str:
