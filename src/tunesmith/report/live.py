@@ -203,8 +203,11 @@ def gibibytes(count: float) -> str:
 def _numbers(data: Mapping[str, Any], pace: Pace) -> str:
     left = int(data["total_steps"]) - int(data["step"])
     skipped = "  skipped: nothing to learn in it" if data.get("skipped") else ""
+    rate = f"{data['tokens_per_second']:,.0f} tokens/s"
+    if not data["tokens_per_second"]:  # vectors made once before: no token goes through the model any more
+        rate = f"{data['examples_per_second']:,.0f} examples/s"
     return (
-        f"loss {data['loss']:.4f} (smoothed {pace.smoothed:.4f})  {data['tokens_per_second']:,.0f} tokens/s  "
+        f"loss {data['loss']:.4f} (smoothed {pace.smoothed:.4f})  {rate}  "
         f"{duration(pace.left(left))} left  {gibibytes(data['peak_memory_bytes'])}{skipped}"
     )
 
