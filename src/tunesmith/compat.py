@@ -43,6 +43,26 @@ def quiet_transformers() -> Generator[None]:
 
 
 @contextmanager
+def positions_unread() -> Generator[None]:
+    """Inside, transformers does not search position_ids for packed sequences: on meta they have no values."""
+    from transformers import masking_utils
+
+    search = getattr(masking_utils, "find_packed_sequence_indices", None)
+    if search is None:
+        yield
+        return
+
+    def found(*_: Any, **__: Any) -> None:
+        return None
+
+    setattr(masking_utils, "find_packed_sequence_indices", found)  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(masking_utils, "find_packed_sequence_indices", search)  # noqa: B010
+
+
+@contextmanager
 def gguf_progress(report: Callable[[int, int], None]) -> Generator[None]:
     """Report tensors done while transformers dequantises a GGUF file, in place of its progress bar."""
     from transformers import modeling_gguf_pytorch_utils as reader

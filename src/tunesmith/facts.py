@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tunesmith.compat import positions_unread
 from tunesmith.data.pack import collate
 from tunesmith.engine.precision import choose_device, is_served, probe
 from tunesmith.models.cache import cache_dir
@@ -105,7 +106,7 @@ def is_packable(meta: MetaModel) -> bool:
         for stream in batch.streams.values():
             stream.input_ids_BT = stream.input_ids_BT.to("meta")
             stream.position_ids_BT = stream.position_ids_BT.to("meta")
-        with torch.no_grad():
+        with torch.no_grad(), positions_unread():
             policy.score(batch, Want(hidden=True))
     except (RuntimeError, TypeError, ValueError, NotImplementedError):
         return False
