@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -83,17 +84,19 @@ def measure_rows(
 def score(
     name: str, found: Mapping[str, Sequence[Prediction]], metrics: Sequence[str], objective: Objective, seed: int
 ) -> dict[str, Any]:
-    """Records with intervals for each model, and the paired effect of tuning on each metric."""
-    built = [build(metric, objective.describe().get("labels", [])) for metric in metrics]
-    records = [
-        asdict(r) for model, predictions in found.items() for r in measure(model, name, predictions, built, seed)
-    ]
+    """Records with intervals for each model, and the paired effect of tuning on each metric.
+
+    A limit that is infinite (one row of a loss) is null, as JSON has none.
+    """
+    built = build(metrics, found[TUNED], objective.describe().get("labels"))
+    records = [r for model, predictions in found.items() for r in measure(model, name, predictions, built, seed)]
     effects: list[dict[str, Any]] = []
     before = next((found[model] for model in (BASE, MAJORITY) if model in found), None)
     if before is not None:
         for metric in built:
             effect = compare(before, found[TUNED], metric, seed)
-            effects.append({"data": name, "metric": metric.name, **asdict(effect)})
+            numbers = {key: number if math.isfinite(number) else None for key, number in asdict(effect).items()}
+            effects.append({"data": name, "metric": metric.name, **numbers})
     return {"records": records_to_json(records), "effects": effects}
 
 
