@@ -71,14 +71,14 @@ def execute(run: RunDir, recipe: Recipe, plan: Plan, assets: Assets, listen: Lis
 
     Returns what evaluation.json holds. The caller holds the run's lock.
     """
-    with stoppable() as stop:
-        listen("phase", {"name": "loading", "what": plan.base["name"]})
-        policy = session.build(plan, assets)
+    listen("phase", {"name": "loading", "what": plan.base["name"]})
+    policy = session.build(plan, assets)
+    with stoppable() as stop:  # only steps have something to save first; elsewhere a signal may end the process at once
         _train(run, plan, assets, policy, stop, listen)
-        listen("phase", {"name": "saving"})
-        with rundir.replace_folder(run.model) as folder:
-            session.save(folder, policy, recipe, plan, assets)
-        return measure_run(run, recipe, plan, assets, policy, listen)
+    listen("phase", {"name": "saving"})
+    with rundir.replace_folder(run.model) as folder:
+        session.save(folder, policy, recipe, plan, assets)
+    return measure_run(run, recipe, plan, assets, policy, listen)
 
 
 def _train(run: RunDir, plan: Plan, assets: Assets, policy: Policy, stop: StopRequest, listen: Listen) -> None:
