@@ -28,6 +28,8 @@ from tunesmith.types import Method, Objective, Prediction, Row, SampleSpec
 
 Rows = Sequence[Mapping[str, Any]]
 
+_LOADED: dict[Path, str] = {}  # sha256 of each plugin that this process has run
+
 
 @dataclass(frozen=True, slots=True)
 class Result:
@@ -188,11 +190,14 @@ def load_plugins(paths: Sequence[Path]) -> dict[str, str]:
         spec = importlib.util.spec_from_file_location(f"tunesmith_plugin_{path.stem}", path)
         if not path.is_file() or spec is None or spec.loader is None:
             raise InputError(f"--plugin {path} is not a Python file", "give the path of a .py file")
+        hashes[path.name] = rundir.sha256_file(path)
+        if _LOADED.get(path.resolve()) == hashes[path.name]:
+            continue  # what it registers is there since an earlier call of this process
         try:
             spec.loader.exec_module(importlib.util.module_from_spec(spec))
         except Exception as error:
             raise InputError(f"--plugin {path} fails: {type(error).__name__}: {error}", "mend the file") from error
-        hashes[path.name] = rundir.sha256_file(path)
+        _LOADED[path.resolve()] = hashes[path.name]
     return hashes
 
 
