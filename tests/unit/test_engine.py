@@ -271,8 +271,9 @@ def test_a_step_repeats_its_dropout_whatever_was_drawn_before() -> None:
     losses.append(engine.forward_backward(Sft(None), policy, step_of([4], number=1)).loss)
     assert losses[0] == losses[2] == losses[3]
     assert losses[0] != losses[1]
-    policy.eval()
-    assert engine_of(llama()).forward_backward(Sft(None), llama(), step_of([4])).loss != losses[0]
+    policy.eval()  # as an evaluation leaves it: the next step drops out again
+    assert engine.forward_backward(Sft(None), policy, step_of([4], number=1)).loss == losses[0]
+    assert engine_of(other := llama()).forward_backward(Sft(None), other, step_of([4])).loss != losses[0]
 
 
 def test_seeds_differ_by_run_step_and_part() -> None:
