@@ -250,6 +250,9 @@ def test_halving_keeps_columns_roles_and_both_streams() -> None:
         assert torch.equal(part.weight_BT, expected.weight_BT)
         assert torch.equal(part.target_BT * (part.weight_BT > 0), expected.target_BT * (expected.weight_BT > 0))
     assert [n for part in pack.split(whole, [[0, 1], [2]], packed=False, pad_id=0) for n in part.examples] == [7, 8, 9]
+    whole.extra["images"] = torch.zeros(3)
+    with pytest.raises(RuntimeError, match="images"):  # not silently without them
+        pack.split(whole, [[0, 1], [2]], packed=False, pad_id=0)
 
 
 def test_one_example_that_does_not_fit_ends_the_run() -> None:

@@ -81,7 +81,10 @@ def split(batch: Batch, groups: Sequence[Sequence[int]], *, packed: bool, pad_id
     """Re-lays a batch as one batch for each group of positions in `batch.examples`.
 
     Used where memory ran out (halves) and where each example needs its own gradient (singles).
+    Raises RuntimeError for a batch with `extra`, whose tensors belong to no example.
     """
+    if batch.extra:
+        raise RuntimeError(f"a batch with extra tensors ({', '.join(sorted(batch.extra))}) cannot be split")
     return [
         collate(
             [_example(batch, position) for position in group],
