@@ -151,8 +151,9 @@ def test_what_json_cannot_hold_is_refused() -> None:
 
 def test_an_ended_process_is_started_again() -> None:
     render("x", [QUESTION])
-    os.kill(rendering._process().popen.pid, signal.SIGKILL)
-    rendering._process().popen.wait()
+    ended = rendering._process().popen
+    ended.kill()
+    ended.wait()
     assert render("x", [QUESTION]) == "x"
 
 
