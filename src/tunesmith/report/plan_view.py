@@ -68,7 +68,7 @@ def _base(plan: Plan) -> list[Line]:
     context = f", sees {base['context_length']:,} tokens" if base["context_length"] else ""
     return [
         ("name", str(base["name"])),
-        ("kind", f"{base['kind']} ({base['model_type']}), {_millions(base['parameters'])} parameters{context}"),
+        ("kind", f"{base['kind']} ({base['model_type']}), {_count(base['parameters'])} parameters{context}"),
         ("licence", base["licence"] or "unknown: see what its source says before you share what you train"),
         ("source", str(base["source"])),
         ("sha256", f"{base['sha256'][:16]}…"),
@@ -202,11 +202,7 @@ def _defaults(plan: Plan) -> Table:
 
 
 def _count(number: int) -> str:
-    """A number in at most nine columns."""
-    if number < 10**7:
+    """A number in at most seven columns."""
+    if number < 10**6:
         return f"{number:,}"
-    return f"{number / 1e6:,.0f} M" if number < 10**10 else f"{number / 1e9:,.1f} G"
-
-
-def _millions(number: int) -> str:
-    return _count(number) if number < 10**6 else f"{number / 1e6:,.1f} M"
+    return f"{number / 1e6:,.1f} M" if number < 10**9 else f"{number / 1e9:,.1f} G"

@@ -94,7 +94,10 @@ def _number(value: Any, sign: str) -> str:
     if value is None:
         return "unknown"  # one row tells nothing of a loss's spread
     size = abs(value)
-    return f"{value:{sign}.{3 if size < 10 else 2 if size < 100 else 1}f}" if size < 10**5 else f"{value:{sign}.2e}"
+    if size >= 10**5:
+        return f"{value:{sign}.1e}".replace("e+0", "e").replace("e+", "e")
+    decimals = next((n for n, limit in ((3, 10), (2, 100), (1, 1000)) if size < limit), 0)
+    return f"{value:{sign}.{decimals}f}"
 
 
 def _probability(effect: Mapping[str, Any] | None) -> str:

@@ -1,0 +1,447 @@
+"""The command line over tiny models: every verb, what it prints, and how it fails."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tunesmith.cli import main
+
+COLOURS = ("red", "green", "blue", "black", "white", "brown")
+METRIC = """
+from typing import ClassVar
+
+from tunesmith.evaluate import METRICS
+from tunesmith.evaluate.metrics import quotient
+
+
+@METRICS.register("answer_length")
+class AnswerLength:
+    name: ClassVar[str] = "answer_length"
+    higher_is_better: ClassVar[bool] = True
+    kind: ClassVar[str] = "mean"
+    bounds: ClassVar[tuple[float, float]] = (0.0, float("inf"))
+
+    def __init__(self, labels):
+        pass
+
+    def statistics(self, prediction):
+        return (float(len(prediction.output)), 1.0)
+
+    def aggregate(self, sums):
+        return quotient(sums)
+"""
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished command."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+def call(*words: str | Path) -> Done:
+    """One command in this process, its output caught."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main([str(word) for word in words])
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, tiny_bert: Path) -> Path:
+    """A folder with data and a recipe for each of both models."""
+    folder = tmp_path_factory.mktemp("project")
+    chat = [{"prompt": f"colour {i}?", "completion": COLOURS[i % 6]} for i in range(40)]
+    write_rows(folder / "chat.jsonl", chat)
+    write_rows(folder / "test.jsonl", [{"prompt": f"which {i}?", "completion": COLOURS[i % 6]} for i in range(6)])
+    write_rows(folder / "ask.jsonl", [{"prompt": "colour 1?"}, {"prompt": "colour 2?"}])
+    write_rows(
+        folder / "labels.jsonl", [{"text": f"a {COLOURS[i % 2]} {i}", "label": COLOURS[i % 2]} for i in range(30)]
+    )
+    (folder / "chat.yaml").write_text(
+        f"model: {tiny_llama}\ndata: {{train: chat.jsonl, validation: 0.1, test: test.jsonl}}\nobjective: sft\n"
+        "method: {name: lora, rank: 2}\ntrain: {max_steps: 4, batch_size: 8}\nevaluate: {max_new_tokens: 4}\n"
+    )
+    (folder / "labels.yaml").write_text(
+        f"model: {tiny_bert}\ndata: {{train: labels.jsonl, validation: 0.2}}\nobjective: classify\nmethod: head\n"
+        "train: {epochs: 2}\n"
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(project: Path) -> Done:
+    return call("train", project / "chat.yaml", "method.rank=4", "--out", project / "chat-run", "seed=3")
+
+
+@pytest.fixture(scope="module")
+def run(project: Path, trained: Done) -> Path:
+    assert trained.code == 0, trained.err
+    return project / "chat-run"
+
+
+@pytest.fixture(scope="module")
+def classifier(project: Path) -> Path:
+    done = call("train", project / "labels.yaml", "--out", project / "labels-run", "--json")
+    assert done.code == 0, done.err
+    return project / "labels-run"
+
+
+# ---------------------------------------------------------------- help
+
+
+def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    heavy = ("torch", "transformers", "numpy", "pydantic", "rich", "tunesmith.api")
+    code = (
+        "import sys; from tunesmith.cli import main; code = main(['--help']); "
+        f"print([name for name in {heavy!r} if name in sys.modules], file=sys.stderr); sys.exit(code)"
+    )
+    begun = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert time.perf_counter() - begun < 2.0
+    assert done.stderr.strip() == "[]"
+    for verb in ("demo", "plan", "train", "resume", "evaluate", "predict", "models", "schema"):
+        assert f"\n  {verb} " in done.stdout
+
+
+@pytest.mark.parametrize("verb", ["demo", "plan", "train", "resume", "evaluate", "predict", "models", "schema"])
+def test_every_verb_has_help_with_json_and_debug(verb: str) -> None:
+    done = call(verb, "--help")
+    assert done.code == 0
+    assert "--json" in done.out
+    assert "--debug" in done.out
+
+
+# ---------------------------------------------------------------- verbs
+
+
+def test_plan_shows_what_training_will_do_in_80_columns(project: Path) -> None:
+    done = call("plan", project / "chat.yaml")
+    assert done.code == 0, done.err
+    assert max(map(len, done.out.splitlines())) <= 80
+    for word in ("licence", "train", "validation", "duplicates", "micro-batch", "resume", "learning_rate", "plan "):
+        assert word in done.out
+    assert "⟦" in done.out
+    assert "<|im_end|>⟧" in done.out
+    assert not (project / "runs").exists()
+
+
+def test_plan_as_json_has_the_hash_that_the_run_records(project: Path, run: Path) -> None:
+    planned = call("plan", project / "chat.yaml", "method.rank=4", "seed=3", "--json").json
+    assert planned["hash"] == json.loads((run / "plan.json").read_text())["hash"]
+    assert planned["hash"] != call("plan", project / "chat.yaml", "method.rank=4", "--json").json["hash"]
+
+
+def test_train_prints_plain_lines_and_ends_with_results_and_the_next_commands(trained: Done, run: Path) -> None:
+    assert trained.code == 0, trained.err
+    assert "\x1b" not in trained.out
+    for text in ("step 1/4", "step 4/4", "smoothed", "tokens/s", "GiB", "expected", "answered", "validation after"):
+        assert text in trained.out
+    assert "measured on test" in trained.out
+    assert f"model: {run / 'model'}" in trained.out
+    assert f"tunesmith predict {run}" in trained.out
+    recipe = (run / "recipe.yaml").read_text()
+    assert "rank: 4" in recipe
+    assert "seed: 3" in recipe
+
+
+def test_train_as_json_puts_nothing_but_json_on_stdout(project: Path) -> None:
+    done = call("train", project / "chat.yaml", "train.max_steps=1", "--json", "--out", project / "json-run")
+    assert done.code == 0, done.err
+    assert done.json["run"] == str(project / "json-run")
+    assert {record["model"] for record in done.json["records"]} == {"base", "tuned"}
+    assert "step 1/1" in done.err
+
+
+def test_a_result_without_test_set_says_so(classifier: Path) -> None:
+    done = call("evaluate", classifier)
+    assert "warning: there is no test set" in done.out
+    assert "majority" in done.out
+
+
+def test_resume_of_a_finished_run_shows_its_result_and_changes_nothing(run: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+    done = call("resume", run, "--json")
+    assert done.code == 0, done.err
+    assert done.json["records"] == json.loads((run / "evaluation.json").read_text())["records"]
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_a_run_stopped_by_a_signal_exits_75_and_goes_on_to_the_same_numbers(
+    project: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped = project / "stopped-run"
+    stop_at(monkeypatch, "step", signal.SIGTERM)
+    words = (project / "chat.yaml", "method.rank=4", "seed=3", "--out", stopped)
+    done = call("train", *words)
+    monkeypatch.undo()
+    assert done.code == 75
+    assert is_two_lines(done)
+    assert f"tunesmith resume {stopped}" in done.err
+    assert call("resume", stopped).code == 0
+    assert (stopped / "metrics.jsonl").read_bytes() == (run / "metrics.jsonl").read_bytes()
+    assert (stopped / "evaluation.json").read_bytes() == (run / "evaluation.json").read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_measuring_is_obeyed_at_once(
+    project: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped = project / f"measuring-{number.name}"
+    stop_at(monkeypatch, "evaluating", number)
+    done = call("train", project / "chat.yaml", "train.max_steps=1", "--out", stopped)
+    monkeypatch.undo()
+    assert done.code == 75
+    assert is_two_lines(done)
+    assert not (stopped / "evaluation.json").exists()
+    assert call("resume", stopped, "--json").code == 0
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, where: str, number: signal.Signals) -> None:
+    """A signal to this process at the first event or phase called `where`."""
+    from tunesmith.report.live import View
+
+    sent: list[int] = []
+    shown = View.listen
+
+    def listen(self: View, event: str, data: Mapping[str, Any]) -> None:
+        shown(self, event, data)
+        if where in (event, data.get("name")) and not sent:
+            sent.append(number)
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(View, "listen", listen)
+
+
+def test_predict_writes_a_line_a_row(project: Path, run: Path) -> None:
+    done = call("predict", run, "--input", project / "test.jsonl", "--max-new-tokens", "3")
+    assert done.code == 0, done.err
+    answers = [json.loads(line) for line in done.out.splitlines()]
+    assert [answer["reference"] for answer in answers] == list(COLOURS)
+    assert [answer["where"] for answer in answers] == [f"test.jsonl:{i}" for i in range(1, 7)]
+
+
+def test_predict_needs_no_answers_and_writes_a_file_whole(project: Path, run: Path) -> None:
+    output = project / "answers.jsonl"
+    done = call("predict", run, "--input", project / "ask.jsonl", "--output", output, "--json")
+    assert done.json == {"run": str(run), "rows": 2, "output": str(output)}
+    assert [json.loads(line)["reference"] for line in output.read_text().splitlines()] == [None, None]
+
+
+def test_predict_of_a_classifier_gives_probabilities_that_sum_to_one(project: Path, classifier: Path) -> None:
+    answers = call("predict", classifier, "--input", project / "labels.jsonl", "--json").json["predictions"]
+    for answer in answers:
+        assert sum(answer["probabilities"].values()) == pytest.approx(1)
+        assert max(answer["probabilities"], key=answer["probabilities"].get) == answer["output"]
+
+
+def test_evaluate_on_other_rows_adds_their_records(project: Path, run: Path) -> None:
+    copy = project / "evaluated"
+    shutil.copytree(run, copy)
+    write_rows(project / "more.jsonl", [{"prompt": f"more {i}?", "completion": "red"} for i in range(3)])
+    done = call("evaluate", copy, "--data", project / "more.jsonl", "--metrics", "loss, exact_match", "--json")
+    assert done.code == 0, done.err
+    added = [record for record in done.json["records"] if record["data"] == "more"]
+    assert [(r["model"], r["metric"], r["n"]) for r in added] == [
+        (model, metric, 3) for model in ("base", "tuned") for metric in ("loss", "exact_match")
+    ]
+    alone = call("evaluate", copy, "--data", project / "more.jsonl", "--no-base", "--json").json
+    assert {r["model"] for r in alone["records"] if r["data"] == "more"} == {"tuned"}
+
+
+def test_evaluate_on_one_row_knows_no_spread_and_says_so(project: Path, run: Path) -> None:
+    copy = project / "one-row"
+    shutil.copytree(run, copy)
+    write_rows(project / "one.jsonl", [{"prompt": "one?", "completion": "red"}])
+    done = call("evaluate", copy, "--data", project / "one.jsonl")
+    assert done.code == 0, done.err
+    assert "unknown" in done.out
+
+
+def test_models_lists_the_catalog() -> None:
+    found = {model["name"]: model for model in call("models", "--json").json}
+    assert found["smollm2-135m-instruct"]["licence"] == "Apache-2.0"
+    text = call("models").out
+    assert max(map(len, text.splitlines())) <= 80
+    assert all(name in text for name in found)
+
+
+def test_schema_is_that_of_a_recipe() -> None:
+    schema = call("schema").json
+    assert schema["title"] == "tunesmith recipe"
+    assert "lora" in json.dumps(schema["properties"]["method"])
+    assert call("schema", "--json").json == schema
+
+
+def test_a_plugin_registers_a_metric_that_a_recipe_uses(project: Path) -> None:
+    plugin = project / "length.py"
+    plugin.write_text(METRIC)
+    words = (project / "chat.yaml", "train.max_steps=1", "evaluate.metrics=[answer_length]")
+    planned = call("plan", *words, "--plugin", plugin, "--json")
+    assert planned.json["metrics"] == ["answer_length"]
+    done = call("train", *words, "--plugin", plugin, "--out", project / "plugin-run", "--json")
+    assert done.code == 0, done.err
+    assert {record["metric"] for record in done.json["records"]} == {"answer_length"}
+    manifest = json.loads((project / "plugin-run" / "manifest.json").read_text())
+    assert list(manifest["plugins"]) == ["length.py"]
+
+
+# ---------------------------------------------------------------- failures
+
+
+def is_two_lines(done: Done) -> bool:
+    """A line of cause and one of remedy are the last things on stderr, and there is no traceback."""
+    lines = done.err.splitlines()
+    return len(lines) == 2 and lines[0].startswith("error: ") and lines[1].startswith("remedy: ")
+
+
+WRONG: dict[str, tuple[int, str, list[str]]] = {
+    "no recipe": (2, "no file", ["plan", "{project}/chta.yaml"]),
+    "no recipe given": (2, "RECIPE", ["train"]),
+    "unknown key": (2, "learning_rate", ["plan", "{project}/chat.yaml", "train.learning_rat=1"]),
+    "no override": (2, "key=value", ["plan", "{project}/chat.yaml", "epochs"]),
+    "empty data": (2, "empty.jsonl", ["plan", "{project}/chat.yaml", "data.train={project}/empty.jsonl"]),
+    "leaking test": (3, "stand in train", ["plan", "{project}/chat.yaml", "data.test={project}/chat.jsonl"]),
+    "pickled model": (3, "pickle", ["plan", "{project}/chat.yaml", "model={project}/pickled"]),
+    "one class": (2, "label", ["plan", "{project}/labels.yaml", "data.train={project}/one-class.jsonl"]),
+    "unknown metric": (2, "exact_match", ["plan", "{project}/chat.yaml", "evaluate.metrics=[exact_mach]"]),
+    "run exists": (2, "holds a run", ["train", "{project}/chat.yaml", "--out", "{run}"]),
+    "folder is full": (2, "not empty", ["train", "{project}/chat.yaml", "--out", "{project}"]),
+    "no run to resume": (2, "not a run", ["resume", "{project}"]),
+    "no run to evaluate": (2, "not a run", ["evaluate", "{project}/nowhere"]),
+    "no model to ask": (2, "no model", ["predict", "{project}", "--input", "{project}/ask.jsonl"]),
+    "no input": (2, "nothing.jsonl", ["predict", "{run}", "--input", "{project}/nothing.jsonl"]),
+    "no folder for output": (
+        2,
+        "--output",
+        ["predict", "{run}", "--input", "{project}/ask.jsonl", "--output", "/no/f"],
+    ),
+    "no token": (2, "at least 1", ["predict", "{run}", "--input", "{project}/ask.jsonl", "--max-new-tokens", "0"]),
+    "no plugin": (2, "--plugin", ["plan", "{project}/chat.yaml", "--plugin", "{project}/none.py"]),
+    "broken plugin": (2, "ZeroDivisionError", ["schema", "--plugin", "{project}/broken.py"]),
+    "metrics of nothing": (2, "--data", ["evaluate", "{run}", "--metrics", "loss"]),
+    "unknown verb": (2, "did you mean train?", ["trian"]),
+    "unknown flag": (2, "did you mean --json?", ["models", "--jsn"]),
+}
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_gets_two_lines_and_an_exit_code(case: str, as_json: bool, project: Path, run: Path) -> None:
+    (project / "empty.jsonl").write_text("")
+    (project / "broken.py").write_text("1 / 0\n")
+    write_rows(project / "one-class.jsonl", [{"text": f"text {i}", "label": "red"} for i in range(9)])
+    pickled = project / "pickled"
+    if not pickled.exists():
+        model = next(line for line in (project / "chat.yaml").read_text().splitlines() if line.startswith("model"))
+        shutil.copytree(model.removeprefix("model: "), pickled)
+        (pickled / "model.safetensors").unlink()
+        (pickled / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    code, text, words = WRONG[case]
+    done = call(*(word.format(project=project, run=run) for word in words), *(["--json"] if as_json else []))
+    assert done.code == code, done.err
+    if as_json:
+        assert set(done.json) == {"error", "remedy", "exit_code"}
+        assert done.json["exit_code"] == code
+        assert text in done.json["error"] + done.json["remedy"]
+    else:
+        assert is_two_lines(done), done.err
+        assert text in done.err
+        assert done.out == ""
+
+
+def test_several_problems_are_a_line_each(project: Path) -> None:
+    done = call("plan", project / "chat.yaml", "train.epoch=1", "sed=3")
+    assert done.code == 2
+    assert [line.partition(":")[0] for line in done.err.splitlines()] == ["error", "error", "remedy"]
+
+
+def test_a_held_run_is_out_of_a_resource(run: Path) -> None:
+    from tunesmith.rundir import RunDir
+
+    with RunDir(run).hold():
+        done = call("resume", run)
+    assert done.code == 4
+    assert is_two_lines(done)
+    assert str(os.getpid()) in done.err
+
+
+def test_an_unfinished_run_has_no_model_to_ask(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unfinished = project / "unfinished"
+    stop_at(monkeypatch, "step", signal.SIGINT)
+    assert call("train", project / "chat.yaml", "--out", unfinished).code == 75
+    monkeypatch.undo()
+    done = call("predict", unfinished, "--input", project / "ask.jsonl")
+    assert done.code == 2
+    assert "tunesmith resume" in done.err
+
+
+RAISED: list[tuple[Callable[[], BaseException], int, str]] = [
+    (KeyboardInterrupt, 130, "interrupted"),
+    (MemoryError, 4, "out of memory"),
+    (lambda: RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), 4, "memory"),
+    (lambda: OSError(errno.ENOSPC, "No space left on device", "/there"), 4, "the disk is full while writing /there"),
+    (lambda: ValueError("first line\nsecond line"), 1, "tunesmith failed: ValueError: first line"),
+]
+
+
+@pytest.mark.parametrize(("make", "code", "text"), RAISED)
+def test_whatever_is_raised_ends_in_two_lines(
+    make: Callable[[], BaseException], code: int, text: str, project: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise make()
+
+    monkeypatch.setattr("tunesmith.api.predict", fails)
+    words = ("predict", run, "--input", project / "ask.jsonl")
+    done = call(*words)
+    assert done.code == code
+    assert is_two_lines(done), done.err
+    assert text in done.err
+    debugged = call(*words, "--debug")
+    assert "Traceback" in debugged.err
+    assert debugged.err.endswith(done.err)
+
+
+def test_a_name_with_an_escape_sequence_does_not_reach_the_terminal(tmp_path: Path) -> None:
+    done = call("plan", f"{tmp_path}/\x1b[2Jrecipe.yaml")
+    assert done.code == 2
+    assert "\x1b" not in done.err
+    assert "\\x1b[2J" in done.err
+
+
+def test_a_reader_who_leaves_ends_the_command_quietly() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "tunesmith", "schema"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 141
