@@ -21,7 +21,7 @@ from tunesmith.models.policy import Policy
 from tunesmith.monitor import Listen
 from tunesmith.plan import Assets, Plan
 from tunesmith.recipe import Recipe
-from tunesmith.recipe_file import Origin, load_recipe, parse_recipe, resolve_paths
+from tunesmith.recipe_file import Origin, load_recipe, parse_recipe, resolve_paths, run_name
 from tunesmith.rundir import RunDir
 from tunesmith.settings import Placement
 from tunesmith.types import Method, Objective, Prediction, Row, SampleSpec
@@ -84,7 +84,7 @@ def train(
     """Plans and runs a recipe in a new folder: `out`, the recipe's `out`, or runs/<name>."""
     hashes = load_plugins(plugins)
     typed, origin = _recipe(recipe, overrides, data)
-    folder = out or typed.out or _free_folder(origin)
+    folder = out or typed.out or free_folder(run_name(origin.file) if origin.file else "run")
     training.check_run_folder(folder)
     planned, assets = _planned(typed, origin, listen)
     run = RunDir(folder)
@@ -260,13 +260,9 @@ def _stored(rows: Rows, split: str) -> Path:
     return path
 
 
-def _free_folder(origin: Origin) -> Path:
-    """runs/<recipe's name>, or the first of -2, -3, ... that is free."""
-    from tunesmith.recipe_file import run_name
-
-    name = run_name(origin.file) if origin.file is not None else "run"
-    folder = Path("runs") / name
-    number = 2
+def free_folder(name: str) -> Path:
+    """runs/<name>, or the first of -2, -3, ... that is free."""
+    folder, number = Path("runs") / name, 2
     while folder.exists():
         folder, number = Path("runs") / f"{name}-{number}", number + 1
     return folder
