@@ -1,3 +1,21 @@
 """tunesmith: one system for the whole life of a fine-tuned model."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tunesmith.api import Loaded, Result, evaluate, load, plan, predict, resume, train
+    from tunesmith.recipe import Recipe
+
 __version__ = "0.1.0"
+__all__ = ["Loaded", "Recipe", "Result", "evaluate", "load", "plan", "predict", "resume", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    """The public names, imported on first use: `import tunesmith` costs nothing."""
+    import importlib
+
+    if name not in __all__:
+        raise AttributeError(f"module 'tunesmith' has no attribute {name!r}")
+    return getattr(importlib.import_module("tunesmith.recipe" if name == "Recipe" else "tunesmith.api"), name)
