@@ -7,12 +7,14 @@ each attention call; a call without them fails, because a missing mask contamina
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 IMPLEMENTATION = "segments"
 KEYWORD = "segment_bounds"  # the keyword of the model's forward that carries Bounds to attention
@@ -22,11 +24,18 @@ KEYWORD = "segment_bounds"  # the keyword of the model's forward that carries Bo
 class Bounds:
     """Where the segments of a stream lie: for each row, (start, stop) in ascending order.
 
-    `calls` counts attention calls that used them, so that a model which never asks is found out.
+    The first `shared` positions of a row stand before each of its segments but the first, which begins
+    with them (see `shared_prefix`). `calls` counts attention calls that used the bounds, so that a model
+    which never asks is found out.
     """
 
     rows: list[list[tuple[int, int]]]
     calls: int = field(default=0)
+    shared: int = 0
+
+    def prefix(self, start: int) -> int:
+        """How many positions from the row's beginning the segment at `start` has before its own."""
+        return self.shared if start else 0
 
 
 def segment_attention(
@@ -60,25 +69,99 @@ def segment_attention(
         )
     bounds.calls += 1
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    if bounds.shared and not causal:
+        raise RuntimeError(f"{type(module).__name__} looks ahead, so beginnings cannot be shared")
+    longest = max((stop - start + bounds.prefix(start) for spans in bounds.rows for start, stop in spans), default=0)
+    window = sliding_window if sliding_window is not None and longest > sliding_window else None
+    if softcap is None and window is None and dropout == 0 and _is_plain_cpu(query_BHTD, key_BKTD, value_BKTD):
+        apply = cast(Callable[..., Tensor], _CpuSegments.apply)
+        return apply(query_BHTD, key_BKTD, value_BKTD, bounds, causal, scaling), None
     groups = query_BHTD.shape[1] // key_BKTD.shape[1]
     if groups > 1:
         key_BKTD, value_BKTD = (x.repeat_interleave(groups, dim=1) for x in (key_BKTD, value_BKTD))
 
     def attend(row: int, start: int, stop: int) -> Tensor:
-        q, k, v = (x[row : row + 1, :, start:stop] for x in (query_BHTD, key_BKTD, value_BKTD))
-        window = sliding_window if sliding_window is not None and stop - start > sliding_window else None
+        prefix = bounds.prefix(start)
+        q, k, v = (_segment(x, row, start, stop, prefix) for x in (query_BHTD, key_BKTD, value_BKTD))
         if softcap is not None:
-            return _softcapped(q, k, v, causal, window, softcap, scaling, dropout)
-        if window is None:
-            return F.scaled_dot_product_attention(q, k, v, None, dropout, causal, scale=scaling)
-        mask = _window_mask(stop - start, window, causal, q.device)
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout, False, scale=scaling)
+            out = _softcapped(q, k, v, causal, window, softcap, scaling, dropout)
+        elif window is None or q.shape[2] <= window:
+            out = F.scaled_dot_product_attention(q, k, v, None, dropout, causal, scale=scaling)
+        else:
+            mask = _window_mask(q.shape[2], window, causal, q.device)
+            out = F.scaled_dot_product_attention(q, k, v, mask, dropout, False, scale=scaling)
+        return out[:, :, prefix:]
 
     rows = [
         _lay_out([(a, b, attend(row, a, b)) for a, b in spans], query_BHTD[row : row + 1], value_BKTD.shape[-1])
         for row, spans in enumerate(bounds.rows)
     ]
     return (rows[0] if len(rows) == 1 else torch.cat(rows)).transpose(1, 2).contiguous(), None
+
+
+class _CpuSegments(torch.autograd.Function):
+    """Every segment through torch's flash kernel for CPUs, each result written straight into its place.
+
+    The kernel takes fewer key heads than query heads as they are, so keys and values are never
+    repeated; and the gradients of slices need no zeros of the whole row, which autograd would make
+    for each segment. A LoRA step of a 135M model took 8% less time (16 segments, 1,271 tokens).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, bounds: Bounds, causal: bool, scaling: float | None
+    ) -> Tensor:
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        batch, heads, length, _ = q_BHTD.shape
+        out_BTHD = q_BHTD.new_zeros(batch, length, heads, v_BKTD.shape[-1])
+        logsumexps: list[Tensor] = []
+        for row, start, stop in _spans(bounds):
+            prefix = bounds.prefix(start)
+            q, k, v = (_segment(x, row, start, stop, prefix) for x in (q_BHTD, k_BKTD, v_BKTD))
+            out_1HSD, logsumexp = kernel(q, k, v, 0.0, causal, scale=scaling)
+            out_BTHD[row, start:stop] = out_1HSD[0, :, prefix:].transpose(0, 1)
+            logsumexps.append(logsumexp)
+        ctx.save_for_backward(q_BHTD, k_BKTD, v_BKTD, out_BTHD, *logsumexps)
+        ctx.bounds, ctx.causal, ctx.scaling = bounds, causal, scaling
+        return out_BTHD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        q_BHTD, k_BKTD, v_BKTD, out_BTHD, *logsumexps = ctx.saved_tensors
+        bounds: Bounds = ctx.bounds
+        grad_BHTD, out_BHTD = grad_outputs[0].transpose(1, 2), out_BTHD.transpose(1, 2)
+        inputs = (q_BHTD, k_BKTD, v_BKTD)
+        totals = tuple(torch.zeros_like(x.transpose(1, 2)).transpose(1, 2) for x in inputs)
+        for (row, start, stop), logsumexp in zip(_spans(bounds), logsumexps, strict=True):
+            prefix = bounds.prefix(start)
+            q, k, v = (_segment(x, row, start, stop, prefix) for x in inputs)
+            out, grad = (_segment(x, row, start, stop, prefix) for x in (out_BHTD, grad_BHTD))
+            if prefix:  # these outputs were the first segment's to keep
+                grad[:, :, :prefix] = 0
+            parts = kernel(grad, q, k, v, out, logsumexp, 0.0, ctx.causal, scale=ctx.scaling)
+            for total, part in zip(totals, parts, strict=True):
+                total[row, :, start:stop] = part[0, :, prefix:]
+                if prefix:
+                    total[row, :, :prefix] += part[0, :, :prefix]
+        return *totals, None, None, None
+
+
+def _is_plain_cpu(*tensors: Tensor) -> bool:
+    """What the CPU's flash kernel takes: equal dtypes and head widths."""
+    first = tensors[0]
+    return all(x.device.type == "cpu" and x.dtype == first.dtype and x.shape[-1] == first.shape[-1] for x in tensors)
+
+
+def _spans(bounds: Bounds) -> list[tuple[int, int, int]]:
+    return [(row, start, stop) for row, spans in enumerate(bounds.rows) for start, stop in spans]
+
+
+def _segment(x_BHTD: Tensor, row: int, start: int, stop: int, prefix: int) -> Tensor:
+    """One segment [1, H, S, D], behind the first `prefix` positions of its row."""
+    own = x_BHTD[row : row + 1, :, start:stop]
+    return torch.cat((x_BHTD[row : row + 1, :, :prefix], own), dim=2) if prefix else own
 
 
 def _lay_out(spans: list[tuple[int, int, Tensor]], query_1HTD: Tensor, width: int) -> Tensor:
