@@ -12,6 +12,7 @@ from tunesmith import __version__, rundir
 from tunesmith.data.chat import Renderer
 from tunesmith.engine.native import seed_step
 from tunesmith.errors import InputError, RefusedError
+from tunesmith.kernels.accelerate import accelerate
 from tunesmith.methods import METHODS
 from tunesmith.models.fetch import LocalModel, resolve
 from tunesmith.models.heads import Head
@@ -19,8 +20,8 @@ from tunesmith.models.load import load_backbone, load_tokenizer
 from tunesmith.models.policy import Policy, Tokens
 from tunesmith.objectives import OBJECTIVES
 from tunesmith.plan import Assets, Plan
+from tunesmith.protocols import Method, Objective
 from tunesmith.settings import Placement
-from tunesmith.types import Method, Objective
 
 if TYPE_CHECKING:
     from tunesmith.recipe import Recipe
@@ -40,6 +41,7 @@ def build(plan: Plan, assets: Assets) -> Policy:
     else:
         assets.method.load(policy, assets.previous / "model")
         load_heads(policy, assets.previous / "model")
+    accelerate(policy)
     if placement.recompute:
         policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return policy
@@ -99,6 +101,7 @@ def load(folder: Path, device: str) -> tuple[Policy, Objective, Method, Renderer
     policy = _policy(local, renderer, objective, placement, card["pooling"])
     method.load(policy, folder)
     load_heads(policy, folder)
+    accelerate(policy)
     policy.eval()
     return policy, objective, method, renderer, card
 

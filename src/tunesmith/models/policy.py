@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.errors import RefusedError
-from tunesmith.kernels import attention
+from tunesmith.kernels import attention, shared_prefix
 from tunesmith.losses.linear_cross_entropy import linear_logprobs
 from tunesmith.models.heads import Head, pool
 from tunesmith.models.sample import generate
@@ -36,7 +36,8 @@ class Policy(nn.Module):
 
     `packed` says that attention can be held inside segments, so that a batch is one row without
     padding; else each piece has a padded row. `pooling` is how a segment becomes one vector.
-    `autocast` is the dtype of matrix products, None for the weights' own.
+    `autocast` is the dtype of matrix products, None for the weights' own. `share_prefixes`: what all
+    segments of a row begin with is computed once, where that changes nothing.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Policy(nn.Module):
         self.packed = packed
         self.pooling = pooling
         self.autocast = autocast
+        self.share_prefixes = True
         self.heads = nn.ModuleDict()
         self._position_offset = int(self.config.pad_token_id) + 1 if self.config.model_type in OFFSET_POSITIONS else 0
         if packed:
@@ -171,13 +173,22 @@ class Policy(nn.Module):
         inputs["position_ids"] = stream.position_ids_BT + self._position_offset
         if not self.packed:
             return self._forward(attention_mask=_inside(stream), **inputs, **batch.extra)
-        bounds = attention.Bounds([[] for _ in range(stream.input_ids_BT.shape[0])])
-        for segment in batch.segments:
-            bounds.rows[segment.row].append((segment.start, segment.stop))
+        prefix = shared_prefix.find(stream, batch.segments) if self._may_share(batch) else None
+        if prefix is not None:
+            inputs = {name: prefix.shorten(value) for name, value in inputs.items()}
+            bounds = prefix.bounds
+        else:
+            bounds = attention.Bounds([[] for _ in range(stream.input_ids_BT.shape[0])])
+            for segment in batch.segments:
+                bounds.rows[segment.row].append((segment.start, segment.stop))
         hidden_BTD = self._forward(**inputs, **batch.extra, **{attention.KEYWORD: bounds})
         if not bounds.calls:
             raise RuntimeError(f"{type(self.model).__name__} never asked for segment bounds; its plan must not pack")
-        return hidden_BTD
+        return hidden_BTD if prefix is None else prefix.restore(hidden_BTD)
+
+    def _may_share(self, batch: Batch) -> bool:
+        """Whether what all segments begin with may run once: see `shared_prefix`."""
+        return self.share_prefixes and self.kind == "decoder" and not batch.extra and shared_prefix.serves(self.model)
 
     def _forward(self, **inputs: Any) -> Tensor:
         """Last hidden states below the output projection: [B, T, D]."""
