@@ -20,11 +20,12 @@ from tunesmith.models.cache import cache_dir
 from tunesmith.models.policy import Policy
 from tunesmith.monitor import Listen
 from tunesmith.plan import Assets, Plan
+from tunesmith.protocols import Method, Objective
 from tunesmith.recipe import Recipe
 from tunesmith.recipe_file import Origin, load_recipe, parse_recipe, resolve_paths, run_name
 from tunesmith.rundir import RunDir
 from tunesmith.settings import Placement
-from tunesmith.types import Method, Objective, Prediction, Row, SampleSpec
+from tunesmith.types import Prediction, Row, SampleSpec
 
 Rows = Sequence[Mapping[str, Any]]
 

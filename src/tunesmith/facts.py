@@ -18,8 +18,8 @@ from tunesmith.types import Example, MethodFacts, ModelKind, ObjectiveNeeds, Pie
 
 if TYPE_CHECKING:
     from tunesmith.engine.precision import Speed
+    from tunesmith.protocols import Method, Objective
     from tunesmith.recipe import Recipe
-    from tunesmith.types import Method, Objective
 
 DEFAULT_POOLING: dict[ModelKind, str] = {"encoder": "mean", "decoder": "last", "encoder-decoder": "mean"}
 

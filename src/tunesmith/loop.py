@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from tunesmith.models.policy import Policy
-from tunesmith.types import Engine, GradientRule, Objective, Source, Step, StepStats
+from tunesmith.protocols import Engine, GradientRule, Objective, Source
+from tunesmith.types import Step, StepStats
 
 
 class Watch(Protocol):

@@ -16,8 +16,9 @@ from tunesmith.evaluate.run import compare, majority, measure, records_to_json
 from tunesmith.models.policy import Policy
 from tunesmith.monitor import Listen
 from tunesmith.plan import Assets, Plan
+from tunesmith.protocols import Method, Objective
 from tunesmith.rundir import RunDir
-from tunesmith.types import Method, Objective, Prediction, Row, SampleSpec
+from tunesmith.types import Prediction, Row, SampleSpec
 
 if TYPE_CHECKING:
     from tunesmith.data.chat import Renderer

@@ -18,9 +18,10 @@ from tunesmith.engine import checkpoint
 from tunesmith.engine.checkpoint import Checkpoint
 from tunesmith.engine.native import NativeEngine
 from tunesmith.errors import StoppedError
+from tunesmith.protocols import GradientRule, Source
 from tunesmith.rundir import RunDir
 from tunesmith.settings import Meaning
-from tunesmith.types import GradientRule, Source, Step, StepStats
+from tunesmith.types import Step, StepStats
 
 Listen = Callable[[str, Mapping[str, Any]], None]
 

@@ -29,8 +29,8 @@ from tunesmith.settings import Default
 
 if TYPE_CHECKING:
     from tunesmith.data.chat import Renderer
+    from tunesmith.protocols import Method, Objective
     from tunesmith.recipe import Recipe
-    from tunesmith.types import Method, Objective
 
 Memory = Mapping[str, Sequence[Mapping[str, Any]]]
 Progress = Callable[[str, int, int | None], None]

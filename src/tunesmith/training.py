@@ -30,9 +30,10 @@ from tunesmith.models.cache import cache_dir
 from tunesmith.models.policy import Policy
 from tunesmith.monitor import Listen, Monitor, StopRequest, stoppable
 from tunesmith.plan import Assets, Plan
+from tunesmith.protocols import Annotator, GradientRule
 from tunesmith.recipe_file import dump_recipe
 from tunesmith.rundir import RunDir
-from tunesmith.types import Annotator, GradientMode, GradientRule, Prediction, SampleSpec
+from tunesmith.types import GradientMode, Prediction, SampleSpec
 
 if TYPE_CHECKING:
     from tunesmith.data.store import TokenStore

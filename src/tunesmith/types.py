@@ -1,4 +1,6 @@
-"""The contracts between data, policies, methods, objectives, engines and gradient rules.
+"""The data that passes between the parts: rows, examples, batches, scores, losses, facts and results.
+
+What the parts must do with it stands in `protocols.py`.
 
 Shape letters: B rows, T positions, S segments, U units (what a loss is summed over), N examples,
 V vocabulary, D width. A name carries its shape where that helps (`loss_U`, `target_BT`).
@@ -6,21 +8,15 @@ V vocabulary, D width. A name carries its shape where that helps (`loss_U`, `tar
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
-
-    from tunesmith.data.chat import Renderer
-    from tunesmith.models.policy import Policy
+    from torch import Tensor
 
 ModelKind = Literal["decoder", "encoder", "encoder-decoder"]
 Coupling = Literal["token", "example", "group", "batch"]
@@ -255,140 +251,6 @@ class HeadSpec:
     name: str
     outputs: int
     labels: tuple[str, ...] = ()
-
-
-# ---------------------------------------------------------------- protocols
-
-
-@runtime_checkable
-class Stateful(Protocol):
-    """Anything whose state a checkpoint holds: tensors, and what fits in JSON."""
-
-    def state(self) -> dict[str, Any]: ...
-    def restore(self, state: Mapping[str, Any]) -> None: ...
-
-
-class Method(Protocol):
-    """Which parameters train. `Options` is the pydantic model of the recipe's keys."""
-
-    facts: ClassVar[MethodFacts]
-    Options: ClassVar[type[Any]]
-
-    options: Any
-
-    def __init__(self, options: Any, dropout: float) -> None: ...
-    def attach(self, policy: Policy) -> None:
-        """Make exactly the method's parameters (and fresh heads) trainable, in place."""
-        ...
-
-    def parameter_groups(self, policy: Policy) -> list[dict[str, Any]]: ...
-    def reference(self, policy: Policy) -> AbstractContextManager[None]:
-        """Inside, the policy is the base again, exactly."""
-        ...
-
-    def export(self, policy: Policy, to: Path) -> None:
-        """Write what was trained as a folder that PEFT or transformers loads as it is."""
-        ...
-
-    def load(self, policy: Policy, source: Path) -> None:
-        """Attach what `export` wrote, for inference or to go on from it."""
-        ...
-
-
-class Objective(Protocol):
-    """Which loss, on which batch, and how the trained thing is used."""
-
-    needs: ClassVar[ObjectiveNeeds]
-    Options: ClassVar[type[Any]]
-
-    def __init__(self, options: Any) -> None: ...
-    def fit(self, rows: Iterable[Row]) -> None:
-        """Learn from the training rows what examples need (the label set); called once, first."""
-        ...
-
-    def describe(self) -> dict[str, Any]:
-        """What `fit` learned, as JSON, kept in the run; `adopt` takes it back."""
-        ...
-
-    def adopt(self, description: Mapping[str, Any]) -> None: ...
-    def heads(self) -> list[HeadSpec]: ...
-    def example(self, row: Row, renderer: Renderer) -> Example: ...
-    def normalisers(self, step: Step) -> dict[str, float]:
-        """One per part of the loss, over the whole step, known before any forward."""
-        ...
-
-    def terms(self, policy: Policy, batch: Batch) -> Terms:
-        """Exactly one forward with gradient."""
-        ...
-
-    def predict(self, policy: Policy, rows: Sequence[Row], renderer: Renderer, spec: SampleSpec) -> list[Prediction]:
-        """Answers to rows, in their order; `spec` says how to sample where answers are sampled."""
-        ...
-
-
-@runtime_checkable
-class Coupled(Protocol):
-    """An objective of coupling "batch": its loss needs the vectors of all micro-batches at once.
-
-    The engine embeds each micro-batch without gradient, takes the gradient of `couple` to the
-    vectors, then embeds again with gradient (cached gradients: Gao et al. 2021, arXiv 2101.06983).
-    """
-
-    def embed(self, policy: Policy, batch: Batch) -> Tensor: ...
-    def couple(self, embeddings_SD: Tensor, step: Step) -> Terms: ...
-
-
-@runtime_checkable
-class Annotator(Protocol):
-    """An objective with passes that take no gradient (reference, teacher, old policy).
-
-    The source calls it once for each batch and trains on what it returns.
-    """
-
-    def annotate(self, policy: Policy, batch: Batch) -> Batch: ...
-
-
-class Source(Protocol):
-    """Where steps come from: data, a replay mix, or rollouts."""
-
-    total_steps: int
-
-    def steps(self, policy: Policy) -> Iterator[Step]: ...
-    def restore(self, state: Mapping[str, Any]) -> None: ...
-
-
-class Engine(Protocol):
-    """Placement, gradients, the optimizer, and what of them a checkpoint holds.
-
-    Gradients are sums divided by the step's normalisers. `trainable` names the parameters in a
-    fixed order.
-    """
-
-    device: torch.device
-    trainable: dict[str, nn.Parameter]
-
-    def forward_backward(self, objective: Objective, policy: Policy, step: Step) -> StepStats: ...
-    def step(self) -> None: ...
-    def state(self) -> dict[str, Any]: ...
-    def restore(self, state: Mapping[str, Any]) -> None: ...
-
-
-class GradientRule(Protocol):
-    """What may touch gradients between backward and the optimizer's step.
-
-    A rule of mode "per_example" also has `example(gradients) -> gradients`, called by the engine
-    with each example's own gradient before they are summed.
-    """
-
-    mode: ClassVar[GradientMode]
-
-    def before_step(self, engine: Engine, number: int) -> dict[str, float]:
-        """Returns what is worth a column in metrics.jsonl, such as the gradient's norm."""
-        ...
-
-    def after_step(self, engine: Engine, number: int) -> None: ...
-    def state(self) -> dict[str, Any]: ...
-    def restore(self, state: Mapping[str, Any]) -> None: ...
 
 
 # ---------------------------------------------------------------- results

@@ -11,7 +11,8 @@ from tunesmith.engine.native import NativeEngine, Optimization
 from tunesmith.models.heads import Head
 from tunesmith.objectives.classify import Classify
 from tunesmith.objectives.sft import Sft
-from tunesmith.types import HeadSpec, Objective, Step
+from tunesmith.protocols import Objective
+from tunesmith.types import HeadSpec, Step
 
 COUNT = 8
 

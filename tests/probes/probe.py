@@ -19,20 +19,8 @@ from tunesmith.data.source import Batching, DataSource, ExampleList
 from tunesmith.engine import checkpoint
 from tunesmith.engine.native import NativeEngine, Optimization
 from tunesmith.models.policy import Policy, Tokens
-from tunesmith.types import (
-    Example,
-    GradientMode,
-    GradientRule,
-    HeadSpec,
-    Objective,
-    ObjectiveNeeds,
-    Part,
-    Prediction,
-    Row,
-    Source,
-    Step,
-    StepStats,
-)
+from tunesmith.protocols import GradientRule, Objective, Source
+from tunesmith.types import Example, GradientMode, HeadSpec, ObjectiveNeeds, Part, Prediction, Row, Step, StepStats
 
 VOCABULARY = 61
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from probe import Bare, assert_same, gradient_of, llama, per_example, run, source_of, tokens
 from tunesmith.engine.native import seed_step
 from tunesmith.models.policy import Policy
-from tunesmith.types import Batch, Coupled, Example, Piece, Step, Terms, Want
+from tunesmith.protocols import Coupled
+from tunesmith.types import Batch, Example, Piece, Step, Terms, Want
 
 COUNT, SEED = 16, 3
 

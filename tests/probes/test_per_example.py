@@ -11,7 +11,8 @@ from torch import Tensor
 
 from probe import Bare, assert_same, gradient_of, llama, per_example, run, source_of, tokens
 from tunesmith.models.policy import Policy
-from tunesmith.types import Batch, Engine, Example, GradientMode, Piece, Step, Terms, Want
+from tunesmith.protocols import Engine
+from tunesmith.types import Batch, Example, GradientMode, Piece, Step, Terms, Want
 
 COUNT = 7
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from probe import Bare, assert_same, gradient_of, llama, per_example, run, source_of, tokens
 from tunesmith.methods.lora import Lora
 from tunesmith.models.policy import Policy
-from tunesmith.types import Batch, Example, Method, Piece, Terms, Want
+from tunesmith.protocols import Method
+from tunesmith.types import Batch, Example, Piece, Terms, Want
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks for it
 

@@ -21,8 +21,8 @@ from tunesmith.data.split import draw, split
 from tunesmith.data.store import TokenStore, Writer
 from tunesmith.data.tokenise import tokenise
 from tunesmith.errors import InputError
+from tunesmith.protocols import Objective
 from tunesmith.recipe import Data
-from tunesmith.types import Objective
 
 if TYPE_CHECKING:
     from tunesmith.data.chat import Renderer

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith.data.pack import collate
-from tunesmith.types import Annotator, Batch, Example, Step
+from tunesmith.protocols import Annotator
+from tunesmith.types import Batch, Example, Step
 
 if TYPE_CHECKING:
     from tunesmith.models.policy import Policy

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from tunesmith import errors
 from tunesmith.data.pool import Pool
-from tunesmith.types import Example, Objective
+from tunesmith.protocols import Objective
+from tunesmith.types import Example
 
 if TYPE_CHECKING:
     from tunesmith.data.chat import Renderer

@@ -15,7 +15,8 @@ from tunesmith.data import pack
 from tunesmith.engine.schedule import multiplier, warmup_steps
 from tunesmith.errors import RefusedError, ResourceError
 from tunesmith.models.policy import Policy
-from tunesmith.types import Batch, Coupled, GradientMode, GradientRule, Objective, Step, StepStats, Terms
+from tunesmith.protocols import Coupled, GradientRule, Objective
+from tunesmith.types import Batch, GradientMode, Step, StepStats, Terms
 
 
 @dataclass(frozen=True, slots=True)

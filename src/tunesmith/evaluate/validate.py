@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from tunesmith.data.pack import place
 from tunesmith.data.source import Examples, batches
 from tunesmith.models.policy import Policy
-from tunesmith.types import Objective
+from tunesmith.protocols import Objective
 
 
 def losses(

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from tunesmith.errors import RefusedError
-from tunesmith.types import Engine, GradientMode
+from tunesmith.protocols import Engine
+from tunesmith.types import GradientMode
 
 
 class Clip:
