@@ -11,7 +11,7 @@ from tunesmith.cli.verb import Call, Verb
 
 
 def _add(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quick", action="store_true", help="the intent alone, with a head on a small encoder: under a minute")
+    parser.add_argument("--quick", action="store_true", help="the intent alone, by a head on a small encoder")
     parser.add_argument("--out", metavar="DIR", type=Path, help="the run's folder; a new one under runs/ if left out")
 
 
