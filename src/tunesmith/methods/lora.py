@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -64,12 +64,15 @@ class Lora:
         return [{"params": [p for p in policy.parameters() if p.requires_grad]}]
 
     @contextmanager
-    def reference(self, policy: Policy) -> Iterator[None]:
+    def reference(self, policy: Policy) -> Generator[None]:
         with self._peft.disable_adapter():
             yield
 
     def export(self, policy: Policy, to: Path) -> None:
-        """A folder for `peft.PeftModel.from_pretrained`."""
+        """A folder for `peft.PeftModel.from_pretrained`, its bytes the same whichever process writes it."""
+        for config in self._peft.peft_config.values():
+            if isinstance(config.target_modules, set):  # in an order that each process draws anew
+                config.target_modules = sorted(config.target_modules)
         self._peft.save_pretrained(to, save_embedding_layers=False)
         (to / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours is MODEL_CARD.md
 
