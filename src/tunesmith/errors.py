@@ -17,6 +17,9 @@ class TunesmithError(Exception):
         self.cause = cause
         self.remedy = remedy
 
+    def __reduce__(self) -> tuple[type[TunesmithError], tuple[str, str]]:
+        return type(self), (self.cause, self.remedy)  # by default `remedy` would be lost on the way to another process
+
     def __str__(self) -> str:
         return f"{self.cause} ({self.remedy})"
 
