@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunesmith.data.source import Batching, DataSource, ExampleList, batches, epoch_order
+from tunesmith.errors import InputError
 from tunesmith.types import Batch, Example, Piece, Step
 
 NOBODY: Any = None  # the policy of a source that annotates nothing
@@ -223,3 +224,15 @@ def test_passes_without_gradient_take_every_example_once(lengths: list[int], tok
     assert [lengths[n] for n in found] == sorted(lengths, reverse=True)
     assert [n for batch in made for n in batch.columns["row"].tolist()] == found
     assert all(batch.tokens <= tokens or len(batch.examples) == 1 for batch in made)
+
+
+@pytest.mark.parametrize("stop", [{"max_steps": 3, "epochs": None}, {"epochs": 2.0}])
+@pytest.mark.parametrize("weights", [[], [0.0, 0.0]])
+def test_nothing_to_train_on_is_refused_and_not_looked_for_for_ever(weights: list[float], stop: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="no training row"):
+        source_of([2] * len(weights), repeats_N=np.array(weights), **stop)
+
+
+def test_epochs_without_a_row_are_passed_over() -> None:
+    source = source_of([2], repeats_N=np.array([0.1]), max_steps=3, epochs=None)
+    assert [numbers(step) for step in source.steps(NOBODY)] == [[0]] * 3

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith.data.pack import collate
+from tunesmith.errors import InputError
 from tunesmith.protocols import Annotator
 from tunesmith.types import Batch, Example, Step
 
@@ -79,7 +80,9 @@ def epoch_steps(
 
 
 def count_steps(lengths_N: NDArray[np.int64], repeats_N: NDArray[np.float64], batching: Batching, seed: int) -> int:
-    """Steps of the whole run, exactly."""
+    """Steps of the whole run, exactly. Raises InputError where no example would ever come."""
+    if not repeats_N.any():
+        raise InputError("there is no training row of a weight above 0", "give rows to train on, or a higher weight")
     if batching.max_steps is not None:
         return batching.max_steps
     epochs = batching.epochs or 1.0
