@@ -13,7 +13,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -51,7 +51,7 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def disk_errors(what: str) -> Iterator[None]:
+def disk_errors(what: str) -> Generator[None]:
     """Turns a full or failing disk into exit code 4, naming what was being written."""
     try:
         yield
@@ -99,7 +99,7 @@ def sha256_file(path: Path) -> str:
 
 
 @contextmanager
-def replace_folder(path: Path) -> Iterator[Path]:
+def replace_folder(path: Path) -> Generator[Path]:
     """Gives an empty folder aside; on leaving it takes the name `path`, replacing what was there.
 
     Its files are fsynced first. Where the body fails, `path` stays as it was.
@@ -114,15 +114,28 @@ def replace_folder(path: Path) -> Iterator[Path]:
                 sync_file(handle)
         for folder in sorted(p for p in [aside, *aside.rglob("*")] if p.is_dir()):
             sync_folder(folder)
+        swap(aside, path)
+
+
+def swap(aside: Path, path: Path) -> None:
+    """Gives the folder `aside` the name `path`; what had it is kept under another name until then."""
+    old = path.with_name(f".{path.name}.old")
+    if path.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        rename(path, old)
+    rename(aside, path)
+    sync_folder(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(parent: Path) -> None:
+    """Gives folders in `parent` their names back where a kill came between the two renames of a `swap`."""
+    for old in parent.glob(".*.old"):
+        path = parent / old.name.removeprefix(".").removesuffix(".old")
         if path.exists():
-            old = path.with_name(f".{path.name}.old")
             shutil.rmtree(old, ignore_errors=True)
-            rename(path, old)
-            rename(aside, path)
-            shutil.rmtree(old)
         else:
-            rename(aside, path)
-        sync_folder(path.parent)
+            rename(old, path)
 
 
 class Journal:
@@ -166,8 +179,8 @@ class RunDir:
         self.model = path / "model"
 
     @contextmanager
-    def hold(self) -> Iterator[None]:
-        """Holds the run for this process; another one is refused at once, naming the holder.
+    def hold(self) -> Generator[None]:
+        """Holds the run for this process, whole again after a kill; another process is refused, naming the holder.
 
         The lock is the operating system's, so it frees itself when its holder dies.
         """
@@ -186,6 +199,9 @@ class RunDir:
             write_json(
                 holder, {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
             )
+            with disk_errors(str(self.path)):
+                for parent in (self.path, self.checkpoints):
+                    recover(parent)
             yield
         finally:
             holder.unlink(missing_ok=True)

@@ -102,9 +102,19 @@ def test_any_bit_of_the_hashes_is_noticed(tmp_path: Path) -> None:
         path.write_bytes(broken)
         with pytest.raises(TunesmithError, match=re.escape(str(written.path))):
             checkpoint.read(written)
-    path.write_bytes(content[:-20])
-    with pytest.raises(TunesmithError, match=r"hashes\.json is damaged"):
+
+
+@pytest.mark.parametrize("content", [b'{"s.json": "ab', b"[1]", b"\xff\xfe", b"", None])
+def test_broken_hashes_are_refused_like_any_other_file(content: bytes | None, tmp_path: Path) -> None:
+    written = checkpoint.write(tmp_path, 3, {"s": {"n": 1}})
+    path = written.path / "hashes.json"
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(RefusedError) as error:
         checkpoint.read(written)
+    assert error.value.cause.startswith(f"{path} is {'missing' if content is None else 'damaged'}: ")
+    assert error.value.remedy.startswith(f"delete {written.path} to go on from the checkpoint before it")
 
 
 def test_only_whole_checkpoints_are_found_in_the_order_of_their_steps(tmp_path: Path) -> None:
@@ -204,3 +214,30 @@ def test_a_disk_that_fails_otherwise_says_how(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(rundir, "sync_file", failing)
     with pytest.raises(ResourceError, match=r"cannot write .*engine\.safetensors: Input/output error"):
         checkpoint.write(tmp_path, 2, states())
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_killed_while_a_step_is_saved_again_one_of_both_is_there(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = rundir.RunDir(tmp_path)
+    checkpoint.write(run.checkpoints, 1, states())
+    real = rundir.rename
+    calls: list[Path] = []
+
+    def killed(source: Path, target: Path) -> None:
+        calls.extend([source] if source.is_dir() else [])
+        if len(calls) == number and source.is_dir():
+            raise KilledError
+        real(source, target)
+
+    monkeypatch.setattr(rundir, "rename", killed)
+    with suppress(KilledError):
+        checkpoint.write(run.checkpoints, 1, states(1))
+    monkeypatch.undo()
+    assert len(calls) == min(number, 2)  # the old one aside, the new one into place
+    with run.hold():
+        (found,) = checkpoint.found(run.checkpoints)
+        assert_equal(checkpoint.read(found), states(1 if number == 3 else 0))
+        checkpoint.prune(run.checkpoints, [1])
+    assert [p.name for p in run.checkpoints.iterdir()] == ["step-000001"]

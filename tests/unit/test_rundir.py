@@ -127,6 +127,31 @@ def test_a_folder_is_replaced_only_when_its_successor_is_done(tmp_path: Path) ->
     assert [p.name for p in tmp_path.rglob("*")] == ["model", "new"]
 
 
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_killed_between_its_renames_a_folder_is_found_again(
+    number: int, after: bool, resumed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDir(tmp_path)
+
+    def replace(content: str) -> None:
+        with rundir.replace_folder(run.model) as folder:
+            (folder / "a").write_text(content)
+
+    replace("old")
+    killed_at(monkeypatch, "rename", number, after=after)
+    with pytest.raises(KilledError):
+        replace("new")
+    monkeypatch.undo()
+    if resumed:
+        with run.hold():
+            assert (run.model / "a").read_text() == ("new" if number == 2 and after else "old")
+    replace("next")
+    assert (run.model / "a").read_text() == "next"
+    assert [p.name for p in tmp_path.iterdir() if p.name != ".lock"] == ["model"]
+
+
 @pytest.mark.parametrize(
     ("code", "cause"),
     [(errno.ENOSPC, "the disk is full while writing"), (errno.EDQUOT, "the disk is full"), (errno.EROFS, "Read-only")],

@@ -47,10 +47,7 @@ def write(folder: Path, step: int, states: Mapping[str, Mapping[str, Any]]) -> C
             hashes[file] = rundir.sha256_file(aside / file)
     rundir.write_file(aside / "hashes.json", _json(hashes))
     with rundir.disk_errors(str(path)):
-        if path.exists():
-            shutil.rmtree(path)
-        rundir.rename(aside, path)
-        rundir.sync_folder(folder)
+        rundir.swap(aside, path)
     return Checkpoint(step, path)
 
 
@@ -59,16 +56,33 @@ def read(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
 
     Raises RefusedError naming the file that is missing, truncated or altered.
     """
-    hashes = rundir.read_json(checkpoint.path / "hashes.json")
+    hashes = _hashes(checkpoint)
     for file, expected in hashes.items():
         path = checkpoint.path / file
         if not path.is_file() or rundir.sha256_file(path) != expected:
-            raise RefusedError(
-                f"{path} is {'damaged' if path.is_file() else 'missing'}: its sha256 is not the one that was written",
-                f"delete {checkpoint.path} to go on from the checkpoint before it, or restore it from a copy",
-            )
+            raise _broken(checkpoint, path, "its sha256 is not the one that was written")
     names = [file.removesuffix(".json") for file in hashes if file.endswith(".json")]
     return {name: _join(checkpoint.path, name) for name in names}
+
+
+def _hashes(checkpoint: Checkpoint) -> dict[str, str]:
+    path = checkpoint.path / "hashes.json"
+    try:
+        hashes = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise _broken(checkpoint, path, "nothing says what was written") from error
+    except ValueError as error:
+        raise _broken(checkpoint, path, str(error)) from error
+    if not isinstance(hashes, dict):
+        raise _broken(checkpoint, path, "it holds no hashes by file")
+    return hashes
+
+
+def _broken(checkpoint: Checkpoint, path: Path, why: str) -> RefusedError:
+    return RefusedError(
+        f"{path} is {'damaged' if path.is_file() else 'missing'}: {why}",
+        f"delete {checkpoint.path} to go on from the checkpoint before it, or restore it from a copy",
+    )
 
 
 def found(folder: Path) -> list[Checkpoint]:
