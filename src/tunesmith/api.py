@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith import measuring, rundir, session, training
-from tunesmith import plan as planning
 from tunesmith.data.formats import rows as formatted
 from tunesmith.data.read import read, read_memory
 from tunesmith.engine.precision import choose_device
@@ -19,7 +18,7 @@ from tunesmith.evaluate.run import metric_names
 from tunesmith.models.cache import cache_dir
 from tunesmith.models.policy import Policy
 from tunesmith.monitor import Listen
-from tunesmith.plan import Assets, Plan
+from tunesmith.plan import Assets, Plan, make_plan
 from tunesmith.protocols import Method, Objective
 from tunesmith.recipe import Recipe
 from tunesmith.recipe_file import Origin, load_recipe, parse_recipe, resolve_paths, run_name
@@ -34,7 +33,7 @@ _LOADED: dict[Path, str] = {}  # sha256 of each plugin that this process has run
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A finished run: its folder, and what evaluation.json holds."""
+    """A finished run: its folder, and what evaluation.json and comparison.json hold."""
 
     path: Path
     records: list[dict[str, Any]]
@@ -103,7 +102,7 @@ def resume(path: Path, *, plugins: Sequence[Path] = (), listen: Listen = silent)
         hashes = load_plugins(plugins)
         if (path / "evaluation.json").is_file() and run.model.is_dir():
             listen("phase", {"name": "finished already"})
-            return _result(run, rundir.read_json(path / "evaluation.json"))
+            return _result(run, measuring.read_results(run))
         recipe, _ = load_recipe(path / "recipe.yaml")
         stored = rundir.read_json(path / "plan.json")
         recipe = recipe.model_copy(
@@ -155,8 +154,7 @@ def evaluate(
     """
     run = RunDir.open(path)
     load_plugins(plugins)
-    stored = path / "evaluation.json"
-    results = rundir.read_json(stored) if stored.is_file() else {"records": [], "effects": []}
+    results = measuring.read_results(run)
     if data is None:
         return _result(run, results)
     recipe, _ = load_recipe(path / "recipe.yaml")
@@ -180,7 +178,7 @@ def evaluate(
         names = metric_names(loaded.objective.needs.metrics, metrics or recipe.evaluate.metrics)
         measuring.merge(results, measuring.score(data.stem, found, names, loaded.objective, recipe.seed))
         measuring.write_predictions(run, data.stem, found, recipe.evaluate.keep)
-        rundir.write_json(stored, results)
+        measuring.write_results(run, results)
     return _result(run, results)
 
 
@@ -206,7 +204,7 @@ def _planned(recipe: Recipe, origin: Origin, listen: Listen) -> tuple[Plan, Asse
     def progress(what: str, done: int, of: int | None) -> None:
         listen("progress", {"what": what, "done": done, "of": of})
 
-    return planning.make_plan(recipe, Path.cwd(), origin, progress=progress)
+    return make_plan(recipe, Path.cwd(), origin, progress=progress)
 
 
 def _recipe(

@@ -26,12 +26,13 @@ if TYPE_CHECKING:
     from tunesmith.recipe import Recipe
 
 BASE, TUNED, MAJORITY = "base", "tuned", "majority"
+FILES = {"records": "evaluation.json", "effects": "comparison.json"}
 
 
 def measure_run(
     run: RunDir, recipe: Recipe, plan: Plan, assets: Assets, policy: Policy, listen: Listen
 ) -> dict[str, Any]:
-    """Measures every test set, or the validation rows where there is none, and writes evaluation.json."""
+    """Measures every test set, or the validation rows where there is none, and writes what was found."""
     stores: dict[str, TokenStore] = dict(assets.prepared.tests)
     if not stores and assets.prepared.validation is not None:
         stores = {"validation": assets.prepared.validation}
@@ -54,7 +55,7 @@ def measure_run(
         )
         write_predictions(run, name, found, recipe.evaluate.keep)
         merge(results, score(name, found, plan.metrics, assets.objective, recipe.seed))
-    rundir.write_json(run.path / "evaluation.json", results)
+    write_results(run, results)
     return results
 
 
@@ -106,6 +107,21 @@ def merge(results: dict[str, Any], new: Mapping[str, Any]) -> None:
     names = {entry["data"] for entry in new["records"]}
     for key in ("records", "effects"):
         results[key] = [entry for entry in results[key] if entry["data"] not in names] + list(new[key])
+
+
+def read_results(run: RunDir) -> dict[str, Any]:
+    """Records and effects as measured so far; none of either before the first."""
+    found: dict[str, Any] = {"records": [], "effects": []}
+    for key, name in FILES.items():
+        if (run.path / name).is_file():
+            found[key] = rundir.read_json(run.path / name)
+    return found
+
+
+def write_results(run: RunDir, results: Mapping[str, Any]) -> None:
+    """The records, and the effects beside them. Records come last: with evaluation.json a run is finished."""
+    for key in ("effects", "records"):
+        rundir.write_json(run.path / FILES[key], results[key])
 
 
 def write_predictions(run: RunDir, name: str, found: Mapping[str, Sequence[Prediction]], keep: int) -> None:

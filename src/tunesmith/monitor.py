@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
@@ -35,7 +35,7 @@ class StopRequest:
 
 
 @contextmanager
-def stoppable() -> Iterator[StopRequest]:
+def stoppable() -> Generator[StopRequest]:
     """Inside, the first SIGTERM or SIGINT asks for a stop after the step; a second SIGINT interrupts at once."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():

@@ -134,12 +134,11 @@ def make_plan(
     )
     longest = max(int(s.lengths.max(initial=1)) for s in _stores(prepared))
     placement, shape, peak = settings.resolve_placement(facts, training, speed, trainable, longest, defaults)
-    tokens, trained = _epoch_tokens(prepared)
     plan = Plan(
         meaning=_meaning(recipe, facts, method, objective, local, renderer, prepared, training),
         placement=placement,
         training=training,
-        prediction=settings.predict(facts, training, placement, shape, speed, peak, tokens, trained),
+        prediction=settings.predict(facts, training, placement, shape, speed, peak, _epoch(prepared)),
         base=_describe_base(local, facts),
         audit=prepared.audit.to_json(),
         parameters={"trainable": trainable, "total": total},
@@ -228,10 +227,11 @@ def _longest_answer(prepared: Prepared) -> int:
     return int(prepared.train.trained.max(initial=0))
 
 
-def _epoch_tokens(prepared: Prepared) -> tuple[int, int]:
-    """Tokens and trained tokens of one epoch, each row as often as its weight says."""
-    lengths, trained = prepared.train.lengths, prepared.train.trained
-    return int((lengths * prepared.repeats).sum()), int((trained * prepared.repeats).sum())
+def _epoch(prepared: Prepared) -> settings.Epoch:
+    repeats, store = prepared.repeats, prepared.train
+    return settings.Epoch(
+        float(repeats.sum()), int((store.lengths * repeats).sum()), int((store.trained * repeats).sum())
+    )
 
 
 def _meaning(

@@ -82,6 +82,15 @@ class Prediction:
     tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class Epoch:
+    """One pass over the training rows, each as often as its weight says."""
+
+    examples: float
+    tokens: int
+    trained: int
+
+
 def length_limit(facts: Facts, defaults: list[Default]) -> int:
     """Tokens at which an example is cut."""
     asked = facts.recipe.train.sequence_length
@@ -233,15 +242,11 @@ def predict(
     shape: memory.Shape,
     speed: Speed,
     peak: int,
-    tokens: int,
-    trained: int,
+    epoch: Epoch,
 ) -> Prediction:
     """Tokens, seconds and memory of the training, from the probed speed."""
-    share = trained / max(1, tokens)
-    passes = 1.0
-    if not facts.method.frozen_backbone:
-        passes = meaning.epochs if meaning.epochs is not None else 1.0
-    total = int(tokens * passes)
+    share = epoch.trained / max(1, epoch.tokens)
+    total = epoch.tokens if facts.method.frozen_backbone else _tokens_of_a_run(meaning, epoch)
     flop = memory.flop_per_token(shape, share, facts.method.frozen_backbone, placement.recompute)
     rate = speed.bf16 if placement.precision == "bf16" else speed.fp32
     device = placement.device.split(":")[0]
@@ -250,6 +255,14 @@ def predict(
 
 def as_json(value: Meaning | Placement | Prediction | Default) -> dict[str, Any]:
     return asdict(value)
+
+
+def _tokens_of_a_run(meaning: Meaning, epoch: Epoch) -> int:
+    if meaning.max_steps is None:
+        return int(epoch.tokens * (meaning.epochs or 1.0))
+    if meaning.batch_tokens is not None:
+        return meaning.batch_tokens * meaning.total_steps
+    return round(epoch.tokens / max(1.0, epoch.examples) * (meaning.batch_size or 1) * meaning.total_steps)
 
 
 def _tokens_of_a_micro_batch(meaning: Meaning, size: int | None, longest: int) -> int:

@@ -27,6 +27,7 @@ from tunesmith.evaluate.validate import losses
 from tunesmith.gradients.clip import Clip
 from tunesmith.measuring import measure_run
 from tunesmith.models.cache import cache_dir
+from tunesmith.models.heads import Head
 from tunesmith.models.policy import Policy
 from tunesmith.monitor import Listen, Monitor, StopRequest, stoppable
 from tunesmith.plan import Assets, Plan
@@ -70,7 +71,7 @@ def check_same(run: RunDir, plan: Plan, plugins: Mapping[str, str]) -> None:
 def execute(run: RunDir, recipe: Recipe, plan: Plan, assets: Assets, listen: Listen) -> dict[str, Any]:
     """Trains to the end from wherever the run stands, saves the result and measures it.
 
-    Returns what evaluation.json holds. The caller holds the run's lock.
+    Returns what evaluation.json and comparison.json hold. The caller holds the run's lock.
     """
     listen("phase", {"name": "loading", "what": plan.base["name"]})
     policy = session.build(plan, assets)
@@ -162,12 +163,14 @@ def _frozen_vectors(plan: Plan, assets: Assets, policy: Policy, listen: Listen) 
     if not assets.facts.method.frozen_backbone:
         return {}, {}
     prepared = assets.prepared
-    train = {"pooled": _vectors("train", prepared.train, plan, policy, listen)}
+    pooled = _vectors("train", prepared.train, plan, policy, listen)
     held = prepared.validation
-    validation = {"pooled": _vectors("validation", held, plan, policy, listen)} if held is not None else {}
+    train: Columns = {"pooled": pooled}
+    validation: Columns = {"pooled": _vectors("validation", held, plan, policy, listen)} if held is not None else {}
     if assets.previous is None:
         for head in policy.heads.values():
-            head.standardise(torch.from_numpy(train["pooled"]))
+            assert isinstance(head, Head)
+            head.standardise(torch.from_numpy(pooled))
     return train, validation
 
 

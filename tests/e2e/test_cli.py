@@ -189,7 +189,10 @@ def test_resume_of_a_finished_run_shows_its_result_and_changes_nothing(run: Path
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
     done = call("resume", run, "--json")
     assert done.code == 0, done.err
-    assert done.json["records"] == json.loads((run / "evaluation.json").read_text())["records"]
+    assert done.json["records"] == json.loads((run / "evaluation.json").read_text())
+    assert done.json["effects"] == json.loads((run / "comparison.json").read_text())
+    record = {"model", "data", "group", "metric", "value", "low", "high", "n"}
+    assert all(set(entry) == record for entry in done.json["records"])
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
@@ -206,7 +209,8 @@ def test_a_run_stopped_by_a_signal_exits_75_and_goes_on_to_the_same_numbers(
     assert f"tunesmith resume {stopped}" in done.err
     assert call("resume", stopped).code == 0
     assert (stopped / "metrics.jsonl").read_bytes() == (run / "metrics.jsonl").read_bytes()
-    assert (stopped / "evaluation.json").read_bytes() == (run / "evaluation.json").read_bytes()
+    for name in ("evaluation.json", "comparison.json"):
+        assert (stopped / name).read_bytes() == (run / name).read_bytes()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -256,6 +256,24 @@ def test_sigterm_saves_and_exits_75(bench: Bench, step: int, workers: int) -> No
     bench.finish(case, out)
 
 
+@pytest.mark.parametrize("save", [2, 4])  # the first checkpoint, and one after the best
+@pytest.mark.parametrize("file", ["engine.safetensors", "watch.json", "hashes.json"])
+def test_a_damaged_last_checkpoint_is_refused_and_without_it_the_run_goes_on(
+    bench: Bench, save: int, file: str
+) -> None:
+    out = bench.folder / f"damaged-{file}-{save}"
+    assert bench.fork(Case("operation", 1, save), out, "train")["code"] == KILLED
+    last = max((out / "checkpoints").glob("step-*"))
+    content = bytearray((last / file).read_bytes())
+    content[len(content) // 2] ^= 128
+    (last / file).write_bytes(content)
+    assert bench.fork(Case("", 0), out, "resume")["code"] == 3
+    assert f"error: {last / file} is damaged" in bench.log(out)
+    assert f"remedy: delete {last} to go on from the checkpoint before it" in bench.log(out)
+    shutil.rmtree(last)
+    bench.finish(Case("", 0), out)
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_real_process_ended_from_outside(bench: Bench, number: signal.Signals) -> None:
     out = bench.folder / f"real-{number.name}"

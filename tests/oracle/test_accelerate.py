@@ -21,8 +21,6 @@ from tunesmith.methods.lora import Lora
 from tunesmith.models.policy import Policy
 from tunesmith.types import Batch, Example, Piece, SampleSpec, Want
 
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks for it
-
 DECODERS = [family for family in FAMILIES if family != "bert"]
 PREFIX = 7
 

@@ -16,8 +16,6 @@ from tunesmith.models.policy import Policy
 from tunesmith.protocols import Method
 from tunesmith.types import Batch, Example, Piece, Terms, Want
 
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks for it
-
 BETA = 0.3
 ROLES = ("chosen", "rejected")
 PAIRS = [(tokens(4, n), tokens(3 + n % 4, 20 + n), tokens(2 + n % 3, 40 + n)) for n in range(6)]

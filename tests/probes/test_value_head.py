@@ -14,8 +14,6 @@ from tunesmith.models.heads import Head
 from tunesmith.models.policy import Policy
 from tunesmith.types import Batch, Example, HeadSpec, Part, Piece, Step, Terms, Want
 
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks for it
-
 
 class ActorCritic(Bare):
     """-log p of each token, and half the squared distance of its value to the example's return."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
 from tunesmith.errors import InputError
 from tunesmith.methods import METHODS
+from tunesmith.models.heads import Head
 from tunesmith.models.policy import Policy
 from tunesmith.recipe import Strict
 from tunesmith.types import MethodFacts
@@ -37,6 +38,7 @@ class HeadOnly:
     def attach(self, policy: Policy) -> None:
         policy.model.requires_grad_(False)
         for head in policy.heads.values():
+            assert isinstance(head, Head)
             head.requires_grad_(True)
             head.set_dropout(self._dropout)
 
@@ -44,7 +46,7 @@ class HeadOnly:
         return [{"params": [p for p in policy.parameters() if p.requires_grad]}]
 
     @contextmanager
-    def reference(self, policy: Policy) -> Iterator[None]:
+    def reference(self, policy: Policy) -> Generator[None]:
         """A fresh head has no base to go back to."""
         raise InputError(
             "a head trained from nothing has no base model to compare with", "compare with the majority class"

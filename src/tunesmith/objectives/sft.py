@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
 
 from tunesmith.data.pack import place
@@ -83,7 +84,7 @@ class Sft:
     def predict(self, policy: Policy, rows: Sequence[Row], renderer: Renderer, spec: SampleSpec) -> list[Prediction]:
         """Completes each conversation's last assistant turn; rows of plain text are only scored."""
         asked = [index for index, row in enumerate(rows) if "messages" in row.value]
-        prompts = [renderer.prompt(*_question(rows[index])).tolist() for index in asked]
+        prompts = [self._prompt(rows[index], renderer) for index in asked]
         completions = dict(zip(asked, policy.sample(prompts, spec), strict=True))
         scores = self._score(policy, rows, renderer, spec.batch_tokens)
         return [
@@ -96,6 +97,19 @@ class Sft:
             )
             for index, row in enumerate(rows)
         ]
+
+    def _prompt(self, row: Row, renderer: Renderer) -> list[int]:
+        """The prompt that the row's own answer continues.
+
+        Where the template writes something before an answer without thinking (Qwen3: an empty block), training
+        has shown the answer behind it, so the prompt has it too.
+        """
+        question, tools = _question(row)
+        if _answers_without_thinking(row):
+            quiet = renderer.prompt(question, tools, thinking=False)
+            if np.array_equal(renderer.encode(row.value["messages"], tools).input_ids[: len(quiet)], quiet):
+                return quiet.tolist()
+        return renderer.prompt(question, tools).tolist()
 
     def _score(
         self, policy: Policy, rows: Sequence[Row], renderer: Renderer, tokens: int
@@ -120,6 +134,12 @@ class Sft:
 def _question(row: Row) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
     messages = row.value["messages"]
     return (messages[:-1] if messages[-1]["role"] == "assistant" else messages), row.value.get("tools")
+
+
+def _answers_without_thinking(row: Row) -> bool:
+    last = row.value["messages"][-1]
+    thought = any(last.get(key) for key in ("reasoning_content", "reasoning", "thinking"))
+    return last["role"] == "assistant" and not thought and "<think>" not in str(last.get("content") or "")
 
 
 def _answer(row: Row) -> str | None:

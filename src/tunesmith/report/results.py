@@ -1,4 +1,4 @@
-"""Results on screen: what is in evaluation.json as a table, what it cannot say, and where to go from there."""
+"""Results on screen: what was measured as a table, what it cannot say, and where to go from there."""
 
 from __future__ import annotations
 
