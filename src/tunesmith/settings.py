@@ -172,21 +172,8 @@ def resolve_placement(
     """
     recipe, train = facts.recipe, facts.recipe.train
     device = choose_device(recipe.place.device)
-    precision = recipe.precision
-    if precision == "auto":
-        precision = speed.best
-        rates = f"fp32 {speed.fp32 / 1e9:.0f}, bf16 {speed.bf16 / 1e9:.0f} GFLOP/s measured here"
-        defaults.append(Default("precision", precision, rates))
-    shape = memory.Shape(
-        facts.model.parameters,
-        facts.model.embedding_parameters,
-        trainable,
-        facts.model.layers,
-        facts.model.width,
-        facts.model.intermediate,
-        facts.model.vocabulary,
-        2 if precision == "bf16" else 4,
-    )
+    precision = _precision(facts, speed, defaults)
+    shape = _shape(facts, trainable, precision)
     free = memory.free_bytes(device)
     room = MEMORY_SHARE * free - memory.static_bytes(shape, device)
     each = 2 if precision == "bf16" else 4
@@ -255,6 +242,28 @@ def predict(
 
 def as_json(value: Meaning | Placement | Prediction | Default) -> dict[str, Any]:
     return asdict(value)
+
+
+def _precision(facts: Facts, speed: Speed, defaults: list[Default]) -> str:
+    if facts.recipe.precision != "auto":
+        return facts.recipe.precision
+    rates = f"fp32 {speed.fp32 / 1e9:.0f}, bf16 {speed.bf16 / 1e9:.0f} GFLOP/s measured here"
+    defaults.append(Default("precision", speed.best, rates))
+    return speed.best
+
+
+def _shape(facts: Facts, trainable: int, precision: str) -> memory.Shape:
+    model = facts.model
+    return memory.Shape(
+        model.parameters,
+        model.embedding_parameters,
+        trainable,
+        model.layers,
+        model.width,
+        model.intermediate,
+        model.vocabulary,
+        2 if precision == "bf16" else 4,
+    )
 
 
 def _tokens_of_a_run(meaning: Meaning, epoch: Epoch) -> int:

@@ -97,24 +97,7 @@ def _train(run: RunDir, plan: Plan, assets: Assets, policy: Policy, stop: StopRe
         mode=_mode(assets),
         rules=rules,
     )
-    source = DataSource(
-        prepared.train,
-        Batching(
-            training.epochs,
-            training.max_steps,
-            training.batch_size,
-            training.batch_tokens,
-            plan.placement.micro_batch_size,
-            plan.placement.micro_batch_tokens,
-        ),
-        seed=training.seed,
-        packed=policy.packed,
-        pad_id=policy.tokens.pad,
-        repeats_N=prepared.repeats,
-        columns=columns,
-        annotator=objective if isinstance(objective, Annotator) else None,
-        workers=plan.placement.workers,
-    )
+    source = _source(plan, assets, policy, columns)
     validation = prepared.validation
     monitor = Monitor(
         run,
@@ -146,6 +129,28 @@ def _train(run: RunDir, plan: Plan, assets: Assets, policy: Policy, stop: StopRe
     finally:
         monitor.close()
     policy.eval()
+
+
+def _source(plan: Plan, assets: Assets, policy: Policy, columns: Columns) -> DataSource:
+    objective, prepared, training = assets.objective, assets.prepared, plan.training
+    return DataSource(
+        prepared.train,
+        Batching(
+            training.epochs,
+            training.max_steps,
+            training.batch_size,
+            training.batch_tokens,
+            plan.placement.micro_batch_size,
+            plan.placement.micro_batch_tokens,
+        ),
+        seed=training.seed,
+        packed=policy.packed,
+        pad_id=policy.tokens.pad,
+        repeats_N=prepared.repeats,
+        columns=columns,
+        annotator=objective if isinstance(objective, Annotator) else None,
+        workers=plan.placement.workers,
+    )
 
 
 def _mode(assets: Assets) -> GradientMode:

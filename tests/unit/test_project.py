@@ -70,6 +70,13 @@ def test_the_loop_can_be_read_aloud() -> None:
     assert len(loop.read_text(encoding="utf-8").splitlines()) < 150
 
 
+def test_the_architecture_names_every_module_and_no_other() -> None:
+    table = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"^\| `([\w/]+\.py)` \|", table, flags=re.MULTILINE))
+    modules = {path.relative_to(ROOT / "src" / "tunesmith").as_posix() for path in SOURCES}
+    assert named == {name for name in modules if not name.endswith("__init__.py")}
+
+
 def test_data_files_parse() -> None:
     tables = sorted((ROOT / "src" / "tunesmith").rglob("*.yaml"))
     assert tables

@@ -1,0 +1,34 @@
+"""What a run is predicted to cost counts the tokens that it will see."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tunesmith.engine.memory import Shape
+from tunesmith.engine.precision import Speed
+from tunesmith.settings import Epoch, predict
+
+EPOCH = Epoch(examples=100.0, tokens=5000, trained=1000)
+
+
+@pytest.mark.parametrize(
+    ("keys", "frozen", "tokens"),
+    [
+        ({"epochs": 3.0, "max_steps": None, "total_steps": 21}, False, 15000),
+        ({"epochs": 3.0, "max_steps": None, "total_steps": 21}, True, 5000),
+        ({"max_steps": 4, "total_steps": 4}, False, 4 * 16 * 50),
+        ({"max_steps": 40, "total_steps": 40}, False, 40 * 16 * 50),
+        ({"max_steps": 40, "total_steps": 40, "batch_size": None, "batch_tokens": 600}, False, 24000),
+    ],
+)
+def test_tokens_and_seconds_of_a_run(keys: dict[str, Any], frozen: bool, tokens: int) -> None:
+    meaning: Any = SimpleNamespace(**{"epochs": None, "batch_size": 16, "batch_tokens": None, **keys})
+    facts: Any = SimpleNamespace(method=SimpleNamespace(frozen_backbone=frozen))
+    placement: Any = SimpleNamespace(precision="fp32", device="cpu", recompute=False)
+    shape, speed = Shape(1000, 100, 10, 2, 32, 64, 100, 4), Speed("cpu", 1e9, 1e9)
+    found = predict(facts, meaning, placement, shape, speed, 1, EPOCH)
+    assert found.tokens == tokens
+    assert found.seconds > 0
