@@ -129,13 +129,18 @@ def swap(aside: Path, path: Path) -> None:
 
 
 def recover(parent: Path) -> None:
-    """Gives folders in `parent` their names back where a kill came between the two renames of a `swap`."""
+    """Mends what kills left in `parent`: between the two renames of a `swap`, or something half made or half gone."""
     for old in parent.glob(".*.old"):
         path = parent / old.name.removeprefix(".").removesuffix(".old")
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)
         else:
             rename(old, path)
+    for left in [*parent.glob(".*.part"), *parent.glob(".*.gone")]:
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink()
 
 
 class Journal:

@@ -144,12 +144,16 @@ def test_killed_between_its_renames_a_folder_is_found_again(
     with pytest.raises(KilledError):
         replace("new")
     monkeypatch.undo()
+    (tmp_path / ".plan.json.part").write_text("{")
+    (run.checkpoints / ".step-000002.gone").mkdir(parents=True)
     if resumed:
         with run.hold():
+            assert not list(tmp_path.rglob(".*.part"))
+            assert not list(tmp_path.rglob(".*.gone"))
             assert (run.model / "a").read_text() == ("new" if number == 2 and after else "old")
     replace("next")
     assert (run.model / "a").read_text() == "next"
-    assert [p.name for p in tmp_path.iterdir() if p.name != ".lock"] == ["model"]
+    assert not list(tmp_path.glob(".model.*"))
 
 
 @pytest.mark.parametrize(
