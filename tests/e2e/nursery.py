@@ -13,6 +13,7 @@ Reads one case as a line of JSON and answers with one: {"out": folder, "words": 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -178,17 +179,21 @@ def outlives(pid: int, born: float) -> bool:
     return True
 
 
-def warm() -> None:
-    """Imports what every child needs; runs nothing of torch, so that a fork is safe."""
+def warm(recipe: str) -> None:
+    """Imports what every child needs and plans once; computes no gradient, so that a fork is safe."""
     import peft  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     import tunesmith.api
     import tunesmith.cli.train
     import tunesmith.report.live  # noqa: F401
+    from tunesmith.cli import main
+
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        main(["plan", recipe])
 
 
 if __name__ == "__main__":
-    warm()
+    warm(sys.argv[1])
     for line in sys.stdin:
         print(json.dumps(run(json.loads(line))), flush=True)

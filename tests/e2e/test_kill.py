@@ -71,7 +71,7 @@ class Bench:
         self.free: Queue[subprocess.Popen[str]] = Queue()
         self.started = [
             subprocess.Popen(
-                [sys.executable, str(NURSERY)],
+                [sys.executable, str(NURSERY), str(self.recipe)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -158,7 +158,7 @@ class Bench:
 def bits(run: Path) -> dict[str, str]:
     """sha256 of every file of the result, of the metrics and of what was measured."""
     files = [p for folder in ("model", "predictions") for p in (run / folder).rglob("*") if p.is_file()]
-    files += [run / "metrics.jsonl", run / "evaluation.json"]
+    files += [run / "metrics.jsonl", run / "evaluation.json", run / "comparison.json"]
     return {str(p.relative_to(run)): sha256_file(p) for p in sorted(files)}
 
 
