@@ -43,7 +43,7 @@ def build(plan: Plan, assets: Assets) -> Policy:
         load_heads(policy, assets.previous / "model")
     accelerate(policy)
     if placement.recompute:
-        policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        policy.model.activation_checkpointing_enable({"use_reentrant": False})
     return policy
 
 

@@ -1,0 +1,172 @@
+"""Every method x objective x kind of model under a few conditions of running: it runs, is substituted or is refused.
+
+A refusal gives its reason and its remedy. Of the cells that run, enough are trained for two steps that every pair
+of values that can meet is met once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import combinations, product
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from tunesmith import api, rules
+from tunesmith.facts import DEFAULT_POOLING, Facts, ModelFacts
+from tunesmith.methods import METHODS
+from tunesmith.objectives import OBJECTIVES
+from tunesmith.recipe_file import parse_recipe
+from tunesmith.types import ModelKind
+
+# The built-in ones by name: what another test registers is not ours to judge.
+METHOD_NAMES = ("head", "lora")
+OBJECTIVE_NAMES = ("classify", "sft")
+KINDS: tuple[ModelKind, ...] = get_args(ModelKind)
+CONDITIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "micro-batches": {"train": {"micro_batch_size": 2}},
+    "recompute": {"train": {"recompute": True}},
+    "early stopping": {"train": {"early_stopping": {"patience": 1}}, "data": {"validation": 0.2}},
+    "early stopping, unwatched": {"train": {"early_stopping": {"patience": 1}}},
+    "bf16": {"precision": "bf16"},
+    "bf16, unserved": {"precision": "bf16"},
+    "unpackable": {},
+}
+COLOURS = ("red", "green")
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "sft": [{"prompt": f"colour {i}?", "completion": COLOURS[i % 2]} for i in range(20)],
+    "classify": [{"text": f"a {COLOURS[i % 2]} {i}", "label": COLOURS[i % 2]} for i in range(20)],
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One combination of what a user chooses, and the condition that it runs under."""
+
+    method: str
+    objective: str
+    kind: ModelKind
+    condition: str
+
+    def __str__(self) -> str:
+        return f"{self.method}-{self.objective}-{self.kind}-{self.condition}".replace(" ", "_")
+
+    def recipe(self, model: str) -> dict[str, Any]:
+        asked: Mapping[str, Any] = CONDITIONS[self.condition]
+        return {
+            "model": model,
+            "data": {"train": "rows.jsonl", **asked.get("data", {})},
+            "objective": self.objective,
+            "method": self.method,
+            "train": {"max_steps": 2, "batch_size": 4, **asked.get("train", {})},
+            "precision": asked.get("precision", "fp32"),
+            "place": {"device": "cpu"},
+            "evaluate": {"limit": 2, **({"max_new_tokens": 2} if self.objective == "sft" else {})},
+        }
+
+    def facts(self) -> Facts:
+        model = ModelFacts(
+            name=f"tiny-{self.kind}",
+            model_type="tiny",
+            kind=self.kind,
+            parameters=1000,
+            embedding_parameters=100,
+            layers=2,
+            width=8,
+            intermediate=16,
+            vocabulary=50,
+            context_length=512,
+            tied_embeddings=True,
+            packable=self.kind != "encoder-decoder" and self.condition != "unpackable",
+            pooling=DEFAULT_POOLING[self.kind],
+            has_template=True,
+        )
+        return Facts(
+            recipe=parse_recipe(self.recipe(model.name)),
+            method_name=self.method,
+            method=METHODS.get(self.method).facts,
+            objective_name=self.objective,
+            needs=OBJECTIVES.get(self.objective).needs,
+            model=model,
+            device="cpu",
+            device_served=True,
+            bf16_served=self.condition != "bf16, unserved",
+        )
+
+    def refused_axes(self) -> set[tuple[str, ...]]:
+        """What must be refused, said a second time and not read off the rules."""
+        axes: set[tuple[str, ...]] = set()
+        if self.kind == "encoder-decoder" or (self.objective, self.kind) == ("sft", "encoder"):
+            axes.add(("objective", "model"))
+        if self.kind == "encoder-decoder":
+            axes.add(("method", "model"))
+        if (self.method, self.objective) == ("head", "sft"):
+            axes.add(("method", "objective"))
+        if (self.method, self.condition) == ("head", "recompute"):
+            axes.add(("train.recompute", "method"))
+        if self.condition == "early stopping, unwatched":
+            axes.add(("train.early_stopping", "data.validation"))
+        if self.condition == "bf16, unserved":
+            axes.add(("precision", "hardware"))
+        return axes
+
+    def pairs(self) -> set[tuple[tuple[int, str], ...]]:
+        values = (self.method, self.objective, self.kind, self.condition)
+        return set(combinations(enumerate(values), 2))
+
+
+CELLS = [Cell(*values) for values in product(METHOD_NAMES, OBJECTIVE_NAMES, KINDS, CONDITIONS)]
+
+
+def sample() -> list[Cell]:
+    """Cells that run, chosen one by one for the most pairs not met before, until every pair that can be is met."""
+    able = [cell for cell in CELLS if not cell.refused_axes()]
+    missing = set[tuple[tuple[int, str], ...]]().union(*(cell.pairs() for cell in able))
+    chosen: list[Cell] = []
+    while missing:
+        best = max(able, key=lambda cell: len(cell.pairs() & missing))
+        chosen.append(best)
+        missing -= best.pairs()
+    return chosen
+
+
+def test_the_names_are_registered() -> None:
+    for name in METHOD_NAMES:
+        assert METHODS.get(name).facts.summary
+    for name in OBJECTIVE_NAMES:
+        assert OBJECTIVES.get(name).needs.summary
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=str)
+def test_a_cell_runs_is_substituted_or_is_refused(cell: Cell) -> None:
+    conflicts, substitutions = rules.judge(cell.facts())
+    assert {conflict.axes for conflict in conflicts} == cell.refused_axes()
+    for conflict in conflicts:
+        assert conflict.reason
+        assert conflict.remedy
+        assert "{" not in conflict.reason + conflict.remedy
+    assert any("one padded row" in text for text in substitutions) == (not cell.facts().model.packable)
+    assert any("majority" in text for text in substitutions) == (cell.objective == "classify")
+
+
+@pytest.mark.parametrize("cell", sample(), ids=str)
+def test_a_cell_that_runs_takes_two_steps(
+    cell: Cell, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder: Path = request.getfixturevalue({"decoder": "tiny_llama", "encoder": "tiny_bert"}[cell.kind])
+    if cell.condition == "unpackable":
+        monkeypatch.setattr("tunesmith.facts.is_packable", lambda meta: False)
+    recipe = cell.recipe(str(folder))
+    del recipe["data"]["train"]
+    planned = api.plan(recipe, data={"train": ROWS[cell.objective]})
+    assert planned.placement.packed == (cell.condition != "unpackable")
+    result = api.train(recipe, data={"train": ROWS[cell.objective]}, out=tmp_path / "run")
+    lines = (result.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) >= 2
+    assert (result.path / "model" / "tunesmith.json").is_file()
+    assert all(math.isfinite(record["value"]) for record in result.records)
+    assert bool(result.records) == ("validation" in recipe["data"])
