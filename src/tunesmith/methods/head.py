@@ -25,7 +25,7 @@ class HeadOnly:
         heads=frozenset({"pooled"}),
         reference="none",
         frozen_backbone=True,
-        default_learning_rate=1e-2,
+        default_learning_rate=3e-3,
     )
 
     class Options(Strict):
