@@ -14,11 +14,11 @@ from tunesmith.data.formats import rows as formatted
 from tunesmith.data.read import read, read_memory
 from tunesmith.engine.precision import choose_device
 from tunesmith.errors import InputError
-from tunesmith.evaluate.run import metric_names
+from tunesmith.evaluation.run import metric_names
 from tunesmith.models.cache import cache_dir
 from tunesmith.models.policy import Policy
 from tunesmith.monitor import Listen
-from tunesmith.plan import Assets, Plan, make_plan
+from tunesmith.planning import Assets, Plan, make_plan
 from tunesmith.protocols import Method, Objective
 from tunesmith.recipe import Recipe
 from tunesmith.recipe_file import Origin, load_recipe, parse_recipe, resolve_paths, run_name

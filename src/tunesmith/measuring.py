@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tunesmith import rundir
-from tunesmith.evaluate.metrics import build
-from tunesmith.evaluate.run import compare, majority, measure, records_to_json
+from tunesmith.evaluation.metrics import build
+from tunesmith.evaluation.run import compare, majority, measure, records_to_json
 from tunesmith.models.policy import Policy
 from tunesmith.monitor import Listen
-from tunesmith.plan import Assets, Plan
+from tunesmith.planning import Assets, Plan
 from tunesmith.protocols import Method, Objective
 from tunesmith.rundir import RunDir
 from tunesmith.types import Prediction, Row, SampleSpec

@@ -19,7 +19,7 @@ from tunesmith.models.heads import Head
 from tunesmith.models.load import load_backbone, load_tokenizer
 from tunesmith.models.policy import Policy, Tokens
 from tunesmith.objectives import OBJECTIVES
-from tunesmith.plan import Assets, Plan
+from tunesmith.planning import Assets, Plan
 from tunesmith.protocols import Method, Objective
 from tunesmith.settings import Placement
 

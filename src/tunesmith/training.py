@@ -22,15 +22,15 @@ from tunesmith.engine import checkpoint, features
 from tunesmith.engine.native import NativeEngine, Optimization
 from tunesmith.engine.precision import device_name
 from tunesmith.errors import InputError, RefusedError
-from tunesmith.evaluate import METRICS
-from tunesmith.evaluate.validate import losses
+from tunesmith.evaluation import METRICS
+from tunesmith.evaluation.validate import losses
 from tunesmith.gradients.clip import Clip
 from tunesmith.measuring import measure_run
 from tunesmith.models.cache import cache_dir
 from tunesmith.models.heads import Head
 from tunesmith.models.policy import Policy
 from tunesmith.monitor import Listen, Monitor, StopRequest, stoppable
-from tunesmith.plan import Assets, Plan
+from tunesmith.planning import Assets, Plan
 from tunesmith.protocols import Annotator, GradientRule
 from tunesmith.recipe_file import dump_recipe
 from tunesmith.rundir import RunDir

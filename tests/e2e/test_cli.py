@@ -25,8 +25,8 @@ COLOURS = ("red", "green", "blue", "black", "white", "brown")
 METRIC = """
 from typing import ClassVar
 
-from tunesmith.evaluate import METRICS
-from tunesmith.evaluate.metrics import quotient
+from tunesmith.evaluation import METRICS
+from tunesmith.evaluation.metrics import quotient
 
 
 @METRICS.register("answer_length")

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score
 
-from tunesmith.evaluate.metrics import Accuracy, MacroF1, build, statistics
+from tunesmith.evaluation.metrics import Accuracy, MacroF1, build, statistics
 from tunesmith.types import Prediction
 
 LABELS = ("a", "b", "c", "d", "e")

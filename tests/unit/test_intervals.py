@@ -11,9 +11,9 @@ import pytest
 from scipy.stats import binomtest
 
 from tunesmith.errors import InputError, RefusedError
-from tunesmith.evaluate.intervals import interval, paired_rate, wilson
-from tunesmith.evaluate.json_metrics import FieldAccuracy
-from tunesmith.evaluate.metrics import Accuracy, FloatArray, Loss, MacroF1, Perplexity, RowMetric
+from tunesmith.evaluation.intervals import interval, paired_rate, wilson
+from tunesmith.evaluation.json_metrics import FieldAccuracy
+from tunesmith.evaluation.metrics import Accuracy, FloatArray, Loss, MacroF1, Perplexity, RowMetric
 
 Draw = Callable[[int, np.random.Generator], FloatArray]
 
@@ -107,7 +107,7 @@ def test_limits_of_perplexity_are_those_of_the_loss() -> None:
 def test_blocks_change_nothing_but_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     table = classes(100, np.random.default_rng(0))
     whole = interval(MacroF1("abcde"), table, 3)
-    monkeypatch.setattr("tunesmith.evaluate.intervals.BLOCK", 777)
+    monkeypatch.setattr("tunesmith.evaluation.intervals.BLOCK", 777)
     assert interval(MacroF1("abcde"), table, 3) == pytest.approx(whole)
 
 

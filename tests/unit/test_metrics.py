@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from tunesmith.errors import InputError
-from tunesmith.evaluate import METRICS
-from tunesmith.evaluate.json_metrics import FieldAccuracy, JsonValid, parse_object, same
-from tunesmith.evaluate.metrics import ExactMatch, Loss, MacroF1, Perplexity, RowMetric, build, statistics
+from tunesmith.evaluation import METRICS
+from tunesmith.evaluation.json_metrics import FieldAccuracy, JsonValid, parse_object, same
+from tunesmith.evaluation.metrics import ExactMatch, Loss, MacroF1, Perplexity, RowMetric, build, statistics
 from tunesmith.types import Prediction
 
 

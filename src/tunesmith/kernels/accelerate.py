@@ -45,4 +45,6 @@ def keep_memory() -> bool:
     except (OSError, AttributeError):
         return False
     trim_threshold, mmap_threshold = -1, -3
-    return bool(mallopt(mmap_threshold, 2**30) and mallopt(trim_threshold, 2**31 - 1))
+    # Some versions of glibc take no mmap threshold above 32 MiB.
+    mapped = mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25)
+    return bool(mallopt(trim_threshold, 2**31 - 1)) and bool(mapped)

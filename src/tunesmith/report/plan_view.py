@@ -14,7 +14,7 @@ from tunesmith.report.live import duration, gibibytes
 from tunesmith.report.visible import shortened, visible
 
 if TYPE_CHECKING:
-    from tunesmith.plan import Plan
+    from tunesmith.planning import Plan
 
 BAR = 40  # columns of the longest bar
 PIECE = 700  # characters of an example's stretch that are shown

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, NoReturn, cast
 
 from tunesmith.errors import InputError
-from tunesmith.evaluate import METRICS
-from tunesmith.evaluate.metrics import Bounds, FloatArray, MetricKind, quotient, reference_of
+from tunesmith.evaluation import METRICS
+from tunesmith.evaluation.metrics import Bounds, FloatArray, MetricKind, quotient, reference_of
 from tunesmith.types import Prediction
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from scipy import special
 
 from tunesmith.errors import InputError, RefusedError
-from tunesmith.evaluate.metrics import FloatArray, RowMetric, quotient
+from tunesmith.evaluation.metrics import FloatArray, RowMetric, quotient
 
 # Cells of one block of resampling counts: 2,000,000 rows drawn need about 48 MB, whatever N and R.
 BLOCK = 2_000_000

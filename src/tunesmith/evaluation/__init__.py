@@ -11,6 +11,6 @@ from typing import TYPE_CHECKING
 from tunesmith.registry import Registry
 
 if TYPE_CHECKING:
-    from tunesmith.evaluate.metrics import RowMetric
+    from tunesmith.evaluation.metrics import RowMetric
 
 METRICS: Registry[Callable[[Sequence[str]], RowMetric]] = Registry("metric", __name__)

@@ -12,9 +12,9 @@ from rich.table import Table
 from scipy import special
 
 from tunesmith.errors import InputError
-from tunesmith.evaluate import METRICS
-from tunesmith.evaluate.intervals import BLOCK, interval, paired_rate, percentile, studentised, value_of
-from tunesmith.evaluate.metrics import FloatArray, RowMetric, statistics
+from tunesmith.evaluation import METRICS
+from tunesmith.evaluation.intervals import BLOCK, interval, paired_rate, percentile, studentised, value_of
+from tunesmith.evaluation.metrics import FloatArray, RowMetric, statistics
 from tunesmith.types import Metric, Prediction, Row
 
 # Stands for the probability of a label that training never saw, here as in the classifier's own predictions.

@@ -12,9 +12,9 @@ from rich.console import Console
 from scipy.stats import binomtest
 
 from tunesmith.errors import InputError
-from tunesmith.evaluate.json_metrics import FieldAccuracy
-from tunesmith.evaluate.metrics import Accuracy, ExactMatch, Loss, MacroF1, Perplexity, build
-from tunesmith.evaluate.run import (
+from tunesmith.evaluation.json_metrics import FieldAccuracy
+from tunesmith.evaluation.metrics import Accuracy, ExactMatch, Loss, MacroF1, Perplexity, build
+from tunesmith.evaluation.run import (
     Effect,
     compare,
     majority,

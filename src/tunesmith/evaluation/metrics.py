@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith.errors import InputError
-from tunesmith.evaluate import METRICS
+from tunesmith.evaluation import METRICS
 from tunesmith.types import Prediction
 
 MetricKind = Literal["rate", "mean", "ratio", "general"]

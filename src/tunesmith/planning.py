@@ -14,7 +14,7 @@ import torch
 from tunesmith import rules, settings
 from tunesmith.data.prepare import Prepared, prepare
 from tunesmith.errors import InputError, RefusedError
-from tunesmith.evaluate.run import metric_names
+from tunesmith.evaluation.run import metric_names
 from tunesmith.facts import Facts, Previous, gather, gather_model
 from tunesmith.methods import METHODS
 from tunesmith.models.cache import cache_dir
