@@ -22,6 +22,8 @@ from filelock import FileLock, Timeout
 
 from tunesmith.errors import InputError, ResourceError
 
+LOCK, HOLDER = ".lock", ".holder.json"
+BEFORE_MANIFEST = ("recipe.yaml", "plan.json")  # what a run writes before it has begun
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -191,8 +193,8 @@ class RunDir:
         """
         with disk_errors(str(self.path)):
             self.path.mkdir(parents=True, exist_ok=True)
-        holder = self.path / ".holder.json"
-        lock = FileLock(self.path / ".lock")
+        holder = self.path / HOLDER
+        lock = FileLock(self.path / LOCK)
         try:
             lock.acquire(timeout=0.2)
         except Timeout as error:
@@ -219,11 +221,23 @@ class RunDir:
     def open(path: Path) -> RunDir:
         """The run at `path`; a folder that is no run is refused."""
         if not (path / "manifest.json").is_file():
+            if is_unbegun(path) and (path / LOCK).exists():
+                raise InputError(
+                    f"{path} was stopped before its run began, so there is nothing to go on from",
+                    f"start it again: `tunesmith train RECIPE --out {path}`",
+                )
             raise InputError(
                 f"{path} is not a run of tunesmith (it has no manifest.json)",
                 "give the folder that `tunesmith train` printed",
             )
         return RunDir(path)
+
+
+def is_unbegun(path: Path) -> bool:
+    """Whether nothing is in the folder, or only what a run stopped before its manifest left there."""
+    names = {p.name for p in path.iterdir()} if path.is_dir() else set[str]()
+    ours = {LOCK, HOLDER, *BEFORE_MANIFEST, *(f".{name}.part" for name in (HOLDER, *BEFORE_MANIFEST, "manifest.json"))}
+    return not names or (LOCK in names and names <= ours)
 
 
 def _holder(path: Path) -> str:

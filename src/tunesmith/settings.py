@@ -219,7 +219,8 @@ def resolve_placement(
     step_tokens = min(
         tokens, MICRO_TOKENS[device.type], _tokens_of_a_micro_batch(meaning, train.micro_batch_size, longest)
     )
-    return placement, shape, memory.static_bytes(shape, device) + per_token * step_tokens
+    held = memory.process_bytes(device) + memory.static_bytes(shape, device)
+    return placement, shape, held + per_token * step_tokens
 
 
 def predict(

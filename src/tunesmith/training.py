@@ -274,8 +274,8 @@ def _differing(what: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> 
 
 
 def check_run_folder(path: Path) -> None:
-    """Raises InputError where a new run cannot be put."""
+    """Raises InputError where a new run cannot be put; one that was stopped before its manifest gives way."""
     if (path / "manifest.json").exists():
         raise InputError(f"{path} holds a run already", f"go on with `tunesmith resume {path}`, or give another --out")
-    if path.exists() and (not path.is_dir() or any(p.name not in (".lock", ".holder.json") for p in path.iterdir())):
+    if path.exists() and not (path.is_dir() and rundir.is_unbegun(path)):
         raise InputError(f"{path} exists and is not empty", "give another --out, or empty it")

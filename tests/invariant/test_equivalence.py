@@ -5,22 +5,22 @@ from __future__ import annotations
 import pytest
 import torch
 
-from families import FAMILIES, examples_of, policy_of
+from families import FAMILIES, REAL_VOCABULARY, examples_of, examples_of_text, policy_of
 from tunesmith.data.pack import collate
 from tunesmith.engine.native import NativeEngine, Optimization
 from tunesmith.models.heads import Head
 from tunesmith.objectives.classify import Classify
 from tunesmith.objectives.sft import Sft
 from tunesmith.protocols import Objective
-from tunesmith.types import HeadSpec, Step
+from tunesmith.types import Example, HeadSpec, Step
 
 COUNT = 8
 
 
 def gradients(
-    family: str, objective_name: str, sizes: list[int], *, packed: bool
+    family: str, objective_name: str, examples: list[Example], sizes: list[int], *, packed: bool
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    policy = policy_of(family, packed=packed)
+    policy = policy_of(family, packed=packed, vocabulary=REAL_VOCABULARY)
     objective: Objective = Sft(None)
     if objective_name == "classify":
         objective = Classify(None)
@@ -32,7 +32,7 @@ def gradients(
     engine = NativeEngine(
         policy, [{"params": list(policy.parameters())}], Optimization(1e-3, "constant", 0, 0.0, 10), seed=0
     )
-    examples, batches, at = examples_of(COUNT), [], 0
+    batches, at = [], 0
     for size in sizes:
         batches.append(collate(examples[at : at + size], range(at, at + size), packed=packed, pad_id=0))
         at += size
@@ -47,12 +47,13 @@ def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return apart / sum(float(g.square().sum()) for g in a.values()) ** 0.5
 
 
+@pytest.mark.parametrize("examples", [examples_of(COUNT), examples_of_text(COUNT)], ids=["random", "text"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_micro_batches_and_packing_leave_the_gradient_alone(family: str) -> None:
+def test_micro_batches_and_packing_leave_the_gradient_alone(family: str, examples: list[Example]) -> None:
     objective = "classify" if family == "bert" else "sft"
-    loss, whole = gradients(family, objective, [COUNT], packed=True)
+    loss, whole = gradients(family, objective, examples, [COUNT], packed=True)
     for sizes, packed in ([[1] * COUNT, True], [[3, 5], True], [[COUNT], False], [[1] * COUNT, False]):
-        other_loss, other = gradients(family, objective, sizes, packed=packed)
+        other_loss, other = gradients(family, objective, examples, sizes, packed=packed)
         assert other_loss == pytest.approx(loss, rel=1e-5)
         assert difference(whole, other) < 1e-5, (sizes, packed)
 

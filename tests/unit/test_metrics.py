@@ -10,7 +10,7 @@ import pytest
 
 from tunesmith.errors import InputError
 from tunesmith.evaluation import METRICS
-from tunesmith.evaluation.json_metrics import FieldAccuracy, JsonValid, parse_object, same
+from tunesmith.evaluation.json_metrics import FieldAccuracy, JsonValid, SchemaValid, parse_object, same
 from tunesmith.evaluation.metrics import ExactMatch, Loss, MacroF1, Perplexity, RowMetric, build, statistics
 from tunesmith.types import Prediction
 
@@ -20,7 +20,7 @@ def value_of(metric: RowMetric, *predictions: Prediction) -> float:
 
 
 def test_every_metric_is_found_by_its_own_name() -> None:
-    expected = {"exact_match", "accuracy", "macro_f1", "loss", "perplexity", "json_valid", "field_accuracy"}
+    expected = {"exact_match", "accuracy", "macro_f1", "loss", "perplexity", "json_valid", "schema_valid", "field_accuracy"}
     assert expected <= set(METRICS)
     for name in METRICS:
         assert METRICS.get(name)(["a", "b"]).name == name
@@ -151,3 +151,20 @@ def test_perfect_macro_f1_ignores_absent_classes() -> None:
     metric = MacroF1(["a", "b", "c"])
     assert value_of(metric, Prediction("a", "a", "r"), Prediction("b", "b", "s")) == 1.0
     assert math.isnan(float(metric.aggregate(np.zeros(9))))
+
+
+@pytest.mark.parametrize(
+    ("output", "valid"),
+    [
+        ('{"a": 2, "b": {"c": "z"}}', 1),
+        ('{"b": {"c": ""}, "a": 0.5}', 1),
+        ('{"a": 2}', 0),
+        ('{"a": 2, "b": {"c": "z"}, "d": 1}', 0),
+        ('{"a": true, "b": {"c": "z"}}', 0),
+        ('{"a": "2", "b": {"c": "z"}}', 0),
+        ('{"a": 2, "b": {"c": null}}', 0),
+        ("no JSON", 0),
+    ],
+)
+def test_a_schema_is_the_fields_and_types_of_the_reference(output: str, valid: int) -> None:
+    assert SchemaValid().statistics(Prediction(output, '{"a": 1, "b": {"c": "x"}}', "r")) == (valid, 1.0)

@@ -293,3 +293,20 @@ def test_only_a_run_is_opened(tmp_path: Path) -> None:
         RunDir.open(tmp_path)
     rundir.write_json(tmp_path / "manifest.json", {})
     assert RunDir.open(tmp_path).model == tmp_path / "model"
+
+
+def test_a_run_stopped_before_its_manifest_gives_way_to_a_new_one(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    with run.hold():
+        rundir.write_file(run.path / "recipe.yaml", b"model: x")
+        (run.path / ".plan.json.part").write_bytes(b"{")
+    assert rundir.is_unbegun(run.path)
+    with pytest.raises(InputError, match="stopped before its run began"):
+        RunDir.open(run.path)
+    (run.path / "notes.txt").write_text("mine")
+    assert not rundir.is_unbegun(run.path)
+
+
+def test_a_recipe_of_the_users_own_is_not_taken_for_what_a_run_left(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("model: x")
+    assert not rundir.is_unbegun(tmp_path)

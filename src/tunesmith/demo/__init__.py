@@ -34,7 +34,7 @@ def recipe(quick: bool) -> dict[str, Any]:
         "objective": "sft",
         "method": {"name": "lora", "rank": 16},
         "train": {"epochs": 3, "batch_size": 8, "learning_rate": 1e-3, "schedule": "cosine", "evaluate_every": 59},
-        "evaluate": {"metrics": ["exact_match", "json_valid", "field_accuracy", "loss", "perplexity"]},
+        "evaluate": {"metrics": ["exact_match", "schema_valid", "field_accuracy", "loss", "perplexity"]},
     }
 
 

@@ -44,6 +44,11 @@ def static_bytes(shape: Shape, device: torch.device) -> int:
     return frozen * shape.weight_bytes + shape.trainable * ADAM_BYTES + LOGIT_CHUNK[device.type]
 
 
+def process_bytes(device: torch.device) -> int:
+    """What this process holds before the model is there: on a CPU the libraries count too."""
+    return 0 if device.type == "cuda" else psutil.Process().memory_info().rss
+
+
 def free_bytes(device: torch.device) -> int:
     """Memory that this process may still take on the device."""
     if device.type == "cuda":

@@ -48,6 +48,29 @@ def same(left: Any, right: Any) -> bool:
     return bool(left == right)
 
 
+def same_shape(left: Any, right: Any) -> bool:
+    """Whether two JSON values have one shape: objects the same fields, each of one shape, other values one type."""
+    if isinstance(left, dict) and isinstance(right, dict):
+        a, b = cast("dict[str, Any]", left), cast("dict[str, Any]", right)
+        return a.keys() == b.keys() and all(same_shape(value, b[key]) for key, value in a.items())
+    return _json_type(left) == _json_type(right)
+
+
+def _json_type(value: Any) -> str:
+    """JSON knows one type of number; true and false are none."""
+    return "number" if isinstance(value, int | float) and not isinstance(value, bool) else type(value).__name__
+
+
+def _reference_object(prediction: Prediction, metric: str) -> dict[str, Any]:
+    reference = parse_object(reference_of(prediction, metric))
+    if reference is None:
+        raise InputError(
+            f"{metric} needs references that are JSON objects, and that of {prediction.where} is not",
+            f"correct that row, or leave {metric} out of evaluate.metrics",
+        )
+    return reference
+
+
 @METRICS.register("json_valid")
 class JsonValid:
     """The whole output parses as one strict JSON object; white space around it is allowed, a code fence is not."""
@@ -62,6 +85,29 @@ class JsonValid:
 
     def statistics(self, prediction: Prediction) -> tuple[float, ...]:
         return (float(parse_object(prediction.output) is not None), 1.0)
+
+    def aggregate(self, sums: FloatArray) -> FloatArray:
+        return quotient(sums)
+
+
+@METRICS.register("schema_valid")
+class SchemaValid:
+    """The output is a strict JSON object of the reference's shape: its fields and no other, values of its types.
+
+    The reference stands for the schema, so which words a field may hold is not judged here.
+    """
+
+    name: ClassVar[str] = "schema_valid"
+    higher_is_better: ClassVar[bool] = True
+    kind: ClassVar[MetricKind] = "rate"
+    bounds: ClassVar[Bounds] = (0.0, 1.0)
+
+    def __init__(self, labels: Sequence[str] = ()) -> None:
+        del labels
+
+    def statistics(self, prediction: Prediction) -> tuple[float, ...]:
+        reference = _reference_object(prediction, self.name)
+        return (float(same_shape(reference, parse_object(prediction.output))), 1.0)
 
     def aggregate(self, sums: FloatArray) -> FloatArray:
         return quotient(sums)
@@ -84,12 +130,7 @@ class FieldAccuracy:
         del labels
 
     def statistics(self, prediction: Prediction) -> tuple[float, ...]:
-        reference = parse_object(reference_of(prediction, self.name))
-        if reference is None:
-            raise InputError(
-                f"field_accuracy needs references that are JSON objects, and that of {prediction.where} is not",
-                "correct that row, or leave field_accuracy out of evaluate.metrics",
-            )
+        reference = _reference_object(prediction, self.name)
         output = parse_object(prediction.output)
         if output is None:
             return (0.0, 1.0)
