@@ -20,7 +20,16 @@ def value_of(metric: RowMetric, *predictions: Prediction) -> float:
 
 
 def test_every_metric_is_found_by_its_own_name() -> None:
-    expected = {"exact_match", "accuracy", "macro_f1", "loss", "perplexity", "json_valid", "schema_valid", "field_accuracy"}
+    expected = {
+        "exact_match",
+        "accuracy",
+        "macro_f1",
+        "loss",
+        "perplexity",
+        "json_valid",
+        "schema_valid",
+        "field_accuracy",
+    }
     assert expected <= set(METRICS)
     for name in METRICS:
         assert METRICS.get(name)(["a", "b"]).name == name
