@@ -1,0 +1,226 @@
+"""No key of a recipe is read by nothing: each is changed, and what the run leaves or where it runs changes with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from pydantic import BaseModel
+
+from tunesmith import api
+from tunesmith.errors import TunesmithError
+from tunesmith.methods import METHODS
+from tunesmith.objectives import OBJECTIVES
+from tunesmith.recipe import Recipe
+from tunesmith.rundir import read_json, sha256_file
+
+# The built-in ones by name: what another test registers is not ours to judge.
+REGISTERED = {"method": (METHODS, ("head", "lora")), "objective": (OBJECTIVES, ("classify", "sft"))}
+BASE: dict[str, Any] = {
+    "model": "llama",
+    "data": {"train": "train.jsonl", "validation": "validation.jsonl", "test": "test.jsonl"},
+    "objective": "sft",
+    "method": {"name": "lora", "rank": 4},
+    "train": {"max_steps": 4, "batch_size": 4, "learning_rate": 0.01},
+    "precision": "fp32",
+    "place": {"device": "cpu", "threads": 1},
+    "evaluate": {"max_new_tokens": 4},
+}
+STOPPING = {"train.evaluate_every": 1, "train.early_stopping": {"patience": 1, "min_delta": 1e6}}
+SET = {"path": "train.jsonl"}
+TOLD_APART = {"data.train": "two.jsonl", "data.validation": None, "data.test": None}
+
+
+@dataclass(frozen=True)
+class Change:
+    """A key's other value, and what else both runs have beside BASE."""
+
+    to: Any
+    beside: Mapping[str, Any] = field(default_factory=dict)
+
+
+CHANGES: dict[str, Change] = {
+    "model": Change("other-llama"),
+    "data.train": Change("other.jsonl"),
+    "data.train.path": Change([{"path": "other.jsonl"}], {"data.train": [SET]}),
+    "data.train.weight": Change([{**SET, "weight": 0.5}, "other.jsonl"], {"data.train": [SET, "other.jsonl"]}),
+    "data.train.limit": Change([{**SET, "limit": 5}], {"data.train": [SET]}),
+    "data.train.format": Change(
+        [{"path": "two.jsonl", "format": "alpaca"}], {"data.train": [{"path": "two.jsonl", "format": "prompt+completion"}]}
+    ),
+    "data.train.columns": Change([{"path": "train.jsonl", "columns": {"completion": "remark"}}], {"data.train": [SET]}),
+    "data.validation": Change(0.3),
+    "data.test": Change("other.jsonl"),
+    "data.format": Change("alpaca", {**TOLD_APART, "data.format": "prompt+completion"}),
+    "data.columns": Change({"completion": "remark"}),
+    "data.template": Change("{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"),
+    "data.allow": Change(["leaks"], {"data.test": "train.jsonl"}),
+    "objective": Change("classify", {"data.train": "both.jsonl", "data.validation": None, "data.test": None}),
+    "method": Change({"name": "lora", "rank": 8}),
+    "method.lora.rank": Change(8),
+    "method.lora.alpha": Change(1.0),
+    "method.lora.targets": Change(["q_proj"]),
+    "train.epochs": Change(2, {"train.max_steps": None, "train.epochs": 1}),
+    "train.max_steps": Change(3),
+    "train.batch_size": Change(3),
+    "train.batch_tokens": Change(90, {"train.batch_size": None, "train.batch_tokens": 140}),
+    "train.micro_batch_size": Change(2),
+    "train.dropout": Change(0.5),
+    "train.recompute": Change(True),
+    "train.sequence_length": Change(40, {"data.allow": ["truncated", "masked"]}),
+    "train.learning_rate": Change(0.02),
+    "train.schedule": Change("cosine"),
+    "train.warmup": Change(0.5),
+    "train.weight_decay": Change(0.5),
+    "train.optimizer": Change("another"),
+    "train.clip": Change(0.001),
+    "train.save_every": Change(3),
+    "train.evaluate_every": Change(2),
+    "train.early_stopping": Change({"patience": 1, "min_delta": 1e6}, {"train.evaluate_every": 1}),
+    "train.early_stopping.patience": Change(2, STOPPING),
+    "train.early_stopping.min_delta": Change(0.0, STOPPING),
+    "train.early_stopping.metric": Change("exact_match", STOPPING),
+    "precision": Change("bf16"),
+    "place.device": Change("cuda"),
+    "place.threads": Change(2),
+    "place.workers": Change(2),
+    "evaluate.metrics": Change(["exact_match"]),
+    "evaluate.limit": Change(1),
+    "evaluate.keep": Change(1),
+    "evaluate.base": Change(False),
+    "evaluate.max_new_tokens": Change(2),
+    "seed": Change(18),
+    "out": Change("elsewhere"),
+}
+
+
+def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The models of keys that a field's type is made of; a registered name's options are walked by that name."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        if annotation.model_config.get("extra") == "forbid":
+            yield annotation
+        return
+    for argument in get_args(annotation):
+        yield from models_in(argument)
+
+
+def keys_of(model: type[BaseModel], above: str = "") -> Iterator[str]:
+    for name, info in model.model_fields.items():
+        key = f"{above}{name}"
+        below = [k for found in models_in(info.annotation) for k in keys_of(found, f"{key}.")]
+        # A key that only holds others is read where they are.
+        if not below or info.annotation not in (found for found in models_in(info.annotation)):
+            yield key
+        yield from below
+        if key in REGISTERED:
+            registry, names = REGISTERED[key]
+            for registered in names:
+                yield from keys_of(registry.get(registered).Options, f"{key}.{registered}.")
+
+
+KEYS = sorted(set(keys_of(Recipe)))
+
+
+def with_changes(recipe: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    made: dict[str, Any] = json.loads(json.dumps(recipe))
+    for key, value in changes.items():
+        *above, last = key.split(".")
+        part = made
+        for name in above:
+            part = part.setdefault(name, {})
+        part[last] = value
+    return made
+
+
+def of_set(key: str) -> str:
+    """Where a key of one training set, or of a method's options, stands in the recipe."""
+    if key.startswith("data.train."):
+        return "data.train"
+    return ".".join(part for part in key.split(".") if part not in ("lora", "head", "sft", "classify"))
+
+
+@pytest.fixture(scope="module")
+def place(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two bases and rows in a few formats."""
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("keys")
+    shutil.copytree(tiny_llama, folder / "llama")
+    shutil.copytree(tiny_llama, folder / "other-llama")
+    weights = load_file(folder / "llama" / "model.safetensors")
+    save_file({n: w + 0.01 * torch.ones_like(w) for n, w in weights.items()}, folder / "other-llama/model.safetensors")
+
+    def write(name: str, rows: list[dict[str, Any]]) -> None:
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def asked(start: int, count: int) -> list[dict[str, Any]]:
+        return [
+            {"prompt": f"colour {i}?", "completion": "red" if i % 2 else "a green one", "remark": f"as {i}"}
+            for i in range(start, start + count)
+        ]
+
+    write("train.jsonl", asked(0, 12))
+    write("other.jsonl", asked(100, 9))
+    write("validation.jsonl", asked(200, 4))
+    write("test.jsonl", asked(300, 3))
+    write("two.jsonl", [{**row, "instruction": row["remark"], "output": row["prompt"]} for row in asked(0, 12)])
+    write("both.jsonl", [{**row, "text": row["prompt"], "label": row["completion"]} for row in asked(0, 12)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def seen() -> dict[str, Any]:
+    """What was found for each recipe: many keys are compared with one and the same run."""
+    return {}
+
+
+def outcome(recipe: dict[str, Any], place: Path, seen: dict[str, Any]) -> dict[str, Any]:
+    """What is left of the run that `recipe` asks for: its placement and the hash of each result, or the refusal."""
+    asked = json.dumps(recipe, sort_keys=True)
+    if asked not in seen:
+        folder = place / "runs" / str(len(seen))
+        seen[asked] = ran(recipe, place, folder)
+    found: dict[str, Any] = seen[asked]
+    return found
+
+
+def ran(recipe: dict[str, Any], place: Path, folder: Path) -> dict[str, Any]:
+    named = recipe.get("out")
+    run = place / named if named else folder
+    try:
+        api.train(recipe, out=None if named else run)
+    except TunesmithError as error:
+        return {"refused": str(error)}
+    results = ["metrics.jsonl", "evaluation.json", *(f"predictions/{p.name}" for p in run.glob("predictions/*"))]
+    trained = [p for p in (run / "model").glob("*.safetensors")]
+    return {
+        "placement": read_json(run / "plan.json")["placement"],
+        "folder": named,
+        **{name: sha256_file(run / name) for name in results},
+        **{p.name: sha256_file(p) for p in trained},
+    }
+
+
+def test_every_key_has_a_change() -> None:
+    assert sorted(CHANGES) == KEYS
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_changed_key_changes_the_run(
+    key: str, place: Path, seen: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    change = CHANGES[key]
+    before = with_changes(BASE, change.beside)
+    after = with_changes(before, {of_set(key): change.to})
+    assert before != after
+    found = outcome(before, place, seen)
+    assert "refused" not in found or key == "data.allow", found
+    assert outcome(after, place, seen) != found
