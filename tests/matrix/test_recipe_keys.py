@@ -50,7 +50,8 @@ CHANGES: dict[str, Change] = {
     "data.train.weight": Change([{**SET, "weight": 0.5}, "other.jsonl"], {"data.train": [SET, "other.jsonl"]}),
     "data.train.limit": Change([{**SET, "limit": 5}], {"data.train": [SET]}),
     "data.train.format": Change(
-        [{"path": "two.jsonl", "format": "alpaca"}], {"data.train": [{"path": "two.jsonl", "format": "prompt+completion"}]}
+        [{"path": "two.jsonl", "format": "alpaca"}],
+        {"data.train": [{"path": "two.jsonl", "format": "prompt+completion"}]},
     ),
     "data.train.columns": Change([{"path": "train.jsonl", "columns": {"completion": "remark"}}], {"data.train": [SET]}),
     "data.validation": Change(0.3),
