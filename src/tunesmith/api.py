@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,6 @@ from tunesmith.data.formats import rows as formatted
 from tunesmith.data.read import read, read_memory
 from tunesmith.engine.precision import choose_device
 from tunesmith.errors import InputError
-from tunesmith.evaluation.run import metric_names
 from tunesmith.models.cache import cache_dir
 from tunesmith.models.policy import Policy
 from tunesmith.monitor import Listen
@@ -22,22 +22,27 @@ from tunesmith.planning import Assets, Plan, make_plan
 from tunesmith.protocols import Method, Objective
 from tunesmith.recipe import Recipe
 from tunesmith.recipe_file import Origin, load_recipe, parse_recipe, resolve_paths, run_name
+from tunesmith.report import notebook
 from tunesmith.rundir import RunDir
 from tunesmith.settings import Placement
 from tunesmith.types import Prediction, Row, SampleSpec
 
 Rows = Sequence[Mapping[str, Any]]
+PathLike = str | os.PathLike[str]
 
 _LOADED: dict[Path, str] = {}  # sha256 of each plugin that this process has run
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A finished run: its folder, and what evaluation.json and comparison.json hold."""
+    """A finished run: its folder, and what evaluation.json and comparison.json hold. A notebook shows it as a table."""
 
     path: Path
     records: list[dict[str, Any]]
     effects: list[dict[str, Any]]
+
+    def _repr_html_(self) -> str:
+        return notebook.results_html(self.path, self.records, self.effects)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,36 +60,45 @@ class Loaded:
         return self.objective.predict(self.policy, rows, self.renderer, spec)
 
 
-def silent(event: str, data: Mapping[str, Any]) -> None:
+def _watching() -> Listen:
+    """Who listens if nobody was named: the cell of a notebook, else no one."""
+    return notebook.view().listen if notebook.in_notebook() else _silent
+
+
+def _silent(event: str, data: Mapping[str, Any]) -> None:
     """A listener that shows nothing."""
 
 
 def plan(
-    recipe: Recipe | Mapping[str, Any] | Path,
+    recipe: Recipe | Mapping[str, Any] | PathLike,
     overrides: Sequence[str] = (),
     *,
     data: Mapping[str, Rows] | None = None,
-    plugins: Sequence[Path] = (),
-    listen: Listen = silent,
+    plugins: Sequence[PathLike] = (),
+    listen: Listen | None = None,
 ) -> Plan:
     """Plans a recipe: a file, a mapping, or a Recipe; `data` gives rows by split in place of paths."""
     load_plugins(plugins)
-    return _planned(*_recipe(recipe, overrides, data), listen)[0]
+    planned = _planned(*_recipe(recipe, overrides, data), listen or _watching())[0]
+    if listen is None and notebook.in_notebook():
+        notebook.show_plan(planned)
+    return planned
 
 
 def train(
-    recipe: Recipe | Mapping[str, Any] | Path,
+    recipe: Recipe | Mapping[str, Any] | PathLike,
     overrides: Sequence[str] = (),
     *,
     data: Mapping[str, Rows] | None = None,
-    out: Path | None = None,
-    plugins: Sequence[Path] = (),
-    listen: Listen = silent,
+    out: PathLike | None = None,
+    plugins: Sequence[PathLike] = (),
+    listen: Listen | None = None,
 ) -> Result:
     """Plans and runs a recipe in a new folder: `out`, the recipe's `out`, or runs/<name>."""
+    listen = listen or _watching()
     hashes = load_plugins(plugins)
     typed, origin = _recipe(recipe, overrides, data)
-    folder = out or typed.out or free_folder(run_name(origin.file) if origin.file else "run")
+    folder = Path(out) if out else typed.out or free_folder(run_name(origin.file) if origin.file else "run")
     training.check_run_folder(folder)
     planned, assets = _planned(typed, origin, listen)
     run = RunDir(folder)
@@ -95,8 +109,9 @@ def train(
         return _result(run, training.execute(run, typed, planned, assets, listen))
 
 
-def resume(path: Path, *, plugins: Sequence[Path] = (), listen: Listen = silent) -> Result:
+def resume(path: PathLike, *, plugins: Sequence[PathLike] = (), listen: Listen | None = None) -> Result:
     """Goes on with a run from its last checkpoint, to the same bits as if it had never stopped."""
+    path, listen = Path(path), listen or _watching()
     run = RunDir.open(path)
     with run.hold():
         hashes = load_plugins(plugins)
@@ -115,8 +130,9 @@ def resume(path: Path, *, plugins: Sequence[Path] = (), listen: Listen = silent)
         return _result(run, training.execute(run, recipe, planned, assets, listen))
 
 
-def load(path: Path, device: str = "auto") -> Loaded:
+def load(path: PathLike, device: str = "auto") -> Loaded:
     """The model of a run (or an exported model folder), ready to predict."""
+    path = Path(path)
     folder = path / "model" if (path / "model" / session.CARD).is_file() else path
     if not (folder / session.CARD).is_file():
         hint = "finish it with `tunesmith resume`" if (path / "manifest.json").is_file() else "give a run's folder"
@@ -125,12 +141,12 @@ def load(path: Path, device: str = "auto") -> Loaded:
 
 
 def predict(
-    path: Path,
-    rows: Path | Rows,
+    path: PathLike,
+    rows: PathLike | Rows,
     *,
     device: str = "auto",
     max_new_tokens: int | None = None,
-    plugins: Sequence[Path] = (),
+    plugins: Sequence[PathLike] = (),
 ) -> list[Prediction]:
     """Answers of a run's model to rows of a file or in memory; labels and answers in them are optional."""
     load_plugins(plugins)
@@ -139,29 +155,31 @@ def predict(
 
 
 def evaluate(
-    path: Path,
-    data: Path | None = None,
+    path: PathLike,
+    data: PathLike | None = None,
     *,
     metrics: Sequence[str] | None = None,
     base: bool = True,
     device: str = "auto",
-    plugins: Sequence[Path] = (),
-    listen: Listen = silent,
+    plugins: Sequence[PathLike] = (),
+    listen: Listen | None = None,
 ) -> Result:
     """Measures a run's model on more rows and adds the records to its evaluation.json.
 
     Without `data`, shows what the run has measured.
     """
+    path, listen = Path(path), listen or _watching()
     run = RunDir.open(path)
     load_plugins(plugins)
     results = measuring.read_results(run)
     if data is None:
         return _result(run, results)
+    data = Path(data)
     recipe, _ = load_recipe(path / "recipe.yaml")
     planned = rundir.read_json(path / "plan.json")
     with run.hold():
         loaded = load(path, device)
-        rows = list(_rows(data, recipe.data.format, recipe.data.columns))
+        rows = list(_rows(data, recipe.data.format, recipe.data.columns, recipe.evaluate.tags))
         spec = SampleSpec(int(loaded.card["max_new_tokens"]))
         found = measuring.measure_rows(
             data.stem,
@@ -175,17 +193,16 @@ def evaluate(
             planned["audit"]["train"]["labels"],
             listen,
         )
-        names = metric_names(loaded.objective.needs.metrics, metrics or recipe.evaluate.metrics)
-        measuring.merge(results, measuring.score(data.stem, found, names, loaded.objective, recipe.seed))
-        measuring.write_predictions(run, data.stem, found, recipe.evaluate.keep)
+        measuring.merge(results, measuring.score(data.stem, rows, found, loaded.objective, recipe, metrics))
+        measuring.write_predictions(run, data.stem, rows, found, recipe.evaluate.keep)
         measuring.write_results(run, results)
     return _result(run, results)
 
 
-def load_plugins(paths: Sequence[Path]) -> dict[str, str]:
+def load_plugins(paths: Sequence[PathLike]) -> dict[str, str]:
     """Runs the user's files, which register names that recipes use; their sha256 by name."""
     hashes: dict[str, str] = {}
-    for path in paths:
+    for path in map(Path, paths):
         spec = importlib.util.spec_from_file_location(f"tunesmith_plugin_{path.stem}", path)
         if not path.is_file() or spec is None or spec.loader is None:
             raise InputError(f"--plugin {path} is not a Python file", "give the path of a .py file")
@@ -208,10 +225,11 @@ def _planned(recipe: Recipe, origin: Origin, listen: Listen) -> tuple[Plan, Asse
 
 
 def _recipe(
-    recipe: Recipe | Mapping[str, Any] | Path, overrides: Sequence[str], data: Mapping[str, Rows] | None
+    recipe: Recipe | Mapping[str, Any] | PathLike, overrides: Sequence[str], data: Mapping[str, Rows] | None
 ) -> tuple[Recipe, Origin]:
     """The recipe with absolute paths, and where its keys stand."""
-    if isinstance(recipe, Path):
+    if isinstance(recipe, str | os.PathLike):
+        recipe = Path(recipe)
         typed, origin = load_recipe(recipe, overrides)
         return resolve_paths(typed, recipe.resolve().parent), origin
     if overrides:
@@ -267,14 +285,14 @@ def free_folder(name: str) -> Path:
     return folder
 
 
-def _input_rows(rows: Path | Rows) -> list[Row]:
-    if isinstance(rows, Path):
-        return list(_rows(rows, None, {}))
+def _input_rows(rows: PathLike | Rows) -> list[Row]:
+    if isinstance(rows, str | os.PathLike):
+        return list(_rows(Path(rows), None, {}))
     return list(formatted(_askable(read_memory(rows, "rows")), None, {})[1])
 
 
-def _rows(path: Path, format: str | None, columns: Mapping[str, str]) -> Iterator[Row]:
-    return formatted(_askable(read(path.name, path.resolve().parent, "test")), format, columns)[1]
+def _rows(path: Path, format: str | None, columns: Mapping[str, str], tags: Sequence[str] = ()) -> Iterator[Row]:
+    return formatted(_askable(read(path.name, path.resolve().parent, "test")), format, columns, tags)[1]
 
 
 def _askable(records: Iterator[tuple[Mapping[str, Any], str]]) -> Iterator[tuple[Mapping[str, Any], str]]:

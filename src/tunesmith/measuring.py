@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import orjson
+from numpy.typing import NDArray
 
 from tunesmith import rundir
-from tunesmith.evaluation.metrics import build
-from tunesmith.evaluation.run import compare, majority, measure, records_to_json
+from tunesmith.data.checks import row_keys
+from tunesmith.evaluation.class_metrics import by_class
+from tunesmith.evaluation.class_metrics import details as class_details
+from tunesmith.evaluation.intervals import IntArray
+from tunesmith.evaluation.metrics import RowMetric, applicable, build
+from tunesmith.evaluation.run import compare, majority, measure, metric_names, records_to_json
 from tunesmith.models.policy import Policy
 from tunesmith.monitor import Listen
 from tunesmith.planning import Assets, Plan
 from tunesmith.protocols import Method, Objective
 from tunesmith.rundir import RunDir
-from tunesmith.types import Prediction, Row, SampleSpec
+from tunesmith.types import Metric, Prediction, Row, SampleSpec
 
 if TYPE_CHECKING:
     from tunesmith.data.chat import Renderer
@@ -26,7 +31,10 @@ if TYPE_CHECKING:
     from tunesmith.recipe import Recipe
 
 BASE, TUNED, MAJORITY = "base", "tuned", "majority"
-FILES = {"records": "evaluation.json", "effects": "comparison.json"}
+ALL = "all"
+# In the order in which they are written: with evaluation.json a run is finished.
+FILES: Mapping[str, str] = {"effects": "comparison.json", "details": "details.json", "records": "evaluation.json"}
+DIGITS = 6  # of a stored probability
 
 
 def measure_run(
@@ -38,7 +46,7 @@ def measure_run(
         stores = {"validation": assets.prepared.validation}
     counts = plan.audit["train"]["labels"]
     spec = SampleSpec(plan.training.max_new_tokens)
-    results: dict[str, Any] = {"records": [], "effects": []}
+    results = _nothing()
     for name, store in stores.items():
         rows = _rows(store, recipe.evaluate.limit, recipe.seed)
         found = measure_rows(
@@ -53,8 +61,8 @@ def measure_run(
             counts,
             listen,
         )
-        write_predictions(run, name, found, recipe.evaluate.keep)
-        merge(results, score(name, found, plan.metrics, assets.objective, recipe.seed))
+        write_predictions(run, name, rows, found, recipe.evaluate.keep)
+        merge(results, score(name, rows, found, assets.objective, recipe))
     write_results(run, results)
     return results
 
@@ -84,34 +92,54 @@ def measure_rows(
 
 
 def score(
-    name: str, found: Mapping[str, Sequence[Prediction]], metrics: Sequence[str], objective: Objective, seed: int
+    name: str,
+    rows: Sequence[Row],
+    found: Mapping[str, Sequence[Prediction]],
+    objective: Objective,
+    recipe: Recipe,
+    metrics: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Records with intervals for each model, and the paired effect of tuning on each metric.
+    """Records with intervals for each model, over all rows, by class and by group; and the paired effects of tuning.
 
-    A limit that is infinite (one row of a loss) is null, as JSON has none.
+    `metrics` (else the recipe's) are measured or refused; those of the objective where the rows can have them.
     """
-    built = build(metrics, found[TUNED], objective.describe().get("labels"))
-    records = [r for model, predictions in found.items() for r in measure(model, name, predictions, built, seed)]
+    asked = metrics or recipe.evaluate.metrics
+    names = metric_names(objective.needs.metrics, asked)
+    labels: list[str] | None = objective.describe().get("labels")
+    cluster = recipe.evaluate.cluster
+    clusters_N = None if cluster is None else np.unique([row.tags[cluster] for row in rows], return_inverse=True)[1]
+    records: list[Metric] = []
     effects: list[dict[str, Any]] = []
-    before = next((found[model] for model in (BASE, MAJORITY) if model in found), None)
-    if before is not None:
-        for metric in built:
-            effect = compare(before, found[TUNED], metric, seed)
-            numbers = {key: number if math.isfinite(number) else None for key, number in asdict(effect).items()}
-            effects.append({"data": name, "metric": metric.name, **numbers})
-    return {"records": records_to_json(records), "effects": effects}
+    for group, places_N in _groups(rows, recipe.evaluate.by):
+        of_group = {model: [predictions[i] for i in places_N] for model, predictions in found.items()}
+        tuned = of_group[TUNED]
+        built = build(names if asked and group == ALL else applicable(names, tuned), tuned, labels)
+        own = None if clusters_N is None else np.unique(clusters_N[places_N], return_inverse=True)[1]
+        for model, predictions in of_group.items():
+            records += measure(model, name, predictions, built, recipe.seed, own, group)
+        before = next((of_group[model] for model in (BASE, MAJORITY) if model in of_group), None)
+        if before is not None and group == ALL:
+            effects += [_effect(name, before, tuned, metric, recipe.seed, own) for metric in built]
+    details: dict[str, Any] = {}
+    if labels is not None:
+        known = sorted({*labels, *(p.reference for p in found[TUNED] if p.reference is not None)})
+        for model, predictions in found.items():
+            records += by_class(model, name, predictions, known)
+        details[name] = {model: class_details(predictions, known) for model, predictions in found.items()}
+    return {"records": records_to_json(records), "effects": effects, "details": details}
 
 
 def merge(results: dict[str, Any], new: Mapping[str, Any]) -> None:
-    """Adds records of a data set to results, in place of earlier ones of the same set."""
+    """Adds what was found on a data set to results, in place of what an earlier pass over the same set found."""
     names = {entry["data"] for entry in new["records"]}
     for key in ("records", "effects"):
         results[key] = [entry for entry in results[key] if entry["data"] not in names] + list(new[key])
+    results["details"] = {name: d for name, d in results["details"].items() if name not in names} | new["details"]
 
 
 def read_results(run: RunDir) -> dict[str, Any]:
-    """Records and effects as measured so far; none of either before the first."""
-    found: dict[str, Any] = {"records": [], "effects": []}
+    """Records, effects and details as measured so far; none of any before the first."""
+    found = _nothing()
     for key, name in FILES.items():
         if (run.path / name).is_file():
             found[key] = rundir.read_json(run.path / name)
@@ -119,22 +147,72 @@ def read_results(run: RunDir) -> dict[str, Any]:
 
 
 def write_results(run: RunDir, results: Mapping[str, Any]) -> None:
-    """The records, and the effects beside them. Records come last: with evaluation.json a run is finished."""
-    for key in ("effects", "records"):
-        rundir.write_json(run.path / FILES[key], results[key])
+    for key, name in FILES.items():
+        rundir.write_json(run.path / name, results[key])
 
 
-def write_predictions(run: RunDir, name: str, found: Mapping[str, Sequence[Prediction]], keep: int) -> None:
-    """The first `keep` rows' answers, one line a row, each model's beside the reference."""
-    if not keep:
+def write_predictions(
+    run: RunDir, name: str, rows: Sequence[Row], found: Mapping[str, Sequence[Prediction]], keep: int | None
+) -> None:
+    """The answers to the first `keep` rows (None: to all), one line a row, each model's beside the reference."""
+    if keep == 0:
         return
-    lines: list[str] = []
-    for row in range(min(keep, len(found[TUNED]))):
-        tuned = found[TUNED][row]
-        answers = {model: predictions[row].output for model, predictions in found.items()}
-        lines.append(json.dumps({"where": tuned.where, "reference": tuned.reference, **answers}, ensure_ascii=False))
+    lines: list[bytes] = []
+    for index, row in enumerate(rows[:keep]):
+        line = {
+            "key": row_keys(row.value)[1].hex(),
+            "where": row.where,
+            "input": asked_text(row),
+            "reference": found[TUNED][index].reference,
+            "tags": row.tags,
+            "answers": {model: _answer(model, predictions[index]) for model, predictions in found.items()},
+        }
+        lines.append(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
     (run.path / "predictions").mkdir(exist_ok=True)
-    rundir.write_file(run.path / "predictions" / f"{name}.jsonl", ("\n".join(lines) + "\n").encode())
+    rundir.write_file(run.path / "predictions" / f"{name}.jsonl", b"".join(lines))
+
+
+def asked_text(row: Row) -> str:
+    """What a person would call the row's question: the last user turn, or the text."""
+    said = [m["content"] for m in row.value.get("messages", []) if m["role"] in ("user", "tool")]
+    return str(said[-1]) if said else str(row.value.get("text", ""))
+
+
+def _answer(model: str, prediction: Prediction) -> dict[str, Any]:
+    """A majority's probabilities are the same for every row, and told by the audit."""
+    shares = prediction.probabilities if model != MAJORITY else None
+    return {
+        "output": prediction.output,
+        "scores": prediction.scores,
+        "probabilities": shares and {label: float(f"{share:.{DIGITS}g}") for label, share in shares.items()},
+        "finished": prediction.finished,
+    }
+
+
+def _groups(rows: Sequence[Row], by: Sequence[str]) -> Iterator[tuple[str, NDArray[np.int64]]]:
+    """All rows, then those of each value of each column: names for evaluation.json, and positions."""
+    yield ALL, np.arange(len(rows))
+    for column in by:
+        values = np.array([row.tags[column] for row in rows])
+        for value in np.unique(values):
+            yield f"{column}={value}", np.flatnonzero(values == value)
+
+
+def _effect(
+    name: str,
+    before: Sequence[Prediction],
+    tuned: Sequence[Prediction],
+    metric: RowMetric,
+    seed: int,
+    clusters_N: IntArray | None,
+) -> dict[str, Any]:
+    """A limit that is infinite (one row of a loss) is null, as JSON has none."""
+    effect = asdict(compare(before, tuned, metric, seed, clusters_N=clusters_N))
+    return {"data": name, "metric": metric.name} | {k: n if math.isfinite(n) else None for k, n in effect.items()}
+
+
+def _nothing() -> dict[str, Any]:
+    return {"records": [], "effects": [], "details": {}}
 
 
 def _rows(store: TokenStore, limit: int | None, seed: int) -> list[Row]:

@@ -116,17 +116,14 @@ def make_plan(
     model, meta = gather_model(local, objective.needs, tokenizer.chat_template is not None)
     facts, speed = gather(recipe, method, objective, model, previous)
     conflicts, substitutions = rules.judge(facts)
-    if conflicts:
-        cause = "\n".join(f"{' x '.join(c.axes)}: {c.reason}" for c in conflicts)
-        raise InputError(cause, "; ".join(dict.fromkeys(c.remedy for c in conflicts)))
+    _refuse(conflicts)
     assert speed is not None
     metrics = metric_names(objective.needs.metrics, recipe.evaluate.metrics)
     defaults: list[Default] = []
     length = settings.length_limit(facts, defaults)
     renderer = Renderer(tokenizer, template=_template(recipe, base), sequence_length=length)
-    prepared = prepare(
-        recipe.data, base, objective, renderer, recipe.seed, cache_dir(), recipe.place.workers, memory, tell
-    )
+    workers, tags = recipe.place.workers, recipe.evaluate.tags
+    prepared = prepare(recipe.data, base, objective, renderer, recipe.seed, cache_dir(), workers, memory, tell, tags)
     _check_labels(objective, previous)
     trainable, total = _count(meta, facts, method, objective)
     training = settings.resolve_meaning(
@@ -154,6 +151,12 @@ def make_plan(
 
 def _silent(what: str, done: int, of: int | None) -> None:
     pass
+
+
+def _refuse(conflicts: Sequence[rules.Conflict]) -> None:
+    if conflicts:
+        cause = "\n".join(f"{' x '.join(c.axes)}: {c.reason}" for c in conflicts)
+        raise InputError(cause, "; ".join(dict.fromkeys(c.remedy for c in conflicts)))
 
 
 def _previous(model: str, base: Path) -> tuple[Previous | None, Path | None]:

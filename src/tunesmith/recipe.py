@@ -127,14 +127,31 @@ class Place(Strict):
     workers: Positive = 1
 
 
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Columns = Annotated[list[Text], BeforeValidator(_as_list, json_schema_input_type=Text | list[Text])]
+
+
 class Evaluate(Strict):
-    """What is measured on the test sets. `keep`: predictions written to the run for each set."""
+    """What is measured on the test sets. `keep`: answers written to the run for each set, null for all.
+
+    `by`: columns whose values are groups to measure too; `cluster`: the column whose equal rows have one source.
+    """
 
     metrics: list[str] | None = None
     limit: Positive | None = None
-    keep: Annotated[int, Field(ge=0)] = 1000
+    keep: Annotated[int, Field(ge=0)] | None = None
     base: bool = True
     max_new_tokens: Positive | None = None
+    by: Columns = Field(default_factory=list)
+    cluster: Text | None = None
+
+    @property
+    def tags(self) -> list[str]:
+        """The columns that rows to be measured must keep."""
+        return list(dict.fromkeys([*self.by, *([self.cluster] if self.cluster else [])]))
 
 
 class Recipe(Strict):

@@ -23,6 +23,7 @@ from tunesmith.engine.native import NativeEngine, Optimization
 from tunesmith.engine.precision import device_name
 from tunesmith.errors import InputError, RefusedError
 from tunesmith.evaluation import METRICS
+from tunesmith.evaluation.metrics import statistics
 from tunesmith.evaluation.validate import losses
 from tunesmith.gradients.clip import Clip
 from tunesmith.measuring import measure_run
@@ -215,8 +216,7 @@ def _validation(
 
 def _value(name: str, predictions: list[Prediction], assets: Assets) -> float:
     metric = METRICS.get(name)(assets.objective.describe().get("labels", []))
-    statistics_NK = np.asarray([metric.statistics(p) for p in predictions], dtype=np.float64)
-    return float(metric.aggregate(statistics_NK.sum(0)))
+    return float(metric.aggregate(statistics(metric, predictions).sum(0)))
 
 
 def _as_sample(prediction: Prediction) -> dict[str, Any]:

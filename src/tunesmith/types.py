@@ -28,10 +28,14 @@ GradientMode = Literal["plain", "per_example", "cached"]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One record of a data source in its canonical form, and where it was read."""
+    """One record of a data source in its canonical form, and where it was read.
+
+    `tags` are the columns that groups and clusters of an evaluation are told by, as text.
+    """
 
     value: dict[str, Any]
     where: str
+    tags: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,7 +265,8 @@ class Prediction:
     """What the model answered to one row, and what was expected.
 
     `output` is text or a label; `scores` holds numbers for the row (`nll` in nats summed over the
-    trained tokens, `tokens`; or `nll` of the label and `tokens` 1); `probabilities` by label.
+    trained tokens, `tokens`; or `nll` of the label and `tokens` 1); `probabilities` by label. `finished`: it
+    ended itself, and was not cut off.
     """
 
     output: str

@@ -93,6 +93,8 @@ CHANGES: dict[str, Change] = {
     "evaluate.limit": Change(1),
     "evaluate.keep": Change(1),
     "evaluate.base": Change(False),
+    "evaluate.by": Change(["remark"]),
+    "evaluate.cluster": Change("of"),
     "evaluate.max_new_tokens": Change(2),
     "seed": Change(18),
     "out": Change("elsewhere"),
@@ -163,7 +165,12 @@ def place(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def asked(start: int, count: int) -> list[dict[str, Any]]:
         return [
-            {"prompt": f"colour {i}?", "completion": "red" if i % 2 else "a green one", "remark": f"as {i}"}
+            {
+                "prompt": f"colour {i}?",
+                "completion": "red" if i % 2 else "a green one",
+                "remark": f"as {i}",
+                "of": i // 2,
+            }
             for i in range(start, start + count)
         ]
 

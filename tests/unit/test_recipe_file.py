@@ -398,7 +398,7 @@ def test_origin_and_defaults(tmp_path: Path) -> None:
     assert origin.lines["train.epochs"] == 7
     taken = defaults_taken(recipe, origin)
     assert taken["train.schedule"] == "linear"
-    assert taken["evaluate.keep"] == 1000
+    assert taken["evaluate.keep"] is None
     assert not {"train.epochs", "method.name", "objective.name", "seed"} & set(taken)
 
 

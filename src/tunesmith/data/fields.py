@@ -69,6 +69,17 @@ class Fields:
             raise self.wrong(name, f"must be a list, this is {shown(value)}", "write it as a JSON array")
         return cast("list[Any]", value)
 
+    def tag(self, name: str) -> str:
+        """What a group of rows has in common: a text, number or truth value as text, "" where there is none."""
+        if name not in self._raw:
+            raise absent_column(name, self._raw, self.where)
+        value = self.get(name)
+        if isinstance(value, bool) or value is None:
+            return {True: "true", False: "false", None: ""}[value]
+        if not isinstance(value, str | numbers.Real):
+            raise self.wrong(name, f"rows are grouped by text or numbers, this is {shown(value)}", "name the group")
+        return str(value)
+
     def _label(self, name: str, value: Any) -> str:
         if isinstance(value, bool):
             return "true" if value else "false"

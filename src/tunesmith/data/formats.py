@@ -170,10 +170,13 @@ def convert(raw: Mapping[str, Any], format: str, columns: Mapping[str, str], whe
     return FORMATS[format].make(Fields(raw, columns, where))
 
 
-def rows(stream: Iterable[Raw], format: str | None, columns: Mapping[str, str]) -> tuple[str, Iterator[Row]]:
+def rows(
+    stream: Iterable[Raw], format: str | None, columns: Mapping[str, str], tags: Sequence[str] = ()
+) -> tuple[str, Iterator[Row]]:
     """The format of a stream of records (detected from the first one if None), and its canonical rows.
 
-    A later record whose columns tell another format is refused, with both places.
+    `tags` are columns that the rows keep beside their value. A later record whose columns tell another format is
+    refused, with both places.
     """
     check_names(format, columns)
     records = iter(stream)
@@ -182,11 +185,12 @@ def rows(stream: Iterable[Raw], format: str | None, columns: Mapping[str, str]) 
         if column not in first[0]:
             raise absent_column(column, first[0], first[1], mapped_as=canonical)
     name = format or detect([first], columns)
-    return name, _convert_all(itertools.chain([first], records), name, first[1], columns, detected=format is None)
+    together = itertools.chain([first], records)
+    return name, _convert_all(together, name, first[1], columns, tags, detected=format is None)
 
 
 def _convert_all(
-    records: Iterable[Raw], name: str, first: str, columns: Mapping[str, str], *, detected: bool
+    records: Iterable[Raw], name: str, first: str, columns: Mapping[str, str], tags: Sequence[str], *, detected: bool
 ) -> Iterator[Row]:
     same: set[tuple[str, ...]] = set()  # the sets of keys already seen to be of this format
     for raw, where in records:
@@ -196,7 +200,8 @@ def _convert_all(
                 raise _mixed(name, first, raw, columns, where)
             if len(same) < 1000:
                 same.add(keys)
-        yield Row(convert(raw, name, columns, where), where)
+        kept = {tag: Fields(raw, {}, where).tag(tag) for tag in tags}
+        yield Row(convert(raw, name, columns, where), where, kept)
 
 
 def check_names(format: str | None, columns: Mapping[str, str]) -> None:

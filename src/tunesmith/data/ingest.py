@@ -35,25 +35,30 @@ class Given:
     columns: Mapping[str, str] = field(default_factory=dict[str, str])
     weight: float = 1.0
     limit: int | None = None
+    tags: tuple[str, ...] = ()
 
 
-def given(data: Data, memory: Memory | None) -> tuple[list[Given], Given | None, dict[str, Given]]:
+def given(
+    data: Data, memory: Memory | None, tags: Sequence[str] = ()
+) -> tuple[list[Given], Given | None, dict[str, Given]]:
     """The recipe's training sets, validation file and test sets by name.
 
     Rows in memory stand for the path of their split: "train", "validation", and any other name is a
-    test set's.
+    test set's. `tags` are columns that rows to be measured keep, and so those that validation rows are drawn of.
     """
     held = dict(memory or {})
+    of_train = tuple(tags) if isinstance(data.validation, float) and "validation" not in held else ()
 
     def one(split: str, path: str, rows: Sequence[Mapping[str, Any]] | None = None) -> Given:
-        return Given(split, path, rows, data.format, data.columns)
+        kept = of_train if split == "train" else tuple(tags)
+        return Given(split, path, rows, data.format, data.columns, tags=kept)
 
     if "train" in held:
         train = [one("train", "train", held.pop("train"))]
     elif isinstance(data.train, str):
         train = [one("train", data.train)]
     else:
-        train = [_of_set(item, data) for item in data.train]
+        train = [_of_set(item, data, of_train) for item in data.train]
     if not train:
         raise InputError("data.train is an empty list", "name at least one training set")
     validation = None
@@ -77,11 +82,12 @@ def ingest(source: Given, base: Path, cache: Path, tell: Progress) -> RowStore:
     sources: list[dict[str, Any]] = [{"name": f.name, "sha256": fingerprint(f.path)} for f in files]
     if source.memory is not None:
         sources = [{"name": source.path, "sha256": _fingerprint_of_memory(source.memory, source.path)}]
-    key = digest({"code": code_version(), "sources": sources, "format": source.format, "columns": dict(source.columns)})
+    made_of = {"format": source.format, "columns": dict(source.columns), "tags": source.tags}
+    key = digest({"code": code_version(), "sources": sources, **made_of})
     path = cache / "rows" / key
 
     def make(build: aside.Build) -> dict[str, Any]:
-        name, found = rows(_counted(source, files, sources, tell), source.format, source.columns)
+        name, found = rows(_counted(source, files, sources, tell), source.format, source.columns, source.tags)
         return {**write_rows(build, found), "format": name, "kind": FORMATS[name].kind, "sources": sources}
 
     aside.open_or_build(path, make)
@@ -102,9 +108,9 @@ def code_version() -> str:
     return total.hexdigest()
 
 
-def _of_set(item: TrainingSet, data: Data) -> Given:
+def _of_set(item: TrainingSet, data: Data, tags: tuple[str, ...]) -> Given:
     columns = item.columns or data.columns
-    return Given("train", item.path, None, item.format or data.format, columns, item.weight, item.limit)
+    return Given("train", item.path, None, item.format or data.format, columns, item.weight, item.limit, tags)
 
 
 def _counted(source: Given, files: Sequence[File], sources: list[dict[str, Any]], tell: Progress) -> Iterator[Raw]:

@@ -94,17 +94,20 @@ def prepare(
     workers: int = 1,
     memory: Memory | None = None,
     progress: Progress | None = None,
+    tags: Sequence[str] = (),
 ) -> Prepared:
     """Stores for every split of `data`, whose relative paths start at `base`; `cache` keeps what was made before.
 
     `memory` holds rows by split, "train", "validation" or a test set's name, in place of paths.
     `progress` is called with what is being done, how many rows are, and of how many (None: unknown).
+    `tags` are columns that held-out rows keep for their evaluation.
     Rows of train that are held out too are dropped. `objective.fit` sees the final train rows, once,
     before any example is made. InputError: bad data. RefusedError: data that would spoil the run and
     that `data.allow` does not name.
     """
     tell = progress or _silent
-    splits = _split(data, base, objective, seed, cache, memory, tell)
+    sources = given(data, memory, tags)
+    splits = _split(data, sources, base, objective, seed, cache, tell)
     objective.fit(splits.train.rows())
     maker = _Maker(objective, renderer, seed, cache, workers, tell)
     train, of_train, kept = _finished(maker, splits.train, "train", data.allow)
@@ -123,10 +126,10 @@ def prepare(
         lengths=audit.histogram(train.lengths),
         shown=audit.median_example(train.lengths),
     )
-    sources = splits.train.source_N[kept]
+    source_N = splits.train.source_N[kept]
     weights = np.array([source.weight for source in splits.sets], dtype=np.float64)
     tests = {name: store for name, (store, _, _) in held.items()}
-    return Prepared(train, validation[0] if validation else None, tests, weights[sources], sources, found)
+    return Prepared(train, validation[0] if validation else None, tests, weights[source_N], source_N, found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,10 +144,16 @@ class _Splits:
 
 
 def _split(
-    data: Data, base: Path, objective: Objective, seed: int, cache: Path, memory: Memory | None, tell: Progress
+    data: Data,
+    sources: tuple[list[Given], Given | None, dict[str, Given]],
+    base: Path,
+    objective: Objective,
+    seed: int,
+    cache: Path,
+    tell: Progress,
 ) -> _Splits:
     """Reads every source, takes leaks out of train, then the limits, then a validation fraction."""
-    sets, validation, tests = given(data, memory)
+    sets, validation, tests = sources
     train = Pool.of([ingest(source, base, cache, tell) for source in sets])
     files = ({"validation": validation} if validation else {}) | tests
     held = {name: Pool.of([ingest(source, base, cache, tell)]) for name, source in files.items()}

@@ -55,7 +55,7 @@ class RowFile:
 def encode(row: Row) -> bytes:
     """A row as one line; what JSON cannot hold (lone surrogates, foreign objects) is refused."""
     try:
-        return orjson.dumps([row.where, row.value], option=orjson.OPT_APPEND_NEWLINE)
+        return orjson.dumps([row.where, row.value, row.tags], option=orjson.OPT_APPEND_NEWLINE)
     except orjson.JSONEncodeError as error:
         raise InputError(
             f"{row.where}: the row cannot be written as JSON: {error}", "use text, numbers, lists and dicts only"
@@ -63,8 +63,8 @@ def encode(row: Row) -> bytes:
 
 
 def decode(line: bytes) -> Row:
-    where, value = orjson.loads(line)
-    return Row(value, where)
+    where, value, tags = orjson.loads(line)
+    return Row(value, where, tags)
 
 
 class RowStore:

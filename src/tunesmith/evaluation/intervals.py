@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from statistics import NormalDist
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import special
 
 from tunesmith.errors import InputError, RefusedError
@@ -22,24 +23,38 @@ from tunesmith.evaluation.metrics import FloatArray, RowMetric, quotient
 # Cells of one block of resampling counts: 2,000,000 rows drawn need about 48 MB, whatever N and R.
 BLOCK = 2_000_000
 
+IntArray = NDArray[np.int64]
 Aggregate = Callable[[FloatArray], FloatArray]
 
 
 def interval(
-    metric: RowMetric, statistics_NK: FloatArray, seed: int, level: float = 0.95, resamples: int = 2000
+    metric: RowMetric,
+    statistics_NK: FloatArray,
+    seed: int,
+    level: float = 0.95,
+    resamples: int = 2000,
+    clusters_N: IntArray | None = None,
 ) -> tuple[float, float, float]:
     """(value, low, high) of the metric over the rows; the same for the same seed.
 
+    Rows of one cluster (several of one source) are drawn together; a rate counts as many rows as it is worth.
     Where every resample gives the same value (one row, or rows all alike) a bootstrap would claim
     certainty: a metric between 0 and 1 then gets Wilson's interval for n rows, any other its bounds
     when n is 1 and its value when rows agree. InputError without rows, RefusedError on NaN or infinity.
     """
     value = value_of(metric, statistics_NK)
+    kind = metric.kind
+    if clusters_N is not None:
+        statistics_NK = clustered(statistics_NK, clusters_N)
+        if kind == "rate":
+            worth = effective_rows(statistics_NK)
+            return (value, *wilson(value * worth, worth, level))
+        kind = "ratio" if kind == "mean" else kind
     count = len(statistics_NK)
-    if metric.kind == "rate":
+    if kind == "rate":
         return (value, *wilson(float(statistics_NK[:, 0].sum()), float(statistics_NK[:, 1].sum()), level))
     limits = None
-    if count > 1 and metric.kind == "ratio":
+    if count > 1 and kind == "ratio":
         limits = studentised(statistics_NK, seed, level, resamples)
         if limits is not None:
             # Perplexity is a monotone function of a ratio, so its limits are that function of the limits.
@@ -53,6 +68,31 @@ def interval(
         else:
             limits = metric.bounds if count == 1 else (value, value)
     return value, max(limits[0], metric.bounds[0]), min(limits[1], metric.bounds[1])
+
+
+def clustered(statistics_NK: FloatArray, clusters_N: IntArray) -> FloatArray:
+    """The sums over each cluster's rows [C, K], clusters numbered from 0."""
+    sums_CK = np.zeros((int(clusters_N.max()) + 1, statistics_NK.shape[1]))
+    np.add.at(sums_CK, clusters_N, statistics_NK)
+    return sums_CK
+
+
+def effective_rows(statistics_C2: FloatArray) -> float:
+    """How many independent rows would tell a rate as well as the rows of these clusters do.
+
+    Korn and Graubard 1998 (Surv. Methodol. 24(2)): the binomial variance by the clusters' own, with Student's t of
+    as many degrees of freedom as there are clusters but one. Clusters that all agree are worth a row each.
+    """
+    clusters, (hits, rows) = len(statistics_C2), statistics_C2.sum(axis=0)
+    if clusters == 1:
+        return 1.0
+    share = hits / rows
+    residual_C = statistics_C2[:, 0] - share * statistics_C2[:, 1]
+    variance = clusters / (clusters - 1) * float(residual_C @ residual_C) / rows**2
+    if share in (0, 1) or variance == 0:
+        return float(clusters)
+    widening = special.stdtrit(max(rows - 1, 1), 0.975) / special.stdtrit(clusters - 1, 0.975)
+    return float(min(rows, share * (1 - share) / variance) * widening**2)
 
 
 def wilson(hits: float, count: float, level: float = 0.95) -> tuple[float, float]:

@@ -61,6 +61,11 @@ def _json_type(value: Any) -> str:
     return "number" if isinstance(value, int | float) and not isinstance(value, bool) else type(value).__name__
 
 
+def asks_for_objects(predictions: Sequence[Prediction]) -> bool:
+    """Whether every reference is a JSON object, so that the task is to write one."""
+    return all(p.reference is not None and parse_object(p.reference) is not None for p in predictions)
+
+
 def _reference_object(prediction: Prediction, metric: str) -> dict[str, Any]:
     reference = parse_object(reference_of(prediction, metric))
     if reference is None:
@@ -79,6 +84,8 @@ class JsonValid:
     higher_is_better: ClassVar[bool] = True
     kind: ClassVar[MetricKind] = "rate"
     bounds: ClassVar[Bounds] = (0.0, 1.0)
+
+    applies = staticmethod(asks_for_objects)
 
     def __init__(self, labels: Sequence[str] = ()) -> None:
         del labels
@@ -101,6 +108,8 @@ class SchemaValid:
     higher_is_better: ClassVar[bool] = True
     kind: ClassVar[MetricKind] = "rate"
     bounds: ClassVar[Bounds] = (0.0, 1.0)
+
+    applies = staticmethod(asks_for_objects)
 
     def __init__(self, labels: Sequence[str] = ()) -> None:
         del labels
@@ -125,6 +134,8 @@ class FieldAccuracy:
     higher_is_better: ClassVar[bool] = True
     kind: ClassVar[MetricKind] = "mean"
     bounds: ClassVar[Bounds] = (0.0, 1.0)
+
+    applies = staticmethod(asks_for_objects)
 
     def __init__(self, labels: Sequence[str] = ()) -> None:
         del labels

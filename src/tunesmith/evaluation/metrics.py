@@ -7,7 +7,7 @@ same table. Shape letters: N rows, K statistics, L labels; "..." are resamples, 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +43,29 @@ class RowMetric(Protocol):
         ...
 
 
+@runtime_checkable
+class Joint(Protocol):
+    """A metric whose statistics of a row depend on the other rows, as ranks do."""
+
+    def joint_statistics(self, predictions: Sequence[Prediction]) -> FloatArray:
+        """[N, K], a row's statistics as they are among these rows."""
+        ...
+
+
+@runtime_checkable
+class Selective(Protocol):
+    """A metric that not all rows have: by default it is measured only where `applies` says so."""
+
+    @staticmethod
+    def applies(predictions: Sequence[Prediction]) -> bool: ...
+
+
+def applicable(names: Sequence[str], predictions: Sequence[Prediction]) -> list[str]:
+    """Those of the metrics that these predictions can have."""
+    found = ((name, METRICS.get(name)) for name in names)
+    return [name for name, metric in found if not isinstance(metric, Selective) or metric.applies(predictions)]
+
+
 def build(
     names: Sequence[str], predictions: Iterable[Prediction], labels: Sequence[str] | None = None
 ) -> list[RowMetric]:
@@ -64,6 +87,8 @@ def statistics(metric: RowMetric, predictions: Sequence[Prediction]) -> FloatArr
     """[N, K] statistics of all rows. InputError when there are none."""
     if not predictions:
         raise InputError(f"{metric.name} was asked for over no rows", "give a test set that has rows")
+    if isinstance(metric, Joint):
+        return metric.joint_statistics(predictions)
     return np.array([metric.statistics(p) for p in predictions], dtype=np.float64)
 
 

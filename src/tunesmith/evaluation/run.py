@@ -13,7 +13,16 @@ from scipy import special
 
 from tunesmith.errors import InputError
 from tunesmith.evaluation import METRICS
-from tunesmith.evaluation.intervals import BLOCK, interval, paired_rate, percentile, studentised, value_of
+from tunesmith.evaluation.intervals import (
+    BLOCK,
+    IntArray,
+    clustered,
+    interval,
+    paired_rate,
+    percentile,
+    studentised,
+    value_of,
+)
 from tunesmith.evaluation.metrics import FloatArray, RowMetric, statistics
 from tunesmith.types import Metric, Prediction, Row
 
@@ -45,13 +54,19 @@ def metric_names(default: Sequence[str], asked: Sequence[str] | None) -> list[st
 
 
 def measure(
-    model_name: str, data_name: str, predictions: Sequence[Prediction], metrics: Sequence[RowMetric], seed: int
+    model_name: str,
+    data_name: str,
+    predictions: Sequence[Prediction],
+    metrics: Sequence[RowMetric],
+    seed: int,
+    clusters_N: IntArray | None = None,
+    group: str = "all",
 ) -> list[Metric]:
     """One record a metric, in the order given. InputError if predictions lack what a metric needs."""
     records: list[Metric] = []
     for metric in metrics:
-        value, low, high = interval(metric, statistics(metric, predictions), seed)
-        records.append(Metric(model_name, data_name, metric.name, value, low, high, len(predictions)))
+        value, low, high = interval(metric, statistics(metric, predictions), seed, clusters_N=clusters_N)
+        records.append(Metric(model_name, data_name, metric.name, value, low, high, len(predictions), group))
     return records
 
 
@@ -61,17 +76,21 @@ def compare(
     metric: RowMetric,
     seed: int,
     resamples: int = 2000,
+    clusters_N: IntArray | None = None,
 ) -> Effect:
     """Tuned minus base over the same rows in the same order; InputError if they are not the same.
 
     Rates: Bonett and Price's interval and McNemar's exact test. All else: the bootstrap of `intervals`
     over rows with both models' statistics side by side, and approximate randomisation (Noreen 1989): the
     models' answers to each row are swapped at random, which is what McNemar's test enumerates.
+    Rows of one cluster are drawn, and swapped, together.
     """
     _same_rows(base_predictions, tuned_predictions)
     base_NK, tuned_NK = statistics(metric, base_predictions), statistics(metric, tuned_predictions)
+    if clusters_N is not None:
+        base_NK, tuned_NK = clustered(base_NK, clusters_N), clustered(tuned_NK, clusters_N)
     count = len(base_NK)
-    if metric.kind == "rate":
+    if metric.kind == "rate" and clusters_N is None:
         gained = int(((tuned_NK[:, 0] == 1) & (base_NK[:, 0] == 0)).sum())
         lost = int(((tuned_NK[:, 0] == 0) & (base_NK[:, 0] == 1)).sum())
         return Effect((gained - lost) / count, *paired_rate(gained, lost, count), mcnemar(gained, lost))
@@ -94,7 +113,9 @@ def _paired_limits(
         return metric.aggregate(sums[..., width:]) - metric.aggregate(sums[..., :width])
 
     side_by_side = np.hstack([base_NK, tuned_NK])
-    if metric.kind == "ratio" and np.array_equal(base_NK[:, 1], tuned_NK[:, 1]):
+    # A rate or a mean of clusters is a ratio as well: they differ in rows.
+    ratio = metric.kind == "ratio" or (metric.kind != "general" and np.ptp(base_NK[:, 1]) > 0)
+    if ratio and np.array_equal(base_NK[:, 1], tuned_NK[:, 1]):
         # A loss over the same tokens: its difference is itself a ratio. Not so for perplexity.
         change_N2 = np.column_stack([tuned_NK[:, 0] - base_NK[:, 0], base_NK[:, 1]])
         total_2 = change_N2.sum(axis=0)

@@ -45,7 +45,7 @@ class Classify:
         formats=frozenset({"label"}),
         kinds=frozenset({"encoder", "decoder"}),
         coupling="example",
-        metrics=("accuracy", "macro_f1", "loss"),
+        metrics=("accuracy", "macro_f1", "roc_auc", "ece", "loss"),
     )
 
     class Options(Strict):

@@ -43,7 +43,17 @@ class Sft:
         kinds=frozenset({"decoder"}),
         coupling="token",
         trains_tokens=True,
-        metrics=("exact_match", "loss", "perplexity"),
+        metrics=(
+            "exact_match",
+            "json_valid",
+            "schema_valid",
+            "field_accuracy",
+            "token_f1",
+            "rouge_l",
+            "chrf",
+            "loss",
+            "perplexity",
+        ),
     )
 
     class Options(Strict):

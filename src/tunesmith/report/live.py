@@ -49,8 +49,8 @@ class Pace:
         return steps * self.seconds / (1 - SMOOTHING**self.steps)
 
 
-class _Screen(Protocol):
-    """What differs between a terminal and a file."""
+class Screen(Protocol):
+    """What differs between a terminal, a file and a notebook."""
 
     def line(self, text: Text) -> None: ...
     def wait(self, what: str, done: int, of: int | None) -> None: ...
@@ -65,9 +65,9 @@ class View:
     A view that can no longer be written falls silent: who watches a run must not be able to end it.
     """
 
-    def __init__(self, stream: TextIO, *, with_plan: bool = True) -> None:
+    def __init__(self, stream: TextIO, *, with_plan: bool = True, on: Screen | None = None) -> None:
         self.console = screen(stream)
-        self._screen: _Screen = _Terminal(self.console) if is_terminal(stream) else _Plain(self.console)
+        self._screen: Screen = on or (_Terminal(self.console) if is_terminal(stream) else _Plain(self.console))
         self._pace = Pace()
         self._with_plan = with_plan
         self._silent = False
@@ -132,14 +132,14 @@ class _Plain:
         now = time.monotonic()
         if now - self._last_wait >= QUIET_SECONDS:
             self._last_wait = now
-            self.line(Text(f"{what}: {_share(done, of)}"))
+            self.line(Text(f"{what}: {share_done(done, of)}"))
 
     def step(self, data: Mapping[str, Any], pace: Pace) -> None:
         number, total = int(data["step"]), int(data["total_steps"])
         portion = number * PLAIN_LINES // total
         if portion > self._shown or pace.steps == 1:
             self._shown = portion
-            self.line(Text(f"step {number}/{total}  {_numbers(data, pace)}"))
+            self.line(Text(f"step {number}/{total}  {step_numbers(data, pace)}"))
 
     def idle(self) -> None:
         """Nothing to take away."""
@@ -160,11 +160,11 @@ class _Terminal:
         self._console.print(text)
 
     def wait(self, what: str, done: int, of: int | None) -> None:
-        self._draw(what, done, of, _share(done, of))
+        self._draw(what, done, of, share_done(done, of))
 
     def step(self, data: Mapping[str, Any], pace: Pace) -> None:
         number, total = int(data["step"]), int(data["total_steps"])
-        self._draw("training", number, total, f"step {number}/{total}", _numbers(data, pace))
+        self._draw("training", number, total, f"step {number}/{total}", step_numbers(data, pace))
 
     def idle(self) -> None:
         if self._live is not None:
@@ -200,7 +200,7 @@ def gibibytes(count: float) -> str:
     return f"{count / 2**30:.1f} GiB"
 
 
-def _numbers(data: Mapping[str, Any], pace: Pace) -> str:
+def step_numbers(data: Mapping[str, Any], pace: Pace) -> str:
     left = int(data["total_steps"]) - int(data["step"])
     skipped = "  skipped: nothing to learn in it" if data.get("skipped") else ""
     rate = f"{data['tokens_per_second']:,.0f} tokens/s"
@@ -212,7 +212,7 @@ def _numbers(data: Mapping[str, Any], pace: Pace) -> str:
     )
 
 
-def _share(done: int, of: int | None) -> str:
+def share_done(done: int, of: int | None) -> str:
     if not of:
         return f"{done:,}" if done else ""
     return f"{done:,} of {of:,}" if of < 10**7 else f"{done / 2**20:,.0f} of {of / 2**20:,.0f} MiB"

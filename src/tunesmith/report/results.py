@@ -15,6 +15,7 @@ from rich.text import Text
 from tunesmith.report.visible import visible
 
 TUNED = "tuned"
+OF_A_CLASS = ("precision", "recall")
 
 
 def show_results(
@@ -49,7 +50,11 @@ def weaknesses(records: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def results_tables(records: Sequence[Mapping[str, Any]], effects: Sequence[Mapping[str, Any]]) -> list[Table]:
-    """A table for each data set and group: the base (or the majority class), the tuned model, the difference."""
+    """A table for each data set and group: the base (or the majority class), the tuned model, the difference.
+
+    Precision and recall of each class are left to the report: 150 classes would bury the rest.
+    """
+    records = [record for record in records if record["metric"] not in OF_A_CLASS]
     changes = {(effect["data"], effect["metric"]): effect for effect in effects}
     places = dict.fromkeys((str(record["data"]), str(record["group"])) for record in records)
     tables: list[Table] = []

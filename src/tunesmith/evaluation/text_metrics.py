@@ -1,0 +1,133 @@
+"""Metrics of answers in free text: how much of the reference's words, phrases or characters they hold."""
+
+from __future__ import annotations
+
+import re
+import string
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from tunesmith.evaluation import METRICS
+from tunesmith.evaluation.metrics import Bounds, FloatArray, MetricKind, quotient, reference_of
+from tunesmith.types import Prediction
+
+if TYPE_CHECKING:
+    from sacrebleu.metrics.chrf import CHRF
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+# Chinese and Japanese write no spaces: there each character is a word.
+_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+")
+
+
+class _Share(ABC):
+    """A number between 0 and 1 for each row, and their mean over rows."""
+
+    higher_is_better: ClassVar[bool] = True
+    kind: ClassVar[MetricKind] = "mean"
+    bounds: ClassVar[Bounds] = (0.0, 1.0)
+    name: ClassVar[str]
+
+    def __init__(self, labels: Sequence[str] = ()) -> None:
+        del labels
+
+    def statistics(self, prediction: Prediction) -> tuple[float, ...]:
+        return (self.share(prediction.output, reference_of(prediction, self.name)), 1.0)
+
+    @abstractmethod
+    def share(self, output: str, reference: str) -> float: ...
+
+    def aggregate(self, sums: FloatArray) -> FloatArray:
+        return quotient(sums)
+
+
+@METRICS.register("token_f1")
+class TokenF1(_Share):
+    """Mean F1 of the words that output and reference share, as SQuAD counts them (Rajpurkar et al. 2016, 1606.05250).
+
+    Lower case, without ASCII punctuation and the articles a, an, the; words are split at white space. Two texts
+    without a word are equal.
+    """
+
+    name: ClassVar[str] = "token_f1"
+
+    def share(self, output: str, reference: str) -> float:
+        said, expected = _squad_words(output), _squad_words(reference)
+        if not said or not expected:
+            return float(said == expected)
+        common = sum((Counter(said) & Counter(expected)).values())
+        return 2 * common / (len(said) + len(expected))
+
+
+def _squad_words(text: str) -> list[str]:
+    return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
+
+
+class _Rouge(_Share):
+    """Mean F1 over rows by the rouge-score package, without stemming."""
+
+    kind_of_rouge: ClassVar[str]
+
+    def share(self, output: str, reference: str) -> float:
+        return float(_scorer(self.kind_of_rouge).score(reference, output)[self.kind_of_rouge].fmeasure)
+
+
+@METRICS.register("rouge_1")
+class Rouge1(_Rouge):
+    """ROUGE-1 (Lin 2004): F1 of the words that output and reference share. Words of any script, in lower case."""
+
+    name: ClassVar[str] = "rouge_1"
+    kind_of_rouge: ClassVar[str] = "rouge1"
+
+
+@METRICS.register("rouge_2")
+class Rouge2(_Rouge):
+    """ROUGE-2 (Lin 2004): F1 of the pairs of neighbouring words that output and reference share."""
+
+    name: ClassVar[str] = "rouge_2"
+    kind_of_rouge: ClassVar[str] = "rouge2"
+
+
+@METRICS.register("rouge_l")
+class RougeL(_Rouge):
+    """ROUGE-L (Lin 2004): F1 of the longest sequence of words that both have in the same order, gaps allowed."""
+
+    name: ClassVar[str] = "rouge_l"
+    kind_of_rouge: ClassVar[str] = "rougeL"
+
+
+@METRICS.register("chrf")
+class Chrf(_Share):
+    """chrF2 (Popovic 2015): F of character n-grams to 6, recall counting twice; sacrebleu's sentence score, as a mean.
+
+    A fraction, where sacrebleu writes percent.
+    """
+
+    name: ClassVar[str] = "chrf"
+
+    def share(self, output: str, reference: str) -> float:
+        return float(_chrf().sentence_score(output, [reference]).score) / 100
+
+
+class Words:
+    """rouge-score's own tokenizer knows ASCII only; this gives the same words for ASCII and all others too."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return _WORD.findall(text.lower())
+
+
+@cache
+def _scorer(kind: str) -> Any:
+    from rouge_score.rouge_scorer import RougeScorer  # pyright: ignore[reportMissingImports]
+
+    return RougeScorer([kind], tokenizer=Words())
+
+
+@cache
+def _chrf() -> CHRF:
+    from sacrebleu.metrics.chrf import CHRF
+
+    return CHRF()

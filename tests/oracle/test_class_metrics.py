@@ -1,0 +1,123 @@
+"""ROC-AUC, ECE, per-class numbers and confusion against scikit-learn and slow plain versions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn import metrics as sk
+
+from tunesmith.errors import InputError
+from tunesmith.evaluation import METRICS
+from tunesmith.evaluation.class_metrics import by_class, confusion, details, reliability
+from tunesmith.evaluation.metrics import applicable, build, statistics
+from tunesmith.types import Prediction
+
+LABELS = ["a", "b", "c"]
+
+
+def answers(count: int, seed: int, labels: list[str] = LABELS, ties: bool = False) -> list[Prediction]:
+    draw = np.random.default_rng(seed)
+    found: list[Prediction] = []
+    for index in range(count):
+        truth = int(draw.integers(len(labels)))
+        logits = draw.normal(size=len(labels)) + 1.2 * (np.arange(len(labels)) == truth)
+        if ties:
+            logits = np.round(logits)
+        shares = np.round(np.exp(logits) / np.exp(logits).sum(), 9)  # else rounding breaks ties
+        output = labels[int(shares.argmax())]
+        found.append(
+            Prediction(output, labels[truth], f"row {index}", probabilities=dict(zip(labels, shares, strict=True)))
+        )
+    return found
+
+
+def value(name: str, predictions: list[Prediction], labels: list[str] = LABELS) -> float:
+    metric = METRICS.get(name)(labels)
+    return float(metric.aggregate(statistics(metric, predictions).sum(0)))
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("labels", [LABELS, ["no", "yes"]])
+def test_roc_auc_is_scikit_learns(labels: list[str], ties: bool) -> None:
+    predictions = answers(200, 3, labels, ties)
+    truth = [p.reference for p in predictions]
+    shares = np.array([[p.probabilities[label] for label in labels] for p in predictions])  # type: ignore[index]
+    if len(labels) == 2:
+        expected = sk.roc_auc_score([t == "yes" for t in truth], shares[:, 1])
+    else:
+        expected = sk.roc_auc_score(truth, shares, multi_class="ovr", average="macro", labels=labels)
+    assert value("roc_auc", predictions, labels) == pytest.approx(expected, abs=1e-12)
+
+
+def test_roc_aucs_spread_is_delongs() -> None:
+    """The variance of the row statistics is DeLong's estimate, from the two sides' placements."""
+    predictions = answers(300, 5, ["no", "yes"])
+    metric = METRICS.get("roc_auc")(["no", "yes"])
+    spread = statistics(metric, predictions)[:, 0].var() / len(predictions)
+    scores = np.array([p.probabilities["yes"] for p in predictions])  # type: ignore[index]
+    positive = np.array([p.reference == "yes" for p in predictions])
+    above = (scores[positive][:, None] > scores[~positive]).astype(float)
+    slow = above.mean(1).var() / positive.sum() + above.mean(0).var() / (~positive).sum()
+    assert spread == pytest.approx(slow, rel=1e-9)
+
+
+def test_roc_auc_of_one_class_is_refused_and_left_out_by_default() -> None:
+    one = [p for p in answers(50, 1) if p.reference == "a"]
+    with pytest.raises(InputError, match="needs rows of two classes, and all of these have 'a'"):
+        value("roc_auc", one)
+    assert applicable(["accuracy", "roc_auc", "ece"], one) == ["accuracy", "ece"]
+
+
+def test_ece_is_the_plain_sum_over_bins() -> None:
+    predictions = answers(400, 7)
+    confidence = np.array([max(p.probabilities.values()) for p in predictions])  # type: ignore[union-attr]
+    right = np.array([p.output == p.reference for p in predictions], dtype=float)
+    slow = 0.0
+    for number in range(15):
+        inside = (confidence > number / 15) & (confidence <= (number + 1) / 15)
+        if inside.any():
+            slow += inside.mean() * abs(confidence[inside].mean() - right[inside].mean())
+    assert value("ece", predictions) == pytest.approx(slow)
+    assert reliability(predictions)["ece"] == pytest.approx(slow)
+    assert sum(b["n"] for b in reliability(predictions)["bins"]) == 400
+
+
+def test_metrics_of_probabilities_name_the_row_that_has_none() -> None:
+    bare = [Prediction("a", "a", "row 0"), Prediction("b", "b", "row 1")]
+    for name in ("roc_auc", "ece"):
+        with pytest.raises(InputError, match=f"{name} needs the probability of each label, and the answer to row 0"):
+            value(name, bare)
+    assert applicable(["accuracy", "roc_auc", "ece"], bare) == ["accuracy"]
+
+
+def test_each_class_as_scikit_learn_counts_it() -> None:
+    predictions = answers(150, 9)
+    truth, said = [p.reference for p in predictions], [p.output for p in predictions]
+    precision, recall, _, support = sk.precision_recall_fscore_support(truth, said, labels=LABELS)
+    found = {(r.group, r.metric): r for r in by_class("tuned", "test", predictions, LABELS)}
+    for i, label in enumerate(LABELS):
+        assert found[f"label={label}", "precision"].value == pytest.approx(precision[i])
+        assert found[f"label={label}", "recall"].value == pytest.approx(recall[i])
+        assert found[f"label={label}", "recall"].n == support[i]
+        assert found[f"label={label}", "recall"].low < recall[i] < found[f"label={label}", "recall"].high
+
+
+def test_a_class_nobody_names_or_has_has_no_such_record() -> None:
+    predictions = [Prediction("a", "b", "row"), Prediction("a", "a", "row")]
+    found = {(r.group, r.metric) for r in by_class("tuned", "test", predictions, ["a", "b", "c"])}
+    assert found == {("label=a", "precision"), ("label=a", "recall"), ("label=b", "recall")}
+
+
+def test_confusion_is_scikit_learns() -> None:
+    predictions = answers(150, 11)
+    truth, said = [p.reference for p in predictions], [p.output for p in predictions]
+    assert confusion(predictions, LABELS)["counts"] == sk.confusion_matrix(truth, said, labels=LABELS).tolist()
+    assert set(details(predictions, LABELS)) == {"confusion", "reliability"}
+    assert set(details([Prediction("a", "a", "row")], LABELS)) == {"confusion"}
+
+
+def test_json_metrics_are_measured_where_every_reference_is_an_object() -> None:
+    asked = ["exact_match", "json_valid", "field_accuracy"]
+    assert applicable(asked, [Prediction("x", '{"a": 1}', "row")]) == asked
+    assert applicable(asked, [Prediction("x", '{"a": 1}', "row"), Prediction("x", "plain", "row")]) == ["exact_match"]
+    assert [m.name for m in build(asked, [Prediction("x", "plain", "row")])] == asked

@@ -1,0 +1,73 @@
+"""Text metrics against their published definitions, worked by hand, and against the libraries' own numbers."""
+
+from __future__ import annotations
+
+import pytest
+from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import DefaultTokenizer
+from sacrebleu import sentence_chrf
+
+from tunesmith.errors import InputError
+from tunesmith.evaluation import METRICS
+from tunesmith.evaluation.text_metrics import Words
+from tunesmith.types import Prediction
+
+TEXTS = (
+    ("the cat was found under the bed", "the cat was under the bed"),
+    ("police kill the gunman", "police killed the gunman"),
+    ("It's 12,50 EUR - a fair_price!", "its 12.50 eur: fair price"),
+    ("", "something"),
+    ("completely different", "nothing shared here"),
+)
+
+
+def share(name: str, output: str, reference: str) -> float:
+    value, one = METRICS.get(name)([]).statistics(Prediction(output, reference, "row"))
+    assert one == 1.0
+    return value
+
+
+@pytest.mark.parametrize(
+    ("output", "reference", "f1"),
+    [
+        ("the Cat sat", "a cat sat!", 1.0),  # articles, case and punctuation do not count
+        ("cat cat", "cat", 2 / 3),  # one of two words shared, counted once
+        ("dog", "cat", 0.0),
+        ("the", "a", 1.0),  # both are empty then
+        ("", "cat", 0.0),
+        ("in New York City", "New York", 2 * (2 / 4) * 1 / (2 / 4 + 1)),
+    ],
+)
+def test_token_f1_counts_as_squad_does(output: str, reference: str, f1: float) -> None:
+    assert share("token_f1", output, reference) == pytest.approx(f1)
+
+
+@pytest.mark.parametrize(("output", "reference"), TEXTS)
+@pytest.mark.parametrize(("name", "kind"), [("rouge_1", "rouge1"), ("rouge_2", "rouge2"), ("rouge_l", "rougeL")])
+def test_rouge_is_that_of_rouge_score_on_ascii(name: str, kind: str, output: str, reference: str) -> None:
+    expected = RougeScorer([kind]).score(reference, output)[kind].fmeasure
+    assert share(name, output, reference) == pytest.approx(expected)
+    assert Words().tokenize(output) == DefaultTokenizer(use_stemmer=False).tokenize(output)
+
+
+def test_rouge_l_of_lins_example() -> None:
+    """Lin 2004, section 3.1: S2 = "police kill the gunman" against S1 = "police killed the gunman" has 3/4."""
+    assert share("rouge_l", "police kill the gunman", "police killed the gunman") == pytest.approx(0.75)
+    assert share("rouge_l", "the gunman kill police", "police killed the gunman") == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("text", ["Größe überprüft", "гость пришёл", "東京に行く"])
+def test_words_of_other_scripts_count(text: str) -> None:
+    assert share("rouge_1", text, text) == 1.0
+    assert len(Words().tokenize(text)) == {"東京に行く": 5}.get(text, 2)
+
+
+@pytest.mark.parametrize(("output", "reference"), TEXTS)
+def test_chrf_is_sacrebleus_as_a_fraction(output: str, reference: str) -> None:
+    assert share("chrf", output, reference) == pytest.approx(sentence_chrf(output, [reference]).score / 100)
+
+
+@pytest.mark.parametrize("name", ["token_f1", "rouge_l", "chrf"])
+def test_a_row_without_reference_is_named(name: str) -> None:
+    with pytest.raises(InputError, match=r"needs a reference, and rows.jsonl:3 has none"):
+        METRICS.get(name)([]).statistics(Prediction("x", None, "rows.jsonl:3"))
