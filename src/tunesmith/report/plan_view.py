@@ -10,6 +10,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from tunesmith.report.figures import large
 from tunesmith.report.live import duration, gibibytes
 from tunesmith.report.visible import shortened, visible
 
@@ -68,7 +69,7 @@ def _base(plan: Plan) -> list[Line]:
     context = f", sees {base['context_length']:,} tokens" if base["context_length"] else ""
     return [
         ("name", str(base["name"])),
-        ("kind", f"{base['kind']} ({base['model_type']}), {_count(base['parameters'])} parameters{context}"),
+        ("kind", f"{base['kind']} ({base['model_type']}), {large(base['parameters'])} parameters{context}"),
         ("licence", base["licence"] or "unknown: see what its source says before you share what you train"),
         ("source", str(base["source"])),
         ("sha256", f"{base['sha256'][:16]}…"),
@@ -83,7 +84,7 @@ def _splits(audit: Audit) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for name, split in _by_name(audit).items():
         keys = ("rows", "examples", "tokens", "trained", "truncated", "truncated_answers", "masked", "empty")
-        table.add_row(f"  {visible(name)}", *(_count(split[key]) for key in keys))
+        table.add_row(f"  {visible(name)}", *(large(split[key]) for key in keys))
     return table
 
 
@@ -171,7 +172,7 @@ def _training(plan: Plan) -> list[Line]:
     return [
         ("parameters", f"{trainable:,} of {total:,} train ({trainable / total:.2%})"),
         ("steps", f"{training.total_steps:,} ({length}{step} a step)"),
-        ("time", f"about {duration(cost.seconds)} of training over {_count(cost.tokens)} tokens"),
+        ("time", f"about {duration(cost.seconds)} of training over {large(cost.tokens)} tokens"),
         ("memory", f"about {gibibytes(cost.peak_memory_bytes)}; {gibibytes(cost.free_memory_bytes)} are free"),
         (
             "device",
@@ -199,10 +200,3 @@ def _defaults(plan: Plan) -> Table:
         value = f"{default.value:g}" if isinstance(default.value, float) else str(default.value)
         table.add_row(f"  {default.key}", Text(visible(value)), Text(visible(default.why), style="dim"))
     return table
-
-
-def _count(number: int) -> str:
-    """A number in at most seven columns."""
-    if number < 10**6:
-        return f"{number:,}"
-    return f"{number / 1e6:,.1f} M" if number < 10**9 else f"{number / 1e9:,.1f} G"

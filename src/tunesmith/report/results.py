@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tunesmith.report.figures import figure, p_value
 from tunesmith.report.visible import visible
 
 TUNED = "tuned"
@@ -91,21 +92,9 @@ def _with_limits(record: Mapping[str, Any] | None, key: str, sign: str = "") -> 
     """A value over its interval, so that the table fits into 80 columns."""
     if record is None:
         return "-"
-    low, high = (_number(record[limit], sign) for limit in ("low", "high"))
-    return f"{_number(record[key], sign)}\n[{low}, {high}]"
-
-
-def _number(value: Any, sign: str) -> str:
-    if value is None:
-        return "unknown"  # one row tells nothing of a loss's spread
-    size = abs(value)
-    if size >= 10**5:
-        return f"{value:{sign}.1e}".replace("e+0", "e").replace("e+", "e")
-    decimals = next((n for n, limit in ((3, 10), (2, 100), (1, 1000)) if size < limit), 0)
-    return f"{value:{sign}.{decimals}f}"
+    low, high = (figure(record[limit], sign) for limit in ("low", "high"))
+    return f"{figure(record[key], sign)}\n[{low}, {high}]"
 
 
 def _probability(effect: Mapping[str, Any] | None) -> str:
-    if effect is None:
-        return "-"
-    return "<0.001" if effect["p"] < 0.001 else f"{effect['p']:.2g}"
+    return "-" if effect is None else p_value(effect["p"])

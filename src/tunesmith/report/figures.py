@@ -1,0 +1,37 @@
+"""Numbers as people read them: few digits, intervals, p-values, sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def figure(value: Any, sign: str = "") -> str:
+    """A number in at most seven characters, three decimals below 10; `sign` is "+" for differences."""
+    if value is None:
+        return "unknown"  # one row tells nothing of a loss's spread
+    size = abs(value)
+    if size >= 10**5:
+        return f"{value:{sign}.1e}".replace("e+0", "e").replace("e+", "e")
+    decimals = next((n for n, limit in ((3, 10), (2, 100), (1, 1000)) if size < limit), 0)
+    return f"{value:{sign}.{decimals}f}"
+
+
+def percent(share: Any, sign: str = "") -> str:
+    """A share as percent with one decimal; only what is all or nothing is called 100% or 0%."""
+    if share is None:
+        return "unknown"
+    text = f"{100 * share:{sign}.1f}"
+    if text.lstrip("+-") in ("0.0", "100.0"):
+        text = text[:-2] if share in (0, 1, -1) else f"{100 * share:{sign}.2f}"
+    return f"{text}%"
+
+
+def p_value(p: float) -> str:
+    return "<0.001" if p < 0.001 else f"{p:.2g}"
+
+
+def large(number: int) -> str:
+    """A number in at most seven columns."""
+    if number < 10**6:
+        return f"{number:,}"
+    return f"{number / 1e6:,.1f} M" if number < 10**9 else f"{number / 1e9:,.1f} G"
