@@ -43,23 +43,26 @@ def quiet_transformers() -> Generator[None]:
 
 
 @contextmanager
-def positions_unread() -> Generator[None]:
-    """Inside, transformers does not search position_ids for packed sequences: on meta they have no values."""
-    from transformers import masking_utils
+def values_unread() -> Generator[None]:
+    """Inside, transformers looks into no token ids or positions, to search or to warn: on meta they have no values."""
+    from transformers import PreTrainedModel, masking_utils
 
-    search = getattr(masking_utils, "find_packed_sequence_indices", None)
-    if search is None:
-        yield
-        return
+    readers = [
+        (masking_utils, "find_packed_sequence_indices"),
+        (PreTrainedModel, "warn_if_padding_and_no_attention_mask"),
+    ]
+    kept = [(owner, name, getattr(owner, name)) for owner, name in readers if hasattr(owner, name)]
 
-    def found(*_: Any, **__: Any) -> None:
+    def nothing(*_: Any, **__: Any) -> None:
         return None
 
-    setattr(masking_utils, "find_packed_sequence_indices", found)  # noqa: B010
+    for owner, name, _ in kept:
+        setattr(owner, name, nothing)
     try:
         yield
     finally:
-        setattr(masking_utils, "find_packed_sequence_indices", search)  # noqa: B010
+        for owner, name, reader in kept:
+            setattr(owner, name, reader)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tunesmith.compat import positions_unread
+from tunesmith.compat import values_unread
 from tunesmith.data.pack import collate
 from tunesmith.engine.precision import choose_device, is_served, probe
 from tunesmith.models.cache import cache_dir
@@ -67,13 +67,24 @@ class Facts:
     bf16_served: bool
     previous: Previous | None = None
 
+    @property
+    def caches_vectors(self) -> bool:
+        """Whether each example goes through the backbone once, and training sees its vector alone."""
+        return self.method.frozen_backbone and self.needs.head == "pooled"
 
-def gather_model(local: LocalModel, needs: ObjectiveNeeds, has_template: bool) -> tuple[ModelFacts, MetaModel]:
-    """Facts of a base, from its config on the meta device."""
+    @property
+    def packed(self) -> bool:
+        return self.model.packable and self.method.packs
+
+
+def gather_model(
+    local: LocalModel, needs: ObjectiveNeeds, has_template: bool, pooling: str | None = None
+) -> tuple[ModelFacts, MetaModel]:
+    """Facts of a base, from its config on the meta device; `pooling` is the one asked for, if any."""
     meta = meta_model(local, needs.head)
     text = meta.module.config.get_text_config()  # type: ignore[union-attr]
     intermediate = getattr(text, "intermediate_size", None) or 4 * meta.width
-    pooling = local.entry.pooling if local.entry is not None else None
+    usual = local.entry.pooling if local.entry is not None else None
     facts = ModelFacts(
         name=local.name,
         model_type=meta.model_type,
@@ -87,30 +98,39 @@ def gather_model(local: LocalModel, needs: ObjectiveNeeds, has_template: bool) -
         context_length=meta.context_length,
         tied_embeddings=meta.tied_embeddings,
         packable=is_packable(meta),
-        pooling=pooling or DEFAULT_POOLING[meta.kind],
+        pooling=pooling or usual or DEFAULT_POOLING[meta.kind],
         has_template=has_template,
     )
     return facts, meta
 
 
 def is_packable(meta: MetaModel) -> bool:
-    """Whether every attention of the model asks for segment bounds: one forward of shapes tells."""
+    """Whether every layer of the model asks for segment bounds: one forward of shapes tells."""
     if meta.kind == "encoder-decoder":
         return False
+    try:
+        # Experts multiply in bf16 only where there are no values.
+        return any(_layers_that_ask(meta, dtype) >= meta.layers for dtype in (torch.float32, torch.bfloat16))
+    finally:
+        meta.module.to(torch.float32)
+
+
+def _layers_that_ask(meta: MetaModel, dtype: torch.dtype) -> int:
+    """Attention calls of one forward that asked for bounds; 0 where there is no such forward."""
     import numpy as np
 
     piece = Piece(np.asarray([1, 2, 3], dtype=np.int32))
     try:
-        policy = Policy(meta.module, meta.kind, Tokens((0,), 0), packed=True)
+        policy = Policy(meta.module.to(dtype), meta.kind, Tokens((0,), 0), packed=True)
         batch = collate([Example((piece,)), Example((piece,))], [0, 1], packed=True, pad_id=0)
         for stream in batch.streams.values():
             stream.input_ids_BT = stream.input_ids_BT.to("meta")
             stream.position_ids_BT = stream.position_ids_BT.to("meta")
-        with torch.no_grad(), positions_unread():
+        with torch.no_grad(), values_unread():
             policy.score(batch, Want(hidden=True))
     except (RuntimeError, TypeError, ValueError, NotImplementedError):
-        return False
-    return True
+        return 0
+    return policy.asked
 
 
 def gather(

@@ -113,7 +113,8 @@ def make_plan(
     local = resolve(_base_name(recipe.model, base, previous_run), tell)
     objective, method = _chosen(recipe, origin, previous)
     tokenizer = load_tokenizer(local)
-    model, meta = gather_model(local, objective.needs, tokenizer.chat_template is not None)
+    pooling = getattr(objective.options, "pooling", None)
+    model, meta = gather_model(local, objective.needs, tokenizer.chat_template is not None, pooling)
     facts, speed = gather(recipe, method, objective, model, previous)
     conflicts, substitutions = rules.judge(facts)
     _refuse(conflicts)
@@ -210,7 +211,7 @@ def _check_labels(objective: Objective, previous: Previous | None) -> None:
 def _count(meta: MetaModel, facts: Facts, method: Method, objective: Objective) -> tuple[int, int]:
     """Trainable and total parameters, counted on a model of shapes."""
     with torch.device("meta"):
-        policy = Policy(meta.module, meta.kind, Tokens((0,), 0), packed=facts.model.packable)
+        policy = Policy(meta.module, meta.kind, Tokens((0,), 0), packed=facts.packed)
         for spec in objective.heads():
             policy.add_head(Head(spec, facts.model.width))
         method.attach(policy)

@@ -44,7 +44,7 @@ class Stateful(Protocol):
 class Method(Protocol):
     """Which parameters train. `Options` is the pydantic model of the recipe's keys."""
 
-    facts: ClassVar[MethodFacts]
+    facts: MethodFacts
     Options: ClassVar[type[Any]]
 
     options: Any
@@ -68,11 +68,20 @@ class Method(Protocol):
         ...
 
 
+@runtime_checkable
+class Ruled(Protocol):
+    """A method with gradient rules of its own: which layers move yet, how ranks are spent."""
+
+    def rules(self, policy: Policy, total_steps: int) -> list[GradientRule]: ...
+
+
 class Objective(Protocol):
     """Which loss, on which batch, and how the trained thing is used."""
 
     needs: ClassVar[ObjectiveNeeds]
     Options: ClassVar[type[Any]]
+
+    options: Any
 
     def __init__(self, options: Any) -> None: ...
     def fit(self, rows: Iterable[Row]) -> None:

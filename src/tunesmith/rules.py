@@ -52,6 +52,18 @@ RULES: tuple[Rule, ...] = (
         "choose another method: lora serves both heads",
     ),
     Rule(
+        ("method", "model"),
+        lambda f: f.needs.head == "lm" and f.method.moves_output and f.model.tied_embeddings and not f.method.unties,
+        "{f.model.name} shares its output projection with its embeddings, which {f.method_name} would move with it",
+        "set method.untie to true, or choose another method",
+    ),
+    Rule(
+        ("method", "model"),
+        lambda f: f.method.unties and not (f.needs.head == "lm" and f.model.tied_embeddings),
+        "method.untie is given, and nothing that {f.method_name} trains here is shared with the embeddings",
+        "leave method.untie out",
+    ),
+    Rule(
         ("train.sequence_length", "model"),
         lambda f: f.model.context_length is not None and (f.recipe.train.sequence_length or 0) > f.model.context_length,
         "train.sequence_length is {f.recipe.train.sequence_length}, "
@@ -128,6 +140,19 @@ RULES: tuple[Rule, ...] = (
         "attention of {f.model.model_type} models cannot be held inside segments",
         "",
         substitute="one padded row for each example: slower, the same result",
+    ),
+    Rule(
+        ("packing", "method"),
+        lambda f: f.model.packable and not f.method.packs,
+        "{f.method_name} cannot be held inside segments",
+        "",
+        substitute="one padded row for each example: slower, the same result",
+    ),
+    Rule(
+        ("train.recompute", "method"),
+        lambda f: bool(f.recipe.train.recompute) and not f.method.recomputes,
+        "train.recompute is on, and {f.method_name} cannot run layers again in the backward",
+        "leave train.recompute out",
     ),
     Rule(
         ("evaluate.base", "objective"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from tunesmith.kernels.accelerate import accelerate
 from tunesmith.methods import METHODS
 from tunesmith.models.fetch import LocalModel, resolve
 from tunesmith.models.heads import Head
+from tunesmith.models.layers import set_dropout
 from tunesmith.models.load import load_backbone, load_tokenizer
 from tunesmith.models.policy import Policy, Tokens
 from tunesmith.objectives import OBJECTIVES
@@ -34,13 +36,16 @@ def build(plan: Plan, assets: Assets) -> Policy:
     """The policy of a run before its first step: the base with the method attached, or the earlier run's."""
     placement = plan.placement
     torch.set_num_threads(placement.threads)
-    policy = _policy(assets.local, assets.renderer, assets.objective, placement, assets.facts.model.pooling)
+    policy = _policy(
+        assets.local, assets.renderer, assets.objective, assets.method, placement, assets.facts.model.pooling
+    )
+    set_dropout(policy.model, plan.training.dropout)
     seed_step(plan.training.seed, 0)  # the fresh parameters' draw
     if assets.previous is None:
         assets.method.attach(policy)
+        _settle(policy, placement)
     else:
-        assets.method.load(policy, assets.previous / "model")
-        load_heads(policy, assets.previous / "model")
+        _load_trained(policy, assets.method, assets.previous / "model", placement)
     accelerate(policy)
     if placement.recompute:
         policy.model.activation_checkpointing_enable({"use_reentrant": False})
@@ -98,15 +103,28 @@ def load(folder: Path, device: str) -> tuple[Policy, Objective, Method, Renderer
     method = method_class(method_class.Options.model_validate(card["method"]["options"]), 0.0)
     renderer = Renderer(load_tokenizer(local), card["templates"].get("default"), card["sequence_length"])
     placement = Placement(device, torch.get_num_threads(), 1, card["precision"], card["packed"], None, 4096, False, 1)
-    policy = _policy(local, renderer, objective, placement, card["pooling"])
-    method.load(policy, folder)
-    load_heads(policy, folder)
+    policy = _policy(local, renderer, objective, method, placement, card["pooling"])
+    _load_trained(policy, method, folder, placement)
     accelerate(policy)
     policy.eval()
     return policy, objective, method, renderer, card
 
 
-def load_heads(policy: Policy, folder: Path) -> None:
+def _load_trained(policy: Policy, method: Method, folder: Path, placement: Placement) -> None:
+    method.load(policy, folder)
+    _load_heads(policy, folder)
+    _settle(policy, placement)
+
+
+def _settle(policy: Policy, placement: Placement) -> None:
+    """What trains is held in fp32, so that small steps are not rounded away; what is frozen in the run's precision."""
+    frozen = torch.bfloat16 if placement.precision == "bf16" else torch.float32
+    for parameter in policy.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else frozen)
+
+
+def _load_heads(policy: Policy, folder: Path) -> None:
     """The heads that `save` wrote beside the adapter."""
     if not policy.heads:
         return
@@ -120,10 +138,13 @@ def load_heads(policy: Policy, folder: Path) -> None:
         )
 
 
-def _policy(local: LocalModel, renderer: Renderer, objective: Objective, placement: Placement, pooling: str) -> Policy:
+def _policy(
+    local: LocalModel, renderer: Renderer, objective: Objective, method: Method, placement: Placement, pooling: str
+) -> Policy:
     head = objective.needs.head
     precision = "bf16" if placement.precision == "bf16" else "fp32"
-    model = load_backbone(local, precision, head, placement.device)
+    changes = method.facts.reference == "snapshot"
+    model = load_backbone(local, "fp32" if changes else precision, head, placement.device)
     policy = Policy(
         model,
         _kind(model),
@@ -132,6 +153,11 @@ def _policy(local: LocalModel, renderer: Renderer, objective: Objective, placeme
         pooling=pooling,
         autocast=torch.bfloat16 if precision == "bf16" else None,
     )
+
+    def weights(folder: Path | None) -> dict[str, torch.Tensor]:
+        return load_backbone(local if folder is None else replace(local, folder=folder), "fp32", head).state_dict()
+
+    policy.weights = weights
     if head == "lm":
         policy.check_projection()
     for spec in objective.heads():

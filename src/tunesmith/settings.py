@@ -126,10 +126,10 @@ def resolve_meaning(
 
     epochs = train.epochs
     if train.max_steps is None:
-        epochs = fill("train.epochs", epochs, 20 if facts.method.frozen_backbone else 3, "usual for this method")
+        epochs = fill("train.epochs", epochs, 20 if facts.caches_vectors else 3, "usual for this method")
     size = train.batch_size
     if train.batch_tokens is None:
-        size = fill("train.batch_size", size, 64 if facts.method.frozen_backbone else 16, "usual for this method")
+        size = fill("train.batch_size", size, 64 if facts.caches_vectors else 16, "usual for this method")
     batching = Batching(epochs, train.max_steps, size, train.batch_tokens, None, 1 << 40)
     total = count_steps(lengths_N, repeats_N, batching, recipe.seed)
     every = train.evaluate_every
@@ -146,7 +146,10 @@ def resolve_meaning(
         batch_tokens=train.batch_tokens,
         sequence_length=sequence_length,
         learning_rate=fill(
-            "train.learning_rate", train.learning_rate, facts.method.default_learning_rate, "the method's"
+            "train.learning_rate",
+            train.learning_rate,
+            facts.method.learning_rate,
+            facts.method.learning_rate_source,
         ),
         schedule=train.schedule,
         warmup=train.warmup,
@@ -180,7 +183,7 @@ def resolve_placement(
     kept = memory.activation_bytes(shape, each, recompute=False)
     less = memory.activation_bytes(shape, each, recompute=True)
     recompute = bool(train.recompute)
-    if train.recompute is None and not facts.method.frozen_backbone:
+    if train.recompute is None and facts.method.recomputes and not facts.method.frozen_backbone:
         recompute = room < kept * longest
         defaults.append(Default("train.recompute", recompute, "memory forces it" if recompute else "memory allows it"))
     per_token = (less if recompute else kept) if not facts.method.frozen_backbone else less // 2
@@ -210,7 +213,7 @@ def resolve_placement(
         threads=threads,
         workers=recipe.place.workers,
         precision=precision,
-        packed=facts.model.packable,
+        packed=facts.packed,
         micro_batch_size=train.micro_batch_size,
         micro_batch_tokens=tokens,
         recompute=recompute,
@@ -234,7 +237,7 @@ def predict(
 ) -> Prediction:
     """Tokens, seconds and memory of the training, from the probed speed."""
     share = epoch.trained / max(1, epoch.tokens)
-    total = epoch.tokens if facts.method.frozen_backbone else _tokens_of_a_run(meaning, epoch)
+    total = epoch.tokens if facts.caches_vectors else _tokens_of_a_run(meaning, epoch)
     flop = memory.flop_per_token(shape, share, facts.method.frozen_backbone, placement.recompute)
     rate = speed.bf16 if placement.precision == "bf16" else speed.fp32
     device = placement.device.split(":")[0]

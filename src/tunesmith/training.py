@@ -32,7 +32,7 @@ from tunesmith.models.heads import Head
 from tunesmith.models.policy import Policy
 from tunesmith.monitor import Listen, Monitor, StopRequest, stoppable
 from tunesmith.planning import Assets, Plan
-from tunesmith.protocols import Annotator, GradientRule
+from tunesmith.protocols import Annotator, GradientRule, Ruled
 from tunesmith.recipe_file import dump_recipe
 from tunesmith.rundir import RunDir
 from tunesmith.types import GradientMode, Prediction, SampleSpec
@@ -87,7 +87,8 @@ def execute(run: RunDir, recipe: Recipe, plan: Plan, assets: Assets, listen: Lis
 def _train(run: RunDir, plan: Plan, assets: Assets, policy: Policy, stop: StopRequest, listen: Listen) -> None:
     objective, method, prepared, training = assets.objective, assets.method, assets.prepared, plan.training
     columns, held_columns = _frozen_vectors(plan, assets, policy, listen)
-    rules: list[GradientRule] = [Clip(training.clip)]
+    own = method.rules(policy, training.total_steps) if isinstance(method, Ruled) else []
+    rules: list[GradientRule] = [*own, Clip(training.clip)]
     engine = NativeEngine(
         policy,
         method.parameter_groups(policy),
@@ -166,7 +167,7 @@ def _selection(plan: Plan) -> tuple[str, bool]:
 
 def _frozen_vectors(plan: Plan, assets: Assets, policy: Policy, listen: Listen) -> tuple[Columns, Columns]:
     """Pooled vectors of train and validation where the backbone is frozen; the heads are standardised by them."""
-    if not assets.facts.method.frozen_backbone:
+    if not assets.facts.caches_vectors:
         return {}, {}
     prepared = assets.prepared
     pooled = _vectors("train", prepared.train, plan, policy, listen)

@@ -219,15 +219,27 @@ class StepStats:
 
 @dataclass(frozen=True, slots=True)
 class MethodFacts:
-    """What the plan must know of a method. `reference`: how the base is had back."""
+    """What the plan must know of a method; of an instance, as its options have it.
+
+    `reference`: how the base is had back: an adapter is switched off, changed weights are read from the base
+    again, or not at all. `frozen_backbone`: nothing below the heads or the output projection trains.
+    `moves_output`: the output projection trains and the embeddings do not, so a tied one must be untied, which
+    `unties` does. `packs`, `recomputes`: segments may share a row, layers may run again in the backward.
+    `learning_rate_source` says where the default rate is from.
+    """
 
     summary: str
     kinds: frozenset[ModelKind]
     heads: frozenset[str]
     reference: Literal["switch", "snapshot", "none"]
+    learning_rate: float
+    learning_rate_source: str
     frozen_backbone: bool = False
     mergeable: bool = False
-    default_learning_rate: float = 1e-4
+    moves_output: bool = False
+    unties: bool = False
+    packs: bool = True
+    recomputes: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,11 +262,15 @@ class ObjectiveNeeds:
 
 @dataclass(frozen=True, slots=True)
 class HeadSpec:
-    """A head to add to a backbone: fresh, always trained, always saved beside the adapter."""
+    """A head to add to a backbone: fresh, always trained, always saved beside the adapter.
+
+    `hidden`: width of a layer between vector and outputs; 0 for a linear head.
+    """
 
     name: str
     outputs: int
     labels: tuple[str, ...] = ()
+    hidden: int = 0
 
 
 # ---------------------------------------------------------------- results

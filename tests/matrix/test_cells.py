@@ -23,7 +23,7 @@ from tunesmith.recipe_file import parse_recipe
 from tunesmith.types import ModelKind
 
 # The built-in ones by name: what another test registers is not ours to judge.
-METHOD_NAMES = ("head", "lora")
+METHOD_NAMES = ("full", "head", "lora", "partial")
 OBJECTIVE_NAMES = ("classify", "sft")
 KINDS: tuple[ModelKind, ...] = get_args(ModelKind)
 CONDITIONS: dict[str, dict[str, Any]] = {
@@ -102,10 +102,8 @@ class Cell:
         axes: set[tuple[str, ...]] = set()
         if self.kind == "encoder-decoder" or (self.objective, self.kind) == ("sft", "encoder"):
             axes.add(("objective", "model"))
-        if self.kind == "encoder-decoder":
-            axes.add(("method", "model"))
-        if (self.method, self.objective) == ("head", "sft"):
-            axes.add(("method", "objective"))
+        if self.method == "head" and (self.kind == "encoder-decoder" or self.objective == "sft"):
+            axes.add(("method", "model"))  # of an encoder-decoder there is no head; a tied projection asks for untie
         if (self.method, self.condition) == ("head", "recompute"):
             axes.add(("train.recompute", "method"))
         if self.condition == "early stopping, unwatched":

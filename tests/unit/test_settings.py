@@ -26,7 +26,7 @@ EPOCH = Epoch(examples=100.0, tokens=5000, trained=1000)
 )
 def test_tokens_and_seconds_of_a_run(keys: dict[str, Any], frozen: bool, tokens: int) -> None:
     meaning: Any = SimpleNamespace(**{"epochs": None, "batch_size": 16, "batch_tokens": None, **keys})
-    facts: Any = SimpleNamespace(method=SimpleNamespace(frozen_backbone=frozen))
+    facts: Any = SimpleNamespace(method=SimpleNamespace(frozen_backbone=frozen), caches_vectors=frozen)
     placement: Any = SimpleNamespace(precision="fp32", device="cpu", recompute=False)
     shape, speed = Shape(1000, 100, 10, 2, 32, 64, 100, 4), Speed("cpu", 1e9, 1e9)
     found = predict(facts, meaning, placement, shape, speed, 1, EPOCH)

@@ -32,7 +32,7 @@ def pool(hidden_BTD: Tensor, segments: Sequence[Segment], pooling: str) -> Tenso
 
 
 class Head(nn.Module):
-    """A linear map over standardised inputs: logits = W ((x - mean) / scale) + b.
+    """A linear map over standardised inputs: logits = W z + b with z = (x - mean) / scale, or z = gelu(V z + c).
 
     `mean_D` and `scale_D` are 0 and 1 until `standardise` is given the training features; then a
     probe learns at one rate whatever the scale of the backbone's outputs.
@@ -44,7 +44,8 @@ class Head(nn.Module):
     def __init__(self, spec: HeadSpec, width: int) -> None:
         super().__init__()
         self.spec = spec
-        self.linear = nn.Linear(width, spec.outputs)
+        self.hidden = nn.Linear(width, spec.hidden) if spec.hidden else None
+        self.linear = nn.Linear(spec.hidden or width, spec.outputs)
         self.dropout = nn.Dropout(0.0)
         self.register_buffer("mean_D", torch.zeros(width))
         self.register_buffer("scale_D", torch.ones(width))
@@ -60,4 +61,7 @@ class Head(nn.Module):
         self.scale_D.copy_(features_ND.std(0).clamp_min(1e-6) if len(features_ND) > 1 else self.scale_D)
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.linear(self.dropout((features.float() - self.mean_D) / self.scale_D))
+        standard = (features.float() - self.mean_D) / self.scale_D
+        if self.hidden is not None:
+            standard = nn.functional.gelu(self.hidden(self.dropout(standard)))
+        return self.linear(self.dropout(standard))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ OFFSET_POSITIONS = frozenset(
 )
 
 
+WeightsOf = Callable[[Path | None], dict[str, Tensor]]
+
+
 @dataclass(frozen=True, slots=True)
 class Tokens:
     """The token ids that a policy needs to know: what ends an answer, and what pads a row."""
@@ -37,7 +41,8 @@ class Policy(nn.Module):
     `packed` says that attention can be held inside segments, so that a batch is one row without
     padding; else each piece has a padded row. `pooling` is how a segment becomes one vector.
     `autocast` is the dtype of matrix products, None for the weights' own. `share_prefixes`: what all
-    segments of a row begin with is computed once, where that changes nothing.
+    segments of a row begin with is computed once, where that changes nothing. `weights` reads the base's state, or that
+    of a folder that its `save_pretrained` wrote, from disk, for methods that change it.
     """
 
     def __init__(
@@ -58,6 +63,8 @@ class Policy(nn.Module):
         self.pooling = pooling
         self.autocast = autocast
         self.share_prefixes = True
+        self.asked = 0  # attention calls of the last packed forward
+        self.weights: WeightsOf = _no_weights
         self.heads = nn.ModuleDict()
         self._position_offset = int(self.config.pad_token_id) + 1 if self.config.model_type in OFFSET_POSITIONS else 0
         if packed:
@@ -182,7 +189,8 @@ class Policy(nn.Module):
             for segment in batch.segments:
                 bounds.rows[segment.row].append((segment.start, segment.stop))
         hidden_BTD = self._forward(**inputs, **batch.extra, **{attention.KEYWORD: bounds})
-        if not bounds.calls:
+        self.asked = bounds.calls
+        if not self.asked:
             raise RuntimeError(f"{type(self.model).__name__} never asked for segment bounds; its plan must not pack")
         return hidden_BTD if prefix is None else prefix.restore(hidden_BTD)
 
@@ -240,6 +248,10 @@ class Policy(nn.Module):
     def _attention(self, implementation: str) -> None:
         if getattr(self.config, "_attn_implementation", None) != implementation:
             self.model.set_attn_implementation(implementation)
+
+
+def _no_weights(folder: Path | None) -> dict[str, Tensor]:
+    raise RuntimeError("this policy was made without files to read weights from")
 
 
 def _inside(stream: Stream) -> Tensor:

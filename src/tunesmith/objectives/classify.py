@@ -13,7 +13,7 @@ from tunesmith.data.source import ExampleList, batches
 from tunesmith.errors import InputError
 from tunesmith.models.policy import Policy
 from tunesmith.objectives import OBJECTIVES
-from tunesmith.recipe import Strict
+from tunesmith.objectives.pooled import PooledOptions
 from tunesmith.types import (
     Batch,
     Example,
@@ -48,8 +48,8 @@ class Classify:
         metrics=("accuracy", "macro_f1", "roc_auc", "ece", "loss"),
     )
 
-    class Options(Strict):
-        """classify has no options."""
+    class Options(PooledOptions):
+        """How a text becomes the vector that its label is read from."""
 
     def __init__(self, options: Any) -> None:
         self.options = options
@@ -71,7 +71,7 @@ class Classify:
         self.labels = list(description["labels"])
 
     def heads(self) -> list[HeadSpec]:
-        return [HeadSpec("label", len(self.labels), tuple(self.labels))]
+        return [HeadSpec("label", len(self.labels), tuple(self.labels), self.options.hidden or 0)]
 
     def example(self, row: Row, renderer: Renderer) -> Example:
         encoded = renderer.text(row.value["text"])

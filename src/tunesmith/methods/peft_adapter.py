@@ -1,0 +1,91 @@
+"""What adapters of PEFT share: attached in place, switched off for the base, saved as a folder that PEFT loads."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.compat import quiet_transformers
+from tunesmith.errors import InputError
+from tunesmith.models.policy import Policy
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+
+class PeftAdapter(ABC):
+    """A method whose parameters PEFT puts into the layers of a model. A subclass gives the configuration."""
+
+    def __init__(self, options: Any, dropout: float) -> None:
+        self.options = options
+        self.dropout = dropout
+        self._peft: Any = None
+
+    @abstractmethod
+    def config(self, policy: Policy) -> PeftConfig:
+        """PEFT's configuration for this model."""
+
+    def attach(self, policy: Policy) -> None:
+        from peft import get_peft_model
+
+        with _peft_speaks():
+            try:
+                self._peft = get_peft_model(policy.model, self.config(policy))
+            except ValueError as error:
+                raise InputError(
+                    f"method.targets name no layer of {type(policy.model).__name__}: {error}",
+                    f"use all-linear, or some of: {', '.join(linear_names(policy.model))}",
+                ) from error
+
+    def parameter_groups(self, policy: Policy) -> list[dict[str, Any]]:
+        return [{"params": [p for p in policy.parameters() if p.requires_grad]}]
+
+    @contextmanager
+    def reference(self, policy: Policy) -> Generator[None]:
+        with self._peft.disable_adapter():
+            yield
+
+    def export(self, policy: Policy, to: Path) -> None:
+        """A folder for `peft.PeftModel.from_pretrained`, its bytes the same whichever process writes it."""
+        for config in self._peft.peft_config.values():
+            if isinstance(config.target_modules, set):  # in an order that each process draws anew
+                config.target_modules = sorted(config.target_modules)
+        self._peft.save_pretrained(to, save_embedding_layers=False)
+        (to / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours is MODEL_CARD.md
+
+    def load(self, policy: Policy, source: Path) -> None:
+        from peft import PeftModel
+
+        with _peft_speaks():
+            self._peft = PeftModel.from_pretrained(policy.model, str(source), is_trainable=True)
+
+
+@contextmanager
+def _peft_speaks() -> Generator[None]:
+    """Without what PEFT tells of its own conversion of experts, which nobody here asked for."""
+    with quiet_transformers(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
+        yield
+
+
+def task_type(policy: Policy) -> str:
+    """PEFT's word for what the model does."""
+    if policy.model.get_output_embeddings() is None:
+        return "FEATURE_EXTRACTION"
+    return "SEQ_2_SEQ_LM" if policy.kind == "encoder-decoder" else "CAUSAL_LM"
+
+
+def has_transposed_linears(policy: Policy) -> bool:
+    """GPT-2's linear layers keep their weights the other way round."""
+    return any(type(module).__name__ == "Conv1D" for module in policy.model.modules())
+
+
+def linear_names(model: Any) -> list[str]:
+    """The short names of a model's linear layers."""
+    from torch import nn
+
+    return sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
