@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tunesmith.api import Loaded, Result, evaluate, load, plan, predict, resume, train
+    from tunesmith.api import Loaded, Result, chat, evaluate, load, plan, predict, resume, train
     from tunesmith.recipe import Recipe
 
 __version__ = "0.1.0"
-__all__ = ["Loaded", "Recipe", "Result", "evaluate", "load", "plan", "predict", "resume", "train"]
+__all__ = ["Loaded", "Recipe", "Result", "chat", "evaluate", "load", "plan", "predict", "resume", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The verbs: plan, train, resume, evaluate, predict, load. What the command line does is done here."""
+"""The verbs: plan, train, resume, evaluate, predict, chat, load. What the command line does is done here."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith import measuring, rundir, session, training
+from tunesmith.chatting import Chat, default_sampling
 from tunesmith.data.formats import rows as formatted
 from tunesmith.data.read import read, read_memory
 from tunesmith.engine.precision import choose_device
@@ -152,6 +153,23 @@ def predict(
     load_plugins(plugins)
     loaded = load(path, device)
     return loaded.predict(_input_rows(rows), max_new_tokens)
+
+
+def chat(
+    path: PathLike,
+    *,
+    system: str | None = None,
+    device: str = "auto",
+    plugins: Sequence[PathLike] = (),
+    **sampling: float,
+) -> Chat:
+    """A conversation with a run's model: `chat("runs/x", temperature=0.7).ask("Where is my parcel?").text`.
+
+    `sampling` is temperature, top_p, top_k, max_new_tokens and seed; greedy if left out.
+    """
+    load_plugins(plugins)
+    loaded = load(path, device)
+    return Chat(loaded, system, default_sampling(loaded).changed(**sampling))
 
 
 def evaluate(

@@ -121,6 +121,20 @@ class Coupled(Protocol):
 
 
 @runtime_checkable
+class Converses(Protocol):
+    """An objective whose model answers conversations, so that it can be chatted with.
+
+    `system` is the system message that all of training had, None where there was none or several.
+    """
+
+    system: str | None
+
+    def prompt(self, row: Row, renderer: Renderer) -> list[int]:
+        """The tokens that the answer to the row's messages follows, as training saw them."""
+        ...
+
+
+@runtime_checkable
 class Annotator(Protocol):
     """An objective with passes that take no gradient (reference, teacher, old policy).
 

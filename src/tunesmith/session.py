@@ -18,7 +18,7 @@ from tunesmith.methods import METHODS
 from tunesmith.models.fetch import LocalModel, resolve
 from tunesmith.models.heads import Head
 from tunesmith.models.layers import set_dropout
-from tunesmith.models.load import load_backbone, load_tokenizer
+from tunesmith.models.load import context_length, load_backbone, load_tokenizer
 from tunesmith.models.policy import Policy, Tokens
 from tunesmith.objectives import OBJECTIVES
 from tunesmith.planning import Assets, Plan
@@ -85,7 +85,7 @@ def save(folder: Path, policy: Policy, recipe: Recipe, plan: Plan, assets: Asset
 
 
 def load(folder: Path, device: str) -> tuple[Policy, Objective, Method, Renderer, dict[str, Any]]:
-    """What `save` wrote, on its base, ready to answer.
+    """What `save` wrote, on its base, ready to answer; the card also tells the base's `context_length`.
 
     Raises RefusedError when the base's bytes are not those that the model was trained on.
     """
@@ -107,7 +107,7 @@ def load(folder: Path, device: str) -> tuple[Policy, Objective, Method, Renderer
     _load_trained(policy, method, folder, placement)
     accelerate(policy)
     policy.eval()
-    return policy, objective, method, renderer, card
+    return policy, objective, method, renderer, card | {"context_length": context_length(policy.config, local)}
 
 
 def _load_trained(policy: Policy, method: Method, folder: Path, placement: Placement) -> None:

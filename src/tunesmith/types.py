@@ -8,7 +8,7 @@ V vocabulary, D width. A name carries its shape where that helps (`loss_U`, `tar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -166,13 +166,20 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class SampleSpec:
-    """How to sample: greedy at temperature 0. `batch_tokens` bounds prompt tokens run together."""
+    """How to sample: greedy at temperature 0. `batch_tokens` bounds prompt tokens run together.
+
+    Of the most probable tokens only the first `top_k` may come (0: all), and of those only as many as `top_p` of
+    the probability takes. `on_token` is called with each token of a lone prompt's answer as it comes, the end token
+    left out; where it returns True the answer ends there.
+    """
 
     max_new_tokens: int
     temperature: float = 0.0
     top_p: float = 1.0
+    top_k: int = 0
     batch_tokens: int = 4096
     seed: int = 0
+    on_token: Callable[[int], bool] | None = None
 
 
 @dataclass(frozen=True, slots=True)

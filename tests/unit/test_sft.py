@@ -43,3 +43,45 @@ def test_qwen3_is_asked_as_it_was_trained(last: dict[str, str] | None, quiet: bo
     assert renderer.decode(prompt).endswith(EMPTY) == quiet
     if last:
         assert renderer.encode(messages).input_ids[: len(prompt)].tolist() == prompt
+
+
+@pytest.mark.parametrize(
+    ("answers", "quiet"),
+    [
+        ([{"content": "42"}, {"content": "43"}], True),
+        ([{"content": "42"}, {"content": "43", "reasoning_content": "one more"}], False),
+        ([], False),
+    ],
+)
+def test_a_new_question_is_asked_as_trainings_were(answers: list[dict[str, str]], quiet: bool) -> None:
+    """Qwen3's empty block comes before a new answer where no answer of training thought first."""
+    renderer = Renderer(tokenizer_of("qwen3"))
+    trained, asked = Sft(None), Sft(None)
+    trained.fit(Row({"messages": [QUESTION, {"role": "assistant", **answer}]}, "row") for answer in answers)
+    asked.adopt(trained.describe())
+    turns = [QUESTION, {"role": "assistant", "content": "42"}, {"role": "user", "content": "and 6 x 8?"}]
+    for messages in (turns[:1], turns):
+        prompt = asked.prompt(Row({"messages": messages}, "new"), renderer)
+        text = renderer.decode(prompt)
+        assert text.endswith(EMPTY) == quiet
+        if quiet:
+            row = renderer.encode([*messages, {"role": "assistant", "content": "48"}])
+            assert row.input_ids[: len(prompt)].tolist() == prompt
+
+
+@pytest.mark.parametrize(
+    ("systems", "learned"), [(["a", "a"], "a"), (["a", "b"], None), ([None, None], None), (["a", None], None)]
+)
+def test_the_system_message_of_all_rows_is_learned(systems: list[str | None], learned: str | None) -> None:
+    objective = Sft(None)
+    answer = {"role": "assistant", "content": "42"}
+    said = [[{"role": "system", "content": system}] if system else [] for system in systems]
+    objective.fit(Row({"messages": [*first, QUESTION, answer]}, "row") for first in said)
+    assert objective.system == learned
+    assert objective.describe()["system"] == learned
+
+
+def test_rows_of_plain_text_teach_no_way_to_ask() -> None:
+    objective = Sft(None)
+    objective.fit([Row({"text": "42"}, "row")])
+    assert objective.describe() == {"system": None, "without_thinking": False}

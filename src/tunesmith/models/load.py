@@ -149,7 +149,7 @@ def meta_model(local: LocalModel, head: Head) -> MetaModel:
         kind=kind_of(config),
         parameters=sum(p.numel() for p in module.parameters()),
         embedding_parameters=embedding.numel(),
-        context_length=_context(config, local),
+        context_length=context_length(config, local),
         tied_embeddings=output is not None and output.weight is embedding,
         vocab_size=int(text.vocab_size),
         width=int(text.hidden_size),
@@ -215,7 +215,8 @@ def _judge(report: dict[str, Any], local: LocalModel) -> None:
         log.info("weights of other heads in %s are not used: %s", local.folder, ", ".join(unexpected[:5]))
 
 
-def _context(config: PreTrainedConfig, local: LocalModel) -> int | None:
+def context_length(config: PreTrainedConfig, local: LocalModel) -> int | None:
+    """Tokens that the model sees; None where positions are relative and nothing sets a limit."""
     limits: list[int] = [local.entry.context] if local.entry else []
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions:

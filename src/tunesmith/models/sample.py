@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tunesmith.types import Completion, SampleSpec
 
@@ -18,8 +19,10 @@ def generate(
 
     Prompts of like length run together, padded left, at most `spec.batch_tokens` at a time
     (prompt and answer). Greedy at temperature 0, and then independent of the batching up to
-    floating-point ties.
+    floating-point ties. Only a lone prompt can be followed by `spec.on_token`.
     """
+    if spec.on_token is not None and len(prompts) != 1:
+        raise ValueError(f"one answer can be followed as it comes, not {len(prompts)}")
     answers: list[Completion | None] = [None] * len(prompts)
     training = model.training
     model.eval()
@@ -69,18 +72,52 @@ def _complete(
         do_sample=not greedy,
         eos_token_id=list(end),
         pad_token_id=pad,
-        **({} if greedy else {"temperature": spec.temperature, "top_p": spec.top_p, "top_k": 0}),
+        **({} if greedy else {"temperature": spec.temperature, "top_p": spec.top_p, "top_k": spec.top_k}),
     )
+    follower = None if spec.on_token is None else _Follower(spec.on_token, set(end))
+    followed = {} if follower is None else {"streamer": follower, "stopping_criteria": [follower.stopped]}
     device = model.device
     stored, model.generation_config = model.generation_config, GenerationConfig()  # ours alone decides
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            out = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config)
+            out = model.generate(
+                input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config, **followed
+            )
     finally:
         model.generation_config = stored
     start = 0 if model.config.is_encoder_decoder else longest
-    return [_cut(row[start:].tolist(), set(end)) for row in out]
+    found = [_cut(row[start:].tolist(), set(end)) for row in out]
+    if follower is not None and follower.stop:  # a token may have come between the word to stop and the stop
+        found = [Completion(found[0].token_ids[: follower.taken], False)]
+    return found
+
+
+class _Follower:
+    """A streamer of transformers: hands each token of one answer on, and remembers when it was told to stop."""
+
+    def __init__(self, on_token: Callable[[int], bool], end: set[int]) -> None:
+        self._on_token = on_token
+        self._end = end
+        self._prompt_seen = False
+        self.taken = 0
+        self.stop = False
+
+    def put(self, value: Tensor) -> None:
+        """The prompt the first time, then token by token."""
+        if not self._prompt_seen:
+            self._prompt_seen = True
+            return
+        for token in value.flatten().tolist():
+            if token not in self._end and not self.stop:
+                self.taken += 1
+                self.stop = self._on_token(token)
+
+    def end(self) -> None:
+        """The answer is over: its text is what `put` was given."""
+
+    def stopped(self, ids_BT: Tensor, scores: Any, **_: Any) -> Tensor:
+        return torch.full((ids_BT.shape[0],), self.stop, dtype=torch.bool, device=ids_BT.device)
 
 
 def _cut(ids: list[int], end: set[int]) -> Completion:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -30,6 +31,9 @@ from tunesmith.types import (
 
 if TYPE_CHECKING:
     from tunesmith.data.chat import Renderer
+
+
+LOOKED_AT = 1000  # rows of training that tell how its questions are asked
 
 
 @OBJECTIVES.register("sft")
@@ -61,15 +65,22 @@ class Sft:
 
     def __init__(self, options: Any) -> None:
         self.options = options
+        self.system: str | None = None
+        self.without_thinking = False
 
     def fit(self, rows: Iterable[Row]) -> None:
-        """Nothing is learned from the rows beforehand."""
+        """What a new question is asked with: the one system message of training, and whether no answer thinks first."""
+        asked = [row for row in islice(rows, LOOKED_AT) if "messages" in row.value]
+        systems = {_system(row) for row in asked}
+        self.system = systems.pop() if len(systems) == 1 else None
+        self.without_thinking = bool(asked) and all(map(_answers_without_thinking, asked))
 
     def describe(self) -> dict[str, Any]:
-        return {}
+        return {"system": self.system, "without_thinking": self.without_thinking}
 
     def adopt(self, description: Mapping[str, Any]) -> None:
-        pass
+        self.system = description.get("system")
+        self.without_thinking = bool(description.get("without_thinking", False))
 
     def heads(self) -> list[HeadSpec]:
         return []
@@ -94,7 +105,7 @@ class Sft:
     def predict(self, policy: Policy, rows: Sequence[Row], renderer: Renderer, spec: SampleSpec) -> list[Prediction]:
         """Completes each conversation's last assistant turn; rows of plain text are only scored."""
         asked = [index for index, row in enumerate(rows) if "messages" in row.value]
-        prompts = [self._prompt(rows[index], renderer) for index in asked]
+        prompts = [self.prompt(rows[index], renderer) for index in asked]
         completions = dict(zip(asked, policy.sample(prompts, spec), strict=True))
         scores = self._score(policy, rows, renderer, spec.batch_tokens)
         return [
@@ -108,16 +119,22 @@ class Sft:
             for index, row in enumerate(rows)
         ]
 
-    def _prompt(self, row: Row, renderer: Renderer) -> list[int]:
-        """The prompt that the row's own answer continues.
+    def prompt(self, row: Row, renderer: Renderer) -> list[int]:
+        """The tokens that an answer to the row's conversation follows: those that training saw before such an answer.
 
         Where the template writes something before an answer without thinking (Qwen3: an empty block), training
         has shown the answer behind it, so the prompt has it too.
         """
         question, tools = _question(row)
-        if _answers_without_thinking(row):
+        messages = row.value["messages"]
+        if len(question) == len(messages):
+            messages = [*({**said, "train": False} for said in question), {"role": "assistant", "content": "."}]
+            without_thinking = self.without_thinking
+        else:
+            without_thinking = _answers_without_thinking(row)
+        if without_thinking:
             quiet = renderer.prompt(question, tools, thinking=False)
-            if np.array_equal(renderer.encode(row.value["messages"], tools).input_ids[: len(quiet)], quiet):
+            if np.array_equal(renderer.encode(messages, tools).input_ids[: len(quiet)], quiet):
                 return quiet.tolist()
         return renderer.prompt(question, tools).tolist()
 
@@ -144,6 +161,11 @@ class Sft:
 def _question(row: Row) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
     messages = row.value["messages"]
     return (messages[:-1] if messages[-1]["role"] == "assistant" else messages), row.value.get("tools")
+
+
+def _system(row: Row) -> str | None:
+    first = row.value["messages"][0]
+    return str(first["content"]) if first["role"] == "system" else None
 
 
 def _answers_without_thinking(row: Row) -> bool:

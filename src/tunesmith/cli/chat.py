@@ -1,0 +1,117 @@
+"""`tunesmith chat`: talk with a run's model, or ask it one thing."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.cli.verb import Call, Verb, add_plugins, add_run
+from tunesmith.errors import InputError
+
+if TYPE_CHECKING:
+    from tunesmith.api import Loaded
+    from tunesmith.chatting import Chat
+
+DRAWN = ("top_p", "top_k", "seed")  # what changes nothing at temperature 0
+SAMPLING = ("temperature", *DRAWN, "max_new_tokens")
+
+
+def _add(parser: argparse.ArgumentParser) -> None:
+    add_run(parser)
+    parser.add_argument("--prompt", metavar="TEXT", help="ask this and end; - reads it from stdin")
+    parser.add_argument("--system", metavar="TEXT", help="said before the conversation; as in training if left out")
+    parser.add_argument("--base", action="store_true", help="ask the base too, and show both answers")
+    parser.add_argument("--temperature", metavar="T", help="0 (the default) takes the most probable token each time")
+    parser.add_argument("--top-p", metavar="P", help="draw from the most probable tokens that hold this share")
+    parser.add_argument("--top-k", metavar="K", help="draw from this many of the most probable tokens; 0: from all")
+    parser.add_argument("--max-new-tokens", metavar="N", help="longest answer; 512, or the run's own if that is more")
+    parser.add_argument("--seed", metavar="N", help="of the draws; the same turns then give the same answers")
+    add_plugins(parser)
+
+
+def _run(options: argparse.Namespace, call: Call) -> int:
+    given = {name: value for name in SAMPLING if (value := getattr(options, name)) is not None}
+    prompt = _prompt(options.prompt)
+    from tunesmith import api
+    from tunesmith.protocols import Converses
+
+    api.load_plugins(options.plugins)
+    if prompt is None and not call.json:
+        sys.stderr.write(f"loading {options.path}\n")
+    loaded = api.load(options.path)
+    if isinstance(loaded.objective, Converses):
+        return _converse(loaded, options, given, prompt, call)
+    asked_for = [
+        f"--{name.replace('_', '-')}" for name in (*given, *(n for n in ("system", "base") if vars(options)[n]))
+    ]
+    if asked_for:
+        raise InputError(
+            f"{loaded.card['objective']['name']} gives labels and converses with nobody: {', '.join(asked_for)}",
+            "leave it out",
+        )
+    return _label(loaded, options, prompt, call)
+
+
+def _prompt(given: str | None) -> str | None:
+    text = sys.stdin.read().removesuffix("\n") if given == "-" else given
+    if text is not None and not text.strip():
+        raise InputError("--prompt is empty", "give what to ask")
+    return text
+
+
+def _converse(
+    loaded: Loaded, options: argparse.Namespace, given: dict[str, str], prompt: str | None, call: Call
+) -> int:
+    from tunesmith.chatting import Chat, default_sampling
+    from tunesmith.cli.chat_shell import Conversation, Shell
+    from tunesmith.report.talk import talk
+
+    sampling = default_sampling(loaded).changed(**given)
+    unused = [f"--{name.replace('_', '-')}" for name in DRAWN if name in given]
+    if prompt is not None and unused and not sampling.temperature:
+        raise InputError(f"{', '.join(unused)}: nothing is drawn at temperature 0", "give --temperature too, as in 0.7")
+    chat = Chat(loaded, options.system, sampling)
+    if options.base and not chat.has_base:
+        raise InputError(f"{loaded.card['method']['name']} keeps no base to ask", "leave --base out")
+    if prompt is not None and call.json:
+        call.print_json(_once(chat, prompt, options.base, str(options.path)))
+        return 0
+    screen = talk(sys.stdout, sys.stderr, call.json)
+    conversation = Conversation(chat, screen, both=options.base)
+    if prompt is not None:
+        conversation.say(prompt)
+        return 0
+    about = [
+        f"{options.path}: {loaded.card['base']['name']}, {loaded.card['method']['name']}, {conversation.drawing()}",
+        *([f"system message: {chat.system}"] if chat.system else []),
+        "/help has the commands; Ctrl-C stops an answer, Ctrl-D ends the chat",
+    ]
+    return Shell(conversation, screen, call).run(about)
+
+
+def _once(chat: Chat, prompt: str, base: bool, run: str) -> dict[str, Any]:
+    answers = {"tuned": asdict(chat.ask(prompt))}
+    if base:
+        answers["base"] = asdict(chat.base())
+    return {"run": run, "system": chat.system, "prompt": prompt, "answers": answers}
+
+
+def _label(loaded: Loaded, options: argparse.Namespace, prompt: str | None, call: Call) -> int:
+    from tunesmith.cli.chat_shell import Labelling, Shell
+    from tunesmith.report.talk import talk
+
+    screen = talk(sys.stdout, sys.stderr, call.json)
+    labelling = Labelling(loaded, screen)
+    if prompt is not None:
+        labelling.say(prompt)
+        return 0
+    about = [
+        f"{options.path}: {loaded.card['base']['name']}, {loaded.card['method']['name']}: each line gets its label",
+        "/help has the commands; Ctrl-D ends",
+    ]
+    return Shell(labelling, screen, call).run(about)
+
+
+VERB = Verb("chat", "talk with a run's model, and with its base beside it", _add, _run)
