@@ -26,6 +26,7 @@ from tunesmith.recipe_file import Origin, load_recipe, parse_recipe, resolve_pat
 from tunesmith.report import notebook
 from tunesmith.rundir import RunDir
 from tunesmith.settings import Placement
+from tunesmith.tracking import tracked, unfinished
 from tunesmith.types import Prediction, Row, SampleSpec
 
 Rows = Sequence[Mapping[str, Any]]
@@ -107,7 +108,10 @@ def train(
         training.check_run_folder(folder)
         training.begin(run, typed, planned, hashes)
         listen("planned", {"run": str(folder), "plan": planned})
-        return _result(run, training.execute(run, typed, planned, assets, listen))
+        with tracked(run, typed, planned.hash, listen) as tracking:
+            results = training.execute(run, typed, planned, assets, tracking.listen)
+            tracking.finish("finished", results["records"])
+        return _result(run, results)
 
 
 def resume(path: PathLike, *, plugins: Sequence[PathLike] = (), listen: Listen | None = None) -> Result:
@@ -116,11 +120,15 @@ def resume(path: PathLike, *, plugins: Sequence[PathLike] = (), listen: Listen |
     run = RunDir.open(path)
     with run.hold():
         hashes = load_plugins(plugins)
-        if (path / "evaluation.json").is_file() and run.model.is_dir():
-            listen("phase", {"name": "finished already"})
-            return _result(run, measuring.read_results(run))
         recipe, _ = load_recipe(path / "recipe.yaml")
         stored = rundir.read_json(path / "plan.json")
+        if (path / "evaluation.json").is_file() and run.model.is_dir():
+            listen("phase", {"name": "finished already"})
+            results = measuring.read_results(run)
+            if unfinished(run):
+                with tracked(run, recipe, stored["hash"], listen, again=True) as tracking:
+                    tracking.finish("finished", results["records"])
+            return _result(run, results)
         recipe = recipe.model_copy(
             update={"place": recipe.place.model_copy(update={"threads": stored["placement"]["threads"]})}
         )
@@ -128,7 +136,10 @@ def resume(path: PathLike, *, plugins: Sequence[PathLike] = (), listen: Listen |
         planned = replace(planned, placement=Placement(**stored["placement"]))
         training.check_same(run, planned, hashes)
         listen("planned", {"run": str(path), "plan": planned})
-        return _result(run, training.execute(run, recipe, planned, assets, listen))
+        with tracked(run, recipe, planned.hash, listen, again=True) as tracking:
+            results = training.execute(run, recipe, planned, assets, tracking.listen)
+            tracking.finish("finished", results["records"])
+        return _result(run, results)
 
 
 def load(path: PathLike, device: str = "auto") -> Loaded:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +16,7 @@ from tunesmith.models.cache import cache_dir
 from tunesmith.models.fetch import LocalModel
 from tunesmith.models.load import MetaModel, meta_model
 from tunesmith.models.policy import Policy, Tokens
+from tunesmith.trackers import TRACKERS
 from tunesmith.types import Example, MethodFacts, ModelKind, ObjectiveNeeds, Piece, Want
 
 if TYPE_CHECKING:
@@ -66,6 +69,7 @@ class Facts:
     device_served: bool
     bf16_served: bool
     previous: Previous | None = None
+    missing_trackers: tuple[tuple[str, str], ...] = ()  # name and package
 
     @property
     def caches_vectors(self) -> bool:
@@ -154,5 +158,13 @@ def gather(
         device_served=served,
         bf16_served=speed is not None and speed.bf16 > 0,
         previous=previous,
+        missing_trackers=tuple(_missing_trackers(recipe.report_to)),
     )
     return facts, speed
+
+
+def _missing_trackers(names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    for name in names:
+        tracker = TRACKERS.get(name)
+        if find_spec(tracker.module) is None:
+            yield name, tracker.package

@@ -53,6 +53,7 @@ class Plan:
     warnings: list[str]
     shown: list[tuple[str, bool]]
     resume: str
+    trackers: list[str]
 
     @property
     def hash(self) -> str:
@@ -70,6 +71,7 @@ class Plan:
             "parameters": self.parameters,
             "metrics": self.metrics,
             "resume": self.resume,
+            "trackers": self.trackers,
             "audit": self.audit,
             "defaults": [settings.as_json(default) for default in self.defaults],
             "substitutions": self.substitutions,
@@ -146,6 +148,7 @@ def make_plan(
         warnings=_warnings(recipe, prepared),
         shown=_shown(prepared, renderer),
         resume="exact" if placement.device == "cpu" else "same data",
+        trackers=list(dict.fromkeys(recipe.report_to)),
     )
     return plan, Assets(local, renderer, objective, method, prepared, facts, previous_run)
 

@@ -17,12 +17,14 @@ from tunesmith.types import (
     HeadSpec,
     MethodFacts,
     ObjectiveNeeds,
+    Outcome,
     Prediction,
     Row,
     SampleSpec,
     Step,
     StepStats,
     Terms,
+    TrackedRun,
 )
 
 if TYPE_CHECKING:
@@ -185,3 +187,30 @@ class GradientRule(Protocol):
     def after_step(self, engine: Engine, number: int) -> None: ...
     def state(self) -> dict[str, Any]: ...
     def restore(self, state: Mapping[str, Any]) -> None: ...
+
+
+class Tracker(Protocol):
+    """Where the numbers of a run go besides its folder; made when the run begins, and when it goes on.
+
+    `module` is what it imports and `package` what pip calls that. `key` finds the run there again; `where` tells a
+    person. Anything may raise: the run goes on without the tracker, and says so.
+    """
+
+    package: ClassVar[str]
+    module: ClassVar[str]
+
+    key: str
+    where: str
+
+    def __init__(self, run: TrackedRun) -> None: ...
+    def held(self, kind: str) -> int | None:
+        """The last step whose points of a kind ("train", "validation") are there; None if it cannot tell."""
+        ...
+
+    def log(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Points of one step, named "train/loss" and so on. Steps come in their order, and may come twice."""
+        ...
+
+    def finish(self, outcome: Outcome) -> None:
+        """The last word: everything is sent before it returns."""
+        ...

@@ -131,7 +131,7 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-Columns = Annotated[list[Text], BeforeValidator(_as_list, json_schema_input_type=Text | list[Text])]
+Names = Annotated[list[Text], BeforeValidator(_as_list, json_schema_input_type=Text | list[Text])]
 
 
 class Evaluate(Strict):
@@ -145,7 +145,7 @@ class Evaluate(Strict):
     keep: Annotated[int, Field(ge=0)] | None = None
     base: bool = True
     max_new_tokens: Positive | None = None
-    by: Columns = Field(default_factory=list)
+    by: Names = Field(default_factory=list)
     cluster: Text | None = None
 
     @property
@@ -165,5 +165,6 @@ class Recipe(Strict):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     place: Place = Field(default_factory=Place)
     evaluate: Evaluate = Field(default_factory=Evaluate)
+    report_to: Names = Field(default_factory=list)
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 17
     out: Path | None = None

@@ -22,6 +22,7 @@ __all__ = [
     "check_options",
     "defaults_taken",
     "dump_recipe",
+    "leaves",
     "load_recipe",
     "parse_recipe",
     "recipe_schema",
@@ -57,7 +58,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Orig
         seen[key] = override
         lines = {known: line for known, line in lines.items() if not known.startswith(f"{key}.")}
         _set(raw, key, value)
-    given = _leaves(raw)
+    given = leaves(raw)
     origin = Origin(path, lines, frozenset(seen), frozenset(given))
     return _validated(raw, Recipe, origin), origin
 
@@ -171,7 +172,7 @@ def _put(here: Any, part: str, value: Any) -> None:
 # ---------------------------------------------------------------- what was given, and back to text
 
 
-def _leaves(value: Any, above: str = "") -> dict[str, Any]:
+def leaves(value: Any, above: str = "") -> dict[str, Any]:
     """Key path -> value for everything that is not itself a set of keys or a list of them."""
     pairs: list[tuple[str, Any]] = []
     if isinstance(value, dict):
@@ -182,7 +183,7 @@ def _leaves(value: Any, above: str = "") -> dict[str, Any]:
         return {above: value} if above else {}
     found: dict[str, Any] = {}
     for key, inner in pairs:
-        found.update(_leaves(inner, f"{above}.{key}" if above else key))
+        found.update(leaves(inner, f"{above}.{key}" if above else key))
     return found
 
 
@@ -192,7 +193,7 @@ def defaults_taken(recipe: Recipe, origin: Origin) -> dict[str, Any]:
     def written(path: str) -> bool:  # or short for it: `method: lora` gives method.name
         return path in origin.given or ("." in path and written(path.rpartition(".")[0]))
 
-    return {path: value for path, value in _leaves(recipe.model_dump(mode="json")).items() if not written(path)}
+    return {path: value for path, value in leaves(recipe.model_dump(mode="json")).items() if not written(path)}
 
 
 def dump_recipe(recipe: Recipe) -> str:

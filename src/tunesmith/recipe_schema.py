@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from pydantic import BaseModel
@@ -81,8 +81,10 @@ def _number(node: Node) -> str:
     return " and ".join([" ".join(words[:2]), *words[2:]])
 
 
-def recipe_schema(methods: Mapping[str, type[BaseModel]], objectives: Mapping[str, type[BaseModel]]) -> dict[str, Any]:
-    """JSON schema of a recipe for editors, with the options of every method and objective."""
+def recipe_schema(
+    methods: Mapping[str, type[BaseModel]], objectives: Mapping[str, type[BaseModel]], trackers: Iterable[str] = ()
+) -> dict[str, Any]:
+    """JSON schema of a recipe for editors, with the options of every method and objective, and names of trackers."""
     schema: Node = copy.deepcopy(Recipe.model_json_schema())
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "tunesmith recipe"
@@ -110,4 +112,6 @@ def recipe_schema(methods: Mapping[str, type[BaseModel]], objectives: Mapping[st
             )
             bare += [] if required else [name]
         schema["properties"][key] = {"oneOf": [{"enum": bare}, *choices], "title": key}
+    tracker: Node = {"enum": sorted(trackers)}
+    schema["properties"]["report_to"]["anyOf"] = [tracker, {"type": "array", "items": tracker}]
     return schema

@@ -135,6 +135,12 @@ RULES: tuple[Rule, ...] = (
         "go on with the same objective, or name the base itself as model",
     ),
     Rule(
+        ("report_to", "installed libraries"),
+        lambda f: bool(f.missing_trackers),
+        "report_to names what is not installed here: {missing_trackers}",
+        "install it with `pip install {missing_packages}`, or take it out of report_to",
+    ),
+    Rule(
         ("packing", "model"),
         lambda f: not f.model.packable,
         "attention of {f.model.model_type} models cannot be held inside segments",
@@ -171,6 +177,8 @@ def judge(facts: Facts) -> tuple[list[Conflict], list[str]]:
         "kinds_of_objective": " or ".join(sorted(facts.needs.kinds)),
         "kinds_of_method": " or ".join(sorted(facts.method.kinds)),
         "heads_of_method": " or ".join(sorted(facts.method.heads)),
+        "missing_trackers": ", ".join(name for name, _ in facts.missing_trackers),
+        "missing_packages": " ".join(package for _, package in facts.missing_trackers),
     }
     hit = [rule for rule in RULES if rule.when(facts)]
     conflicts = [

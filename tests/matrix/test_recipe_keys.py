@@ -111,6 +111,7 @@ CHANGES: dict[str, Change] = {
     "evaluate.by": Change(["remark"]),
     "evaluate.cluster": Change("of"),
     "evaluate.max_new_tokens": Change(2),
+    "report_to": Change("tensorboard"),
     "seed": Change(18),
     "out": Change("elsewhere"),
 }
@@ -222,10 +223,12 @@ def ran(recipe: dict[str, Any], place: Path, folder: Path) -> dict[str, Any]:
     except TunesmithError as error:
         return {"refused": str(error)}
     results = ["metrics.jsonl", "evaluation.json", *(f"predictions/{p.name}" for p in run.glob("predictions/*"))]
+    trackers = run / "trackers.json"
     trained = [p for p in (run / "model").glob("*.safetensors")]
     return {
         "placement": read_json(run / "plan.json")["placement"],
         "folder": named,
+        "trackers": sorted(read_json(trackers)) if trackers.exists() else [],
         **{name: sha256_file(run / name) for name in results},
         **{p.name: sha256_file(p) for p in trained},
     }

@@ -287,7 +287,7 @@ def test_spellings_lead_to_keys_that_exist() -> None:
     lora_target target_modules cutoff_len max_length max_seq_length sequence_len base_model model_name_or_path dataset
     dataset_name datasets output_dir val_size val_set_size warmup_ratio lr_scheduler_type bf16 fp16 load_in_4bit
     quantization_bit save_steps eval_steps logging_steps resume_from_checkpoint sample_packing packing neat_packing
-    gradient_checkpointing adapter rl stage finetuning_type num_epochs rlhf_type tuner_type report_to eval_strategy
+    gradient_checkpointing adapter rl stage finetuning_type num_epochs rlhf_type tuner_type eval_strategy
     truncation_strategy mask_history lora_rank"""
     assert set(asked.split()) <= set(spellings())
 

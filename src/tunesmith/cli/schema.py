@@ -16,11 +16,12 @@ def _run(options: argparse.Namespace, call: Call) -> int:
     from tunesmith.methods import METHODS
     from tunesmith.objectives import OBJECTIVES
     from tunesmith.recipe_file import recipe_schema
+    from tunesmith.trackers import TRACKERS
 
     api.load_plugins(options.plugins)
     methods = {name: METHODS.get(name).Options for name in METHODS}
     objectives = {name: OBJECTIVES.get(name).Options for name in OBJECTIVES}
-    call.print_json(recipe_schema(methods, objectives))
+    call.print_json(recipe_schema(methods, objectives, TRACKERS))
     return 0
 
 

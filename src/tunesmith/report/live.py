@@ -105,6 +105,8 @@ class View:
             self._screen.line(_validation(data))
         elif event == "sample":
             self._screen.line(_sample(data))
+        elif event == "tracking":
+            self._screen.line(Text(f"tracked by {data['tracker']}: {data['where']}"))
         elif event == "best":
             self._screen.line(Text(f"back to the best checkpoint: step {data['step']} ({data['value']:.4f})"))
 

@@ -181,6 +181,7 @@ def _training(plan: Plan) -> list[Line]:
         ("micro-batch", f"{micro}, {layout}" + (", layers recomputed" if placement.recompute else "")),
         ("resume", _resume(plan.resume)),
         ("metrics", ", ".join(plan.metrics)),
+        *([("tracked by", ", ".join(plan.trackers))] if plan.trackers else []),
     ]
 
 
