@@ -24,6 +24,7 @@ from kinds import (
     state_of,
     step_of,
 )
+from tunesmith.engine import checkpoint
 from tunesmith.engine.native import NativeEngine, Optimization, seed_step
 from tunesmith.methods import METHODS
 from tunesmith.models.policy import Policy
@@ -42,6 +43,7 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=dict)
     families: tuple[str, ...] = tuple(FAMILIES)
     counted: Callable[[nn.Module], int] | None = None
+    tolerance: float = 0.0  # of a saved model's outputs
 
     def __str__(self) -> str:
         return "-".join([self.name, *(f"{key}={value}" for key, value in self.options.items())])
@@ -88,6 +90,18 @@ CASES = [
         counted=lambda model: sum(p.numel() for n, p in model.named_parameters() if n.endswith("bias")),
     ),
 ]
+NO_TRANSPOSED = tuple(family for family in FAMILIES if family != "gpt2")  # PEFT has no layer for GPT-2's linears there
+NO_EXPERTS = tuple(family for family in FAMILIES if family != "mixtral")
+CASES += [
+    Case("dora", families=NO_EXPERTS),
+    Case("ia3", families=NO_EXPERTS),
+    Case("lora", {"rank": 4, "rslora": True, "plus": 16.0, "ranks": {"k_proj|key": 2}}),
+    Case("adalora", {"rank": 2}, tolerance=1e-5),  # what it has pruned is not saved, so sums are shorter
+    Case("vera", {"rank": 8}),
+    Case("loha", {"rank": 2}, families=NO_TRANSPOSED),
+    Case("lokr", {"rank": 2}, families=NO_TRANSPOSED),
+    Case("oft", {"block_size": 8}, families=NO_TRANSPOSED),
+]
 CASES += [Case(name) for name in METHODS if name not in {case.name for case in CASES}]
 CELLS = [
     pytest.param(case, family, id=f"{case}-{family}") for case in CASES for family in FAMILIES if case.serves(family)
@@ -101,31 +115,43 @@ def attached(case: Case, family: str, **given: Any) -> tuple[Policy, Method]:
     return policy, method
 
 
-def engine_of(policy: Policy, method: Method) -> NativeEngine:
-    return NativeEngine(
-        policy, method.parameter_groups(policy), Optimization(1e-2, "constant", 0, 0.0, 10), seed=0, rules=[]
-    )
+class Training:
+    """An engine and the method's own rules, driven as the loop drives them."""
 
+    def __init__(self, policy: Policy, method: Method, family: str) -> None:
+        self.policy, self.family, self.number = policy, family, 0
+        groups = method.parameter_groups(policy)
+        self.engine = NativeEngine(policy, groups, Optimization(1e-2, "constant", 0, 0.0, 10), seed=0)
+        self.rules = method.rules(policy, 10) if isinstance(method, Ruled) else []
 
-def train(
-    policy: Policy, method: Method, family: str, steps: int, engine: NativeEngine | None = None, start: int = 0
-) -> NativeEngine:
-    """`steps` steps on the family's examples, as the loop takes them."""
-    engine = engine or engine_of(policy, method)
-    objective, examples = objective_of(family), examples_of(family, EXAMPLES)
-    rules = method.rules(policy, 10) if isinstance(method, Ruled) else []
-    for number in range(start + 1, start + steps + 1):
-        engine.forward_backward(objective, policy, step_of(policy, examples, [EXAMPLES], number))
-        for rule in rules:
-            rule.before_step(engine, number)
-        engine.step()
-        for rule in rules:
-            rule.after_step(engine, number)
-    return engine
+    def steps(self, count: int) -> Training:
+        objective, examples = objective_of(self.family), examples_of(self.family, EXAMPLES)
+        for _ in range(count):
+            self.number += 1
+            step = step_of(self.policy, examples, [EXAMPLES], self.number)
+            self.engine.forward_backward(objective, self.policy, step)
+            for rule in self.rules:
+                rule.before_step(self.engine, self.number)
+            self.engine.step()
+            for rule in self.rules:
+                rule.after_step(self.engine, self.number)
+        return self
+
+    def saved(self, folder: Path) -> None:
+        rules = {str(i): rule.state() for i, rule in enumerate(self.rules)}
+        checkpoint.write(folder, self.number, {"engine": self.engine.state(), "rules": rules})
+
+    def restored(self, folder: Path) -> Training:
+        (found,) = checkpoint.found(folder)
+        state, self.number = checkpoint.read(found), found.step
+        self.engine.restore(state["engine"])
+        for i, rule in enumerate(self.rules):
+            rule.restore(state["rules"][str(i)])
+        return self
 
 
 def gradient(policy: Policy, method: Method, family: str, sizes: list[int]) -> dict[str, Tensor]:
-    engine = engine_of(policy, method)
+    engine = Training(policy, method, family).engine
     engine.forward_backward(objective_of(family), policy, step_of(policy, examples_of(family, EXAMPLES), sizes))
     return {n: p.grad.double() for n, p in engine.trainable.items() if p.grad is not None}
 
@@ -145,7 +171,7 @@ def test_only_what_is_named_trains_and_the_base_comes_back(case: Case, family: s
     policy, method = attached(case, family)
     torch.testing.assert_close(outputs(policy, objective, examples), base, rtol=1e-5, atol=1e-5)
     before = state_of(policy)
-    engine = train(policy, method, family, 3)
+    engine = Training(policy, method, family).steps(3).engine
     after = state_of(policy)
     assert set(engine.trainable) == {n for n, p in policy.named_parameters() if p.requires_grad}
     moved = {name for name in before if not torch.equal(before[name], after[name])}
@@ -169,14 +195,17 @@ def may_rest(policy: Policy, case: Case) -> set[str]:
 def test_what_is_saved_gives_the_same_outputs_here_and_upstream(case: Case, family: str, tmp_path: Path) -> None:
     objective, examples = objective_of(family), examples_of(family, EXAMPLES)
     policy, method = attached(case, family)
-    train(policy, method, family, 2)
+    Training(policy, method, family).steps(2)
     trained = outputs(policy, objective, examples)
     method.export(policy, tmp_path)
     again, loader = policy_of(family), case.method(family)
     loader.load(again, tmp_path)
     again.heads.load_state_dict(policy.heads.state_dict())
-    assert torch.equal(outputs(again, objective, examples), trained)
-    assert {n for n, p in again.named_parameters() if p.requires_grad} == set(engine_of(policy, method).trainable)
+    found = outputs(again, objective, examples)
+    torch.testing.assert_close(found, trained, rtol=case.tolerance, atol=case.tolerance)
+    assert {n for n, p in again.named_parameters() if p.requires_grad} == {
+        n for n, p in policy.named_parameters() if p.requires_grad
+    }
     assert not list(tmp_path.rglob("*.bin"))
     theirs = upstream(family, tmp_path).eval()
     for example in examples:
@@ -191,7 +220,7 @@ def upstream(family: str, folder: Path) -> nn.Module:
         from peft import PeftModel
 
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")
+            warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys|.*have invalid shape")
             return PeftModel.from_pretrained(model_of(family), str(folder))
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -224,16 +253,13 @@ def hidden_ours(policy: Policy, example: Any) -> Tensor:
 
 
 @pytest.mark.parametrize(("case", "family"), CELLS)
-def test_a_restored_state_goes_on_to_the_same_bits(case: Case, family: str) -> None:
+def test_a_restored_state_goes_on_to_the_same_bits(case: Case, family: str, tmp_path: Path) -> None:
     policy, method = attached(case, family)
-    engine = train(policy, method, family, 2)
-    state = {key: {n: v for n, v in values.items()} for key, values in engine.state().items()}
-    state = torch.utils._pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, state)
-    train(policy, method, family, 2, engine, 2)
+    training = Training(policy, method, family).steps(2)
+    training.saved(tmp_path)
+    training.steps(3)
     other, other_method = attached(case, family)
-    resumed = engine_of(other, other_method)
-    resumed.restore(state)
-    train(other, other_method, family, 2, resumed, 2)
+    Training(other, other_method, family).restored(tmp_path).steps(3)
     for name, value in state_of(policy).items():
         assert torch.equal(value, state_of(other)[name]), name
 
@@ -241,7 +267,7 @@ def test_a_restored_state_goes_on_to_the_same_bits(case: Case, family: str) -> N
 @pytest.mark.parametrize(("case", "family"), CELLS)
 def test_micro_batches_packing_and_recomputation_leave_the_gradient_alone(case: Case, family: str) -> None:
     policy, method = attached(case, family)
-    train(policy, method, family, 1)
+    Training(policy, method, family).steps(1)
     whole = gradient(policy, method, family, [EXAMPLES])
     assert distance(whole, gradient(policy, method, family, [1] * EXAMPLES)) < 2e-5
     assert distance(whole, gradient(policy, method, family, [3, 1])) < 2e-5
@@ -260,7 +286,7 @@ def test_bf16_trains_near_fp32(case: Case, family: str) -> None:
     rough, rough_method = attached(case, family)
     rough.autocast = torch.bfloat16
     for policy, own in ((exact, method), (rough, rough_method)):
-        train(policy, own, family, 2)
+        Training(policy, own, family).steps(2)
     objective, examples = objective_of(family), examples_of(family, EXAMPLES)
     near, far = outputs(rough, objective, examples), outputs(exact, objective, examples)
     assert torch.isfinite(near).all()

@@ -19,7 +19,8 @@ from tunesmith.recipe import Recipe
 from tunesmith.rundir import read_json, sha256_file
 
 # The built-in ones by name: what another test registers is not ours to judge.
-REGISTERED = {"method": (METHODS, ("full", "head", "lora", "partial")), "objective": (OBJECTIVES, ("classify", "sft"))}
+METHOD_NAMES = ("adalora", "dora", "full", "head", "ia3", "loha", "lokr", "lora", "oft", "partial", "vera")
+REGISTERED = {"method": (METHODS, METHOD_NAMES), "objective": (OBJECTIVES, ("classify", "sft"))}
 BASE: dict[str, Any] = {
     "model": "llama",
     "data": {"train": "train.jsonl", "validation": "validation.jsonl", "test": "test.jsonl"},
@@ -78,6 +79,31 @@ CHANGES: dict[str, Change] = {
     "method.lora.rank": Change(8),
     "method.lora.alpha": Change(1.0),
     "method.lora.targets": Change(["q_proj"]),
+    "method.lora.rslora": Change(True),
+    "method.lora.ranks": Change({"q_proj": 2}),
+    "method.lora.plus": Change(16.0),
+    "method.adalora.rank": Change(8, {"method": {"name": "adalora"}}),
+    "method.adalora.alpha": Change(1.0, {"method": {"name": "adalora"}}),
+    "method.adalora.targets": Change(["q_proj"], {"method": {"name": "adalora"}}),
+    "method.adalora.start_rank": Change(20, {"method": {"name": "adalora"}}),
+    "method.dora.rank": Change(8, {"method": {"name": "dora"}}),
+    "method.dora.alpha": Change(1.0, {"method": {"name": "dora"}}),
+    "method.dora.targets": Change(["q_proj"], {"method": {"name": "dora"}}),
+    "method.dora.rslora": Change(True, {"method": {"name": "dora"}}),
+    "method.dora.ranks": Change({"q_proj": 2}, {"method": {"name": "dora"}}),
+    "method.dora.plus": Change(16.0, {"method": {"name": "dora"}}),
+    "method.ia3.targets": Change(["q_proj"], {"method": {"name": "ia3"}}),
+    "method.ia3.feedforward": Change(["up_proj"], {"method": {"name": "ia3"}}),
+    "method.loha.rank": Change(8, {"method": {"name": "loha"}}),
+    "method.loha.alpha": Change(1.0, {"method": {"name": "loha"}}),
+    "method.loha.targets": Change(["q_proj"], {"method": {"name": "loha"}}),
+    "method.lokr.rank": Change(1, {"method": {"name": "lokr"}}),
+    "method.lokr.alpha": Change(1.0, {"method": {"name": "lokr"}}),
+    "method.lokr.targets": Change(["q_proj"], {"method": {"name": "lokr"}}),
+    "method.oft.block_size": Change(8, {"method": {"name": "oft"}}),
+    "method.oft.targets": Change(["q_proj"], {"method": {"name": "oft"}}),
+    "method.vera.rank": Change(8, {"method": {"name": "vera"}}),
+    "method.vera.targets": Change(["q_proj"], {"method": {"name": "vera"}}),
     "objective.classify.pooling": Change("first", LABELLED),
     "objective.classify.hidden": Change(8, LABELLED),
     "train.epochs": Change(2, {"train.max_steps": None, "train.epochs": 1}),

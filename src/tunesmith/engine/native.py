@@ -63,7 +63,7 @@ class NativeEngine:
         self._mode: GradientMode = mode
         self._example_rules = [cast(PerExample, rule) for rule in rules if rule.mode == "per_example"]
         self._optimizer = torch.optim.AdamW(
-            [{"lr": optimization.learning_rate, **group} for group in groups],
+            [{"lr": optimization.learning_rate * group.get("times", 1.0), **group} for group in groups],
             weight_decay=optimization.weight_decay,
             fused=self.device.type in ("cpu", "cuda"),
         )

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
 from tunesmith.methods import METHODS
-from tunesmith.methods.peft_adapter import PeftAdapter, has_transposed_linears, task_type
+from tunesmith.methods.peft_adapter import LowRankOptions, PeftAdapter, has_transposed_linears, task_type
 from tunesmith.models.policy import Policy
-from tunesmith.recipe import Positive, Strict
+from tunesmith.recipe import Positive
 from tunesmith.types import MethodFacts
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
+    from peft import LoraConfig
 
 
 @METHODS.register("lora")
@@ -30,24 +30,42 @@ class Lora(PeftAdapter):
         learning_rate_source="Hu et al. 2021 (table 11) for GPT-2, and Dettmers et al. 2023 (QLoRA) up to 13B",
     )
 
-    class Options(Strict):
-        """rank: width of the update; alpha: its scale (2 x rank); targets: layers by name, or all-linear."""
+    class Options(LowRankOptions):
+        """Width and scale of the update, where it stands, and how it starts and learns."""
 
-        rank: Positive = 16
-        alpha: Annotated[float, Field(gt=0)] | None = None
-        targets: Literal["all-linear"] | list[str] = "all-linear"
+        rslora: bool = Field(
+            False, description="scale by alpha / sqrt(rank), so that large ranks learn (Kalajdzievski 2023, 2312.03732)"
+        )
+        ranks: dict[str, Positive] = Field(
+            default_factory=dict, description="other ranks for layers whose names a regular expression matches"
+        )
+        plus: Annotated[float, Field(ge=1)] = Field(
+            1.0, description="how much faster B learns than A; 16 is LoRA+ (Hayou et al. 2024, 2402.12354)"
+        )
 
     options: Options
 
-    def config(self, policy: Policy) -> PeftConfig:
+    def config(self, policy: Policy) -> LoraConfig:
         from peft import LoraConfig
 
-        rank, alpha = self.options.rank, self.options.alpha
         return LoraConfig(
-            r=rank,
-            lora_alpha=alpha if alpha is not None else 2 * rank,  # type: ignore[arg-type]
+            r=self.options.rank,
+            lora_alpha=self.options.scale,  # type: ignore[arg-type]
             lora_dropout=self.dropout,
             target_modules=self.options.targets,
+            use_rslora=self.options.rslora,
+            rank_pattern=dict(self.options.ranks),
             fan_in_fan_out=has_transposed_linears(policy),
-            task_type=task_type(policy),
+            task_type=task_type(policy),  # type: ignore[arg-type]
         )
+
+    def parameter_groups(self, policy: Policy) -> list[dict[str, Any]]:
+        """B learns `plus` times as fast as the rest."""
+        if self.options.plus == 1:
+            return super().parameter_groups(policy)
+        trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+        fast = {name for name in trained if ".lora_B." in name}
+        return [
+            {"params": [p for name, p in trained.items() if name not in fast]},
+            {"params": [trained[name] for name in trained if name in fast], "times": self.options.plus},
+        ]

@@ -7,14 +7,34 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
 
 from tunesmith.compat import quiet_transformers
 from tunesmith.errors import InputError
 from tunesmith.models.policy import Policy
+from tunesmith.recipe import Positive, Strict
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+
+
+Targets = Literal["all-linear"] | list[str]
+
+
+class LowRankOptions(Strict):
+    """What adapters of low rank have in common."""
+
+    rank: Positive = Field(16, description="width of the update")
+    alpha: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="the update is scaled by alpha / rank; twice the rank if left out"
+    )
+    targets: Targets = Field("all-linear", description="linear layers by name, or all-linear")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha if self.alpha is not None else 2.0 * self.rank
 
 
 class PeftAdapter(ABC):
@@ -54,7 +74,8 @@ class PeftAdapter(ABC):
         for config in self._peft.peft_config.values():
             if isinstance(config.target_modules, set):  # in an order that each process draws anew
                 config.target_modules = sorted(config.target_modules)
-        self._peft.save_pretrained(to, save_embedding_layers=False)
+        with _peft_speaks():
+            self._peft.save_pretrained(to, save_embedding_layers=False)
         (to / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours is MODEL_CARD.md
 
     def load(self, policy: Policy, source: Path) -> None:
@@ -66,9 +87,10 @@ class PeftAdapter(ABC):
 
 @contextmanager
 def _peft_speaks() -> Generator[None]:
-    """Without what PEFT tells of its own conversion of experts, which nobody here asked for."""
+    """Without what PEFT says of its own conversion of experts and of layers whose rank has fallen to 0."""
     with quiet_transformers(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
+        warnings.filterwarnings("ignore", message=".*LoRA tensor.* have invalid shape")  # of AdaLoRA's rank 0
         yield
 
 
@@ -84,8 +106,14 @@ def has_transposed_linears(policy: Policy) -> bool:
     return any(type(module).__name__ == "Conv1D" for module in policy.model.modules())
 
 
+def linear_layers(model: Any) -> list[str]:
+    """The linear layers by full name, GPT-2's among them."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+
+
 def linear_names(model: Any) -> list[str]:
     """The short names of a model's linear layers."""
-    from torch import nn
-
-    return sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
+    return sorted({name.rsplit(".", 1)[-1] for name in linear_layers(model)})

@@ -1,0 +1,30 @@
+"""DoRA: magnitude and direction of each weight trained apart (Liu et al. 2024, arXiv 2402.09353), through PEFT."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from tunesmith.methods import METHODS
+from tunesmith.methods.lora import Lora
+from tunesmith.models.policy import Policy
+from tunesmith.types import MethodFacts
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+
+@METHODS.register("dora")
+class Dora(Lora):
+    """h = m (W + (alpha / rank) B A) x / |W + (alpha / rank) B A| by columns, with m, B and A trained (equation 5)."""
+
+    facts: MethodFacts = replace(
+        Lora.facts,
+        summary="LoRA with the weights' magnitudes trained apart: often better at low rank, slower",
+        learning_rate_source="Liu et al. 2024, table 9: that of LoRA or half of it",
+    )
+
+    def config(self, policy: Policy) -> LoraConfig:
+        config = super().config(policy)
+        config.use_dora = True
+        return config

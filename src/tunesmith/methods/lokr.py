@@ -1,0 +1,44 @@
+"""LoKr: an update that is a Kronecker product of small matrices (LyCORIS, Yeh et al. 2024, 2309.14859)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tunesmith.methods import METHODS
+from tunesmith.methods.peft_adapter import LowRankOptions, PeftAdapter, task_type
+from tunesmith.models.policy import Policy
+from tunesmith.types import MethodFacts
+
+if TYPE_CHECKING:
+    from peft import LoKrConfig
+
+
+@METHODS.register("lokr")
+class Lokr(PeftAdapter):
+    """h = W x + (alpha / rank) (C kron (B A)) x (section 3)."""
+
+    facts: MethodFacts = MethodFacts(
+        summary="a Kronecker product of small matrices: full rank for few parameters",
+        kinds=frozenset({"decoder", "encoder", "encoder-decoder"}),
+        heads=frozenset({"lm", "pooled"}),
+        reference="switch",
+        mergeable=True,
+        learning_rate=1e-3,
+        learning_rate_source="five times LoRA's: its first factor starts at 0 beside a smaller update",
+    )
+
+    class Options(LowRankOptions):
+        """The width of the factors, their scale, and the layers they stand beside."""
+
+    options: Options
+
+    def config(self, policy: Policy) -> LoKrConfig:
+        from peft import LoKrConfig
+
+        return LoKrConfig(
+            r=self.options.rank,
+            alpha=self.options.scale,  # type: ignore[arg-type]
+            module_dropout=self.dropout,
+            target_modules=self.options.targets,
+            task_type=task_type(policy),  # type: ignore[arg-type]
+        )

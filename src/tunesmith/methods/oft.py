@@ -1,0 +1,52 @@
+"""OFT: layers turned by block-diagonal rotations (Qiu et al. 2023, arXiv 2306.07280), through PEFT."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from tunesmith.methods import METHODS
+from tunesmith.methods.peft_adapter import PeftAdapter, Targets, has_transposed_linears, task_type
+from tunesmith.models.policy import Policy
+from tunesmith.recipe import Positive, Strict
+from tunesmith.types import MethodFacts
+
+if TYPE_CHECKING:
+    from peft import OFTConfig
+
+
+@METHODS.register("oft")
+class Oft(PeftAdapter):
+    """h = W R x with R orthogonal and block-diagonal, by the Cayley transform (equation 4)."""
+
+    facts: MethodFacts = MethodFacts(
+        summary="rotations of each layer's inputs: norms and angles of the base are kept",
+        kinds=frozenset({"decoder", "encoder", "encoder-decoder"}),
+        heads=frozenset({"lm", "pooled"}),
+        reference="switch",
+        mergeable=True,
+        learning_rate=1e-3,
+        learning_rate_source="chosen on the demo's task among 2e-4, 1e-3 and 5e-3",
+    )
+
+    class Options(Strict):
+        """How wide the rotated blocks are, and which layers are rotated."""
+
+        block_size: Positive = Field(32, description="inputs that one rotation mixes; it divides every layer's width")
+        targets: Targets = Field("all-linear", description="linear layers by name, or all-linear")
+
+    options: Options
+
+    def config(self, policy: Policy) -> OFTConfig:
+        from peft import OFTConfig
+
+        return OFTConfig(
+            r=0,
+            oft_block_size=self.options.block_size,
+            module_dropout=self.dropout,
+            use_cayley_neumann=False,  # a short series in place of the inverse is not orthogonal
+            fan_in_fan_out=has_transposed_linears(policy),
+            target_modules=self.options.targets,
+            task_type=task_type(policy),  # type: ignore[arg-type]
+        )
