@@ -200,7 +200,12 @@ def test_a_stopped_answer_is_kept_as_far_as_it_came(chat: Chat) -> None:
     chat.undo()
     chat._drawn -= 1  # pyright: ignore[reportPrivateUsage]
     pieces: list[str] = []
+    forwards: list[object] = []
+    model: Any = chat._policy.model  # pyright: ignore[reportPrivateUsage]
+    counting = model.register_forward_hook(lambda *_: forwards.append(None))
     reply = chat.ask("hello", pieces.append, lambda: len(pieces) == 5)
+    counting.remove()
+    assert len(forwards) <= reply.tokens + 1  # the model does not go on in silence
     assert (reply.finished, reply.stopped) == (False, True)
     assert whole.startswith(reply.text.rstrip("\ufffd"))
     assert 5 <= reply.tokens < 48
