@@ -499,6 +499,7 @@ def test_a_conversation_at_a_terminal(screen: Screen, tmp_path: Path) -> None:
     screen.until(r"> ")
     screen.type(f"/save {kept}\n")
     screen.until("holds 1 conversation")
+    screen.until(r"> ")  # before, the key is the terminal's and not the line editor's
     screen.type("\x04")
     assert screen.process.wait(30) == 0
     said = [m["content"] for m in json.loads(kept.read_text())["messages"]]
