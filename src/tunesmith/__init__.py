@@ -6,10 +6,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tunesmith.api import Loaded, Result, chat, evaluate, load, plan, predict, resume, train
+    from tunesmith.events import Callback, StopRun
     from tunesmith.recipe import Recipe
 
 __version__ = "0.1.0"
-__all__ = ["Loaded", "Recipe", "Result", "chat", "evaluate", "load", "plan", "predict", "resume", "train"]
+__all__ = [
+    "Callback",
+    "Loaded",
+    "Recipe",
+    "Result",
+    "StopRun",
+    "chat",
+    "evaluate",
+    "load",
+    "plan",
+    "predict",
+    "resume",
+    "train",
+]
+_ELSEWHERE = {"Recipe": "recipe", "Callback": "events", "StopRun": "events"}  # the rest are the verbs of the API
 
 
 def __getattr__(name: str) -> Any:
@@ -18,4 +33,4 @@ def __getattr__(name: str) -> Any:
 
     if name not in __all__:
         raise AttributeError(f"module 'tunesmith' has no attribute {name!r}")
-    return getattr(importlib.import_module("tunesmith.recipe" if name == "Recipe" else "tunesmith.api"), name)
+    return getattr(importlib.import_module(f"tunesmith.{_ELSEWHERE.get(name, 'api')}"), name)

@@ -5,32 +5,33 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tunesmith import measuring, rundir, session, training
 from tunesmith.chatting import Chat, default_sampling
-from tunesmith.data.formats import rows as formatted
-from tunesmith.data.read import read, read_memory
+from tunesmith.data.given import PathLike, Rows, check_name, paths, questions
 from tunesmith.engine.precision import choose_device
-from tunesmith.errors import InputError
+from tunesmith.errors import InputError, StoppedError
+from tunesmith.events import Listen, StopRun, Together
 from tunesmith.models.cache import cache_dir
 from tunesmith.models.policy import Policy
-from tunesmith.monitor import Listen
 from tunesmith.planning import Assets, Plan, make_plan
 from tunesmith.protocols import Method, Objective
 from tunesmith.recipe import Recipe
 from tunesmith.recipe_file import Origin, load_recipe, parse_recipe, resolve_paths, run_name
 from tunesmith.report import notebook
+from tunesmith.report.live import View
 from tunesmith.rundir import RunDir
 from tunesmith.settings import Placement
 from tunesmith.tracking import tracked, unfinished
-from tunesmith.types import Prediction, Row, SampleSpec
+from tunesmith.types import Prediction, SampleSpec
 
-Rows = Sequence[Mapping[str, Any]]
-PathLike = str | os.PathLike[str]
+Listeners = Listen | Sequence[Listen]
 
 _LOADED: dict[Path, str] = {}  # sha256 of each plugin that this process has run
 
@@ -42,6 +43,25 @@ class Result:
     path: Path
     records: list[dict[str, Any]]
     effects: list[dict[str, Any]]
+
+    def record(
+        self, metric: str, *, model: str = "tuned", data: str | None = None, group: str = "all"
+    ) -> dict[str, Any]:
+        """One record, with `value`, `low`, `high` and `n`; of the first data set that has it, where none is named.
+
+        Raises InputError that names what was measured, where there is no such record.
+        """
+        for found in self.records:
+            if (found["metric"], found["model"], found["group"]) == (metric, model, group) and data in (
+                None,
+                found["data"],
+            ):
+                return found
+        known = sorted({f"{r['metric']} of {r['model']} on {r['data']}" for r in self.records if r["group"] == "all"})
+        raise InputError(
+            f"{self.path} has no {metric} of {model} on {data or 'any data'} ({group})",
+            f"measured: {', '.join(known) or 'nothing'}",
+        )
 
     def _repr_html_(self) -> str:
         return notebook.results_html(self.path, self.records, self.effects)
@@ -57,18 +77,10 @@ class Loaded:
     renderer: Any
     card: dict[str, Any]
 
-    def predict(self, rows: Sequence[Row], max_new_tokens: int | None = None) -> list[Prediction]:
+    def predict(self, rows: PathLike | Rows, max_new_tokens: int | None = None) -> list[Prediction]:
+        """Answers to rows of a file or in memory, in their order; labels and answers in them are optional."""
         spec = SampleSpec(max_new_tokens or int(self.card["max_new_tokens"]))
-        return self.objective.predict(self.policy, rows, self.renderer, spec)
-
-
-def _watching() -> Listen:
-    """Who listens if nobody was named: the cell of a notebook, else no one."""
-    return notebook.view().listen if notebook.in_notebook() else _silent
-
-
-def _silent(event: str, data: Mapping[str, Any]) -> None:
-    """A listener that shows nothing."""
+        return self.objective.predict(self.policy, questions(rows), self.renderer, spec)
 
 
 def plan(
@@ -77,12 +89,18 @@ def plan(
     *,
     data: Mapping[str, Rows] | None = None,
     plugins: Sequence[PathLike] = (),
-    listen: Listen | None = None,
+    listen: Listeners | None = None,
+    progress: bool | None = None,
 ) -> Plan:
-    """Plans a recipe: a file, a mapping, or a Recipe; `data` gives rows by split in place of paths."""
+    """What a recipe would do, without doing it. A notebook draws it.
+
+    The arguments are those of `train`. Raises InputError with every conflict, RefusedError for data that would
+    spoil the run, ResourceError where it cannot fit.
+    """
     load_plugins(plugins)
-    planned = _planned(*_recipe(recipe, overrides, data), listen or _watching())[0]
-    if listen is None and notebook.in_notebook():
+    with _listening(listen, progress) as tell:
+        planned = _planned(*_recipe(recipe, overrides, data), tell)[0]
+    if listen is None and progress is None and notebook.in_notebook():
         notebook.show_plan(planned)
     return planned
 
@@ -94,56 +112,84 @@ def train(
     data: Mapping[str, Rows] | None = None,
     out: PathLike | None = None,
     plugins: Sequence[PathLike] = (),
-    listen: Listen | None = None,
+    listen: Listeners | None = None,
+    progress: bool | None = None,
 ) -> Result:
-    """Plans and runs a recipe in a new folder: `out`, the recipe's `out`, or runs/<name>."""
-    listen = listen or _watching()
+    """Plans a recipe, trains it in a new folder and measures the result against its base.
+
+    `recipe`: a file, a mapping of the same keys, or a Recipe. Relative paths start at the file's folder, else at
+    the working directory.
+    `overrides`: keys set over those of a file, such as `["train.epochs=1"]`.
+    `data`: rows by split in place of the recipe's paths: "train", "validation", and any other name is a test set.
+    Rows are a list of mappings, or a table of pandas, polars, pyarrow or datasets.
+    `out`: the run's folder; left out, the recipe's `out`, else the first free one of runs/<name>, runs/<name>-2, ...
+    `plugins`: Python files that register metrics, methods or objectives.
+    `listen`: one listener or several that hear the run's events (`tunesmith.events`).
+    `progress`: whether the run is drawn, in a notebook's cell or on stderr; left out, in a notebook only.
+
+    Raises InputError, RefusedError and ResourceError as `plan` does and as docs/errors.md lists them, and
+    StoppedError once a signal or a listener has stopped the run, which `resume` then goes on with.
+    """
     hashes = load_plugins(plugins)
     typed, origin = _recipe(recipe, overrides, data)
     folder = Path(out) if out else typed.out or free_folder(run_name(origin.file) if origin.file else "run")
     training.check_run_folder(folder)
-    planned, assets = _planned(typed, origin, listen)
-    run = RunDir(folder)
-    with run.hold():
-        training.check_run_folder(folder)
-        training.begin(run, typed, planned, hashes)
-        listen("planned", {"run": str(folder), "plan": planned})
-        with tracked(run, typed, planned.hash, listen) as tracking:
-            results = training.execute(run, typed, planned, assets, tracking.listen)
-            tracking.finish("finished", results["records"])
-        return _result(run, results)
+    with _listening(listen, progress, folder) as tell:
+        planned, assets = _planned(typed, origin, tell)
+        run = RunDir(folder)
+        with run.hold():
+            training.check_run_folder(folder)
+            training.begin(run, typed, planned, hashes)
+            tell("planned", {"run": str(folder), "plan": planned})
+            with tracked(run, typed, planned.hash, tell) as tracking:
+                results = training.execute(run, typed, planned, assets, tracking.listen)
+                tracking.finish("finished", results["records"])
+            return _result(run, results)
 
 
-def resume(path: PathLike, *, plugins: Sequence[PathLike] = (), listen: Listen | None = None) -> Result:
-    """Goes on with a run from its last checkpoint, to the same bits as if it had never stopped."""
-    path, listen = Path(path), listen or _watching()
+def resume(
+    path: PathLike,
+    *,
+    plugins: Sequence[PathLike] = (),
+    listen: Listeners | None = None,
+    progress: bool | None = None,
+) -> Result:
+    """Goes on with a run from its last checkpoint, to the same bits as if it had never stopped.
+
+    A finished run is returned as it is. Raises RefusedError naming what changed since the run began, and what
+    `train` raises; its arguments mean the same here.
+    """
+    path = Path(path)
     run = RunDir.open(path)
-    with run.hold():
+    with run.hold(), _listening(listen, progress, path) as tell:
         hashes = load_plugins(plugins)
         recipe, _ = load_recipe(path / "recipe.yaml")
         stored = rundir.read_json(path / "plan.json")
         if (path / "evaluation.json").is_file() and run.model.is_dir():
-            listen("phase", {"name": "finished already"})
+            tell("phase", {"name": "finished already"})
             results = measuring.read_results(run)
             if unfinished(run):
-                with tracked(run, recipe, stored["hash"], listen, again=True) as tracking:
+                with tracked(run, recipe, stored["hash"], tell, again=True) as tracking:
                     tracking.finish("finished", results["records"])
             return _result(run, results)
         recipe = recipe.model_copy(
             update={"place": recipe.place.model_copy(update={"threads": stored["placement"]["threads"]})}
         )
-        planned, assets = _planned(recipe, Origin(), listen)
+        planned, assets = _planned(recipe, Origin(), tell)
         planned = replace(planned, placement=Placement(**stored["placement"]))
         training.check_same(run, planned, hashes)
-        listen("planned", {"run": str(path), "plan": planned})
-        with tracked(run, recipe, planned.hash, listen, again=True) as tracking:
+        tell("planned", {"run": str(path), "plan": planned})
+        with tracked(run, recipe, planned.hash, tell, again=True) as tracking:
             results = training.execute(run, recipe, planned, assets, tracking.listen)
             tracking.finish("finished", results["records"])
         return _result(run, results)
 
 
 def load(path: PathLike, device: str = "auto") -> Loaded:
-    """The model of a run (or an exported model folder), ready to predict."""
+    """The model of a run (or an exported model folder), ready to predict.
+
+    Raises InputError where there is none (yet), RefusedError where its base has other bytes than at training.
+    """
     path = Path(path)
     folder = path / "model" if (path / "model" / session.CARD).is_file() else path
     if not (folder / session.CARD).is_file():
@@ -160,10 +206,12 @@ def predict(
     max_new_tokens: int | None = None,
     plugins: Sequence[PathLike] = (),
 ) -> list[Prediction]:
-    """Answers of a run's model to rows of a file or in memory; labels and answers in them are optional."""
+    """Answers of a run's model to rows of a file or in memory; labels and answers in them are optional.
+
+    To ask more than once, `load` the model once.
+    """
     load_plugins(plugins)
-    loaded = load(path, device)
-    return loaded.predict(_input_rows(rows), max_new_tokens)
+    return load(path, device).predict(rows, max_new_tokens)
 
 
 def chat(
@@ -185,45 +233,50 @@ def chat(
 
 def evaluate(
     path: PathLike,
-    data: PathLike | None = None,
+    data: PathLike | Rows | None = None,
     *,
+    name: str | None = None,
     metrics: Sequence[str] | None = None,
     base: bool = True,
     device: str = "auto",
     plugins: Sequence[PathLike] = (),
-    listen: Listen | None = None,
+    listen: Listeners | None = None,
+    progress: bool | None = None,
 ) -> Result:
-    """Measures a run's model on more rows and adds the records to its evaluation.json.
+    """Measures a run's model on more rows and adds the records to its evaluation.json, under `name`.
 
-    Without `data`, shows what the run has measured.
+    `name`: of these rows in the results; left out, the file's own without its ending, or "rows" for rows in memory.
+    `metrics`: in place of the recipe's. `base`: whether the base (or the majority class) is measured beside it.
+    Without `data`, returns what the run has measured.
     """
-    path, listen = Path(path), listen or _watching()
+    path = Path(path)
     run = RunDir.open(path)
     load_plugins(plugins)
     results = measuring.read_results(run)
     if data is None:
         return _result(run, results)
-    data = Path(data)
+    if name is not None:
+        check_name(name)
+    of = name or (Path(data).stem if isinstance(data, str | os.PathLike) else "rows")
     recipe, _ = load_recipe(path / "recipe.yaml")
     planned = rundir.read_json(path / "plan.json")
-    with run.hold():
+    with run.hold(), _listening(listen, progress) as tell:
         loaded = load(path, device)
-        rows = list(_rows(data, recipe.data.format, recipe.data.columns, recipe.evaluate.tags))
-        spec = SampleSpec(int(loaded.card["max_new_tokens"]))
+        rows = questions(data, recipe.data.format, recipe.data.columns, recipe.evaluate.tags)
         found = measuring.measure_rows(
-            data.stem,
+            of,
             rows,
             loaded.policy,
             loaded.objective,
             loaded.method,
             loaded.renderer,
-            spec,
+            SampleSpec(int(loaded.card["max_new_tokens"])),
             base,
             planned["audit"]["train"]["labels"],
-            listen,
+            tell,
         )
-        measuring.merge(results, measuring.score(data.stem, rows, found, loaded.objective, recipe, metrics))
-        measuring.write_predictions(run, data.stem, rows, found, recipe.evaluate.keep)
+        measuring.merge(results, measuring.score(of, rows, found, loaded.objective, recipe, metrics))
+        measuring.write_predictions(run, of, rows, found, recipe.evaluate.keep)
         measuring.write_results(run, results)
     return _result(run, results)
 
@@ -246,6 +299,21 @@ def load_plugins(paths: Sequence[PathLike]) -> dict[str, str]:
     return hashes
 
 
+@contextmanager
+def _listening(listen: Listeners | None, progress: bool | None, run: Path | None = None) -> Generator[Listen]:
+    """Everyone who hears the events, as one; a listener that asks for a stop outside of a step is obeyed at once."""
+    given = [] if listen is None else [listen] if callable(listen) else list(listen)
+    drawn = notebook.in_notebook() if progress is None else progress
+    view = None if not drawn else notebook.view() if notebook.in_notebook() else View(sys.stderr, with_plan=False)
+    try:
+        with view or nullcontext():
+            yield Together([*([view.listen] if view else []), *given])
+    except StopRun as asked:
+        resumable = run is not None and (run / "manifest.json").is_file()
+        remedy = f"go on with `tunesmith resume {run}`" if resumable else "begin again; nothing was left half done"
+        raise StoppedError("stopped as a listener asked, outside of a step", remedy) from asked
+
+
 def _planned(recipe: Recipe, origin: Origin, listen: Listen) -> tuple[Plan, Assets]:
     def progress(what: str, done: int, of: int | None) -> None:
         listen("progress", {"what": what, "done": done, "of": of})
@@ -257,53 +325,20 @@ def _recipe(
     recipe: Recipe | Mapping[str, Any] | PathLike, overrides: Sequence[str], data: Mapping[str, Rows] | None
 ) -> tuple[Recipe, Origin]:
     """The recipe with absolute paths, and where its keys stand."""
+    held = {} if data is None else paths(data, cache_dir())
     if isinstance(recipe, str | os.PathLike):
         recipe = Path(recipe)
-        typed, origin = load_recipe(recipe, overrides)
+        set_here = [f"data.{key}={json.dumps(value)}" for key, value in held.items()]
+        typed, origin = load_recipe(recipe, [*overrides, *set_here])
         return resolve_paths(typed, recipe.resolve().parent), origin
     if overrides:
         raise InputError("overrides belong to a recipe file", "change the mapping itself")
-    typed = parse_recipe(_with_data(recipe, data)) if isinstance(recipe, Mapping) else recipe
-    if data is not None and isinstance(recipe, Recipe):
-        typed = parse_recipe(_with_data(recipe.model_dump(mode="json"), data))
+    typed = recipe if isinstance(recipe, Recipe) else None
+    if typed is None or held:
+        keys = dict(recipe) if isinstance(recipe, Mapping) else recipe.model_dump(mode="json")
+        own: Any = keys.get("data") or {}
+        typed = parse_recipe({**keys, "data": {**own, **held}} if held else keys)
     return resolve_paths(typed, Path.cwd()), Origin()
-
-
-def _with_data(recipe: Mapping[str, Any], data: Mapping[str, Rows] | None) -> dict[str, Any]:
-    """The recipe with rows in memory written to the cache, so that a resume finds them."""
-    given = dict(recipe)
-    if data is None:
-        return given
-    keys: dict[str, Any] = dict(given.get("data") or {})
-    tests: dict[str, str] = {}
-    for split, rows in data.items():
-        path = str(_stored(rows, split))
-        if split in ("train", "validation"):
-            keys[split] = path
-        else:
-            tests[split] = path
-    if tests:
-        keys["test"] = tests
-    return {**given, "data": keys}
-
-
-def _stored(rows: Rows, split: str) -> Path:
-    import hashlib
-
-    lines: list[str] = []
-    for index, row in enumerate(rows):
-        try:
-            lines.append(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-        except (TypeError, ValueError) as error:
-            raise InputError(
-                f"{split} row {index}: {error}", "give rows of text, numbers, lists and mappings"
-            ) from error
-    content = "".join(lines).encode()
-    path = cache_dir() / "given" / hashlib.sha256(content).hexdigest()[:16] / f"{split}.jsonl"
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        rundir.write_file(path, content)
-    return path
 
 
 def free_folder(name: str) -> Path:
@@ -312,28 +347,6 @@ def free_folder(name: str) -> Path:
     while folder.exists():
         folder, number = Path("runs") / f"{name}-{number}", number + 1
     return folder
-
-
-def _input_rows(rows: PathLike | Rows) -> list[Row]:
-    if isinstance(rows, str | os.PathLike):
-        return list(_rows(Path(rows), None, {}))
-    return list(formatted(_askable(read_memory(rows, "rows")), None, {})[1])
-
-
-def _rows(path: Path, format: str | None, columns: Mapping[str, str], tags: Sequence[str] = ()) -> Iterator[Row]:
-    return formatted(_askable(read(path.name, path.resolve().parent, "test")), format, columns, tags)[1]
-
-
-def _askable(records: Iterator[tuple[Mapping[str, Any], str]]) -> Iterator[tuple[Mapping[str, Any], str]]:
-    """A prompt without its completion is a conversation that waits for its answer."""
-    for raw, where in records:
-        if "prompt" in raw and "completion" not in raw and isinstance(raw["prompt"], str):
-            yield {"messages": [{"role": "user", "content": raw["prompt"]}]}, where
-        elif "instruction" in raw and "output" not in raw and isinstance(raw["instruction"], str):
-            asked = "\n\n".join(str(raw[key]) for key in ("instruction", "input") if raw.get(key))
-            yield {"messages": [{"role": "user", "content": asked}]}, where
-        else:
-            yield raw, where
 
 
 def _result(run: RunDir, results: Mapping[str, Any]) -> Result:

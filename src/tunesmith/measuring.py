@@ -18,8 +18,8 @@ from tunesmith.evaluation.class_metrics import details as class_details
 from tunesmith.evaluation.intervals import IntArray
 from tunesmith.evaluation.metrics import RowMetric, applicable, build
 from tunesmith.evaluation.run import compare, majority, measure, metric_names, records_to_json
+from tunesmith.events import Listen
 from tunesmith.models.policy import Policy
-from tunesmith.monitor import Listen
 from tunesmith.planning import Assets, Plan
 from tunesmith.protocols import Method, Objective
 from tunesmith.rundir import RunDir

@@ -18,12 +18,11 @@ from tunesmith.engine import checkpoint
 from tunesmith.engine.checkpoint import Checkpoint
 from tunesmith.engine.native import NativeEngine
 from tunesmith.errors import StoppedError
+from tunesmith.events import Deferred, StopRun
 from tunesmith.protocols import GradientRule, Source
 from tunesmith.rundir import RunDir
 from tunesmith.settings import Meaning
 from tunesmith.types import Step, StepStats
-
-Listen = Callable[[str, Mapping[str, Any]], None]
 
 
 @dataclass(slots=True)
@@ -81,7 +80,7 @@ class Monitor:
         validate: Callable[[], dict[str, float]] | None,
         selects: tuple[str, bool],
         stop: StopRequest,
-        listen: Listen,
+        listen: Deferred,
     ) -> None:
         self.best = Best()
         self.skipped = 0
@@ -141,17 +140,24 @@ class Monitor:
         self._listen("step", {**line, **timing, "total_steps": self._source.total_steps})
 
     def finished(self, step: Step) -> bool:
-        """Validates and saves when due. Raises StoppedError, saved, when a signal asked for it."""
+        """Validates and saves when due.
+
+        Once saved, raises StoppedError where a signal or a listener asked for it, and any other failure of a listener.
+        """
         last = step.number == self._source.total_steps
         every = self._training.evaluate_every
         validated = self._validate is not None and every is not None and (last or step.number % every == 0)
         improved = self._validated(step) if validated else False
-        if last or improved or self._stop.asked or self.best.stopped or step.number % self._save_every == 0:
+        failure = self._listen.failure
+        ends = last or self.best.stopped or self._stop.asked or failure is not None
+        if ends or improved or step.number % self._save_every == 0:
             self.save(step)
-        if self._stop.asked and not last:
-            raise StoppedError(
-                f"stopped after step {step.number}, as asked", f"go on with `tunesmith resume {self._run.path}`"
-            )
+        resume = f"go on with `tunesmith resume {self._run.path}`"
+        if self._stop.asked or isinstance(failure, StopRun):
+            raise StoppedError(f"stopped after step {step.number}, as asked", resume) from failure
+        if failure is not None:
+            failure.add_note(f"a listener raised this; the run is saved after step {step.number}: {resume}")
+            raise failure
         self._clock = time.perf_counter()
         return self.best.stopped
 

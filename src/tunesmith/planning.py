@@ -55,6 +55,9 @@ class Plan:
     resume: str
     trackers: list[str]
 
+    def __repr__(self) -> str:
+        return f"<Plan {self.hash[:12]}: {self.training.total_steps} steps on {self.base['name']}>"
+
     @property
     def hash(self) -> str:
         text = json.dumps(self.meaning, sort_keys=True, default=str)

@@ -40,12 +40,8 @@ def _as_choice(value: Any) -> Any:
 Named = Annotated[Choice, BeforeValidator(_as_choice, json_schema_input_type=str | Choice)]
 
 # It becomes part of a file's name, so it must not lead out of the run's folder.
-SetName = Annotated[
-    str,
-    Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="a name of letters, digits, dots, dashes and underscores"
-    ),
-]
+SET_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+SetName = Annotated[str, Field(pattern=SET_NAME, description="a name of letters, digits, dots, dashes and underscores")]
 
 
 class TrainingSet(Strict):

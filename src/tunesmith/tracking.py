@@ -15,7 +15,7 @@ from typing import Any, Literal
 from tunesmith import rundir
 from tunesmith.engine import checkpoint
 from tunesmith.errors import InputError, StoppedError
-from tunesmith.monitor import Listen
+from tunesmith.events import Listen, StopRun
 from tunesmith.protocols import Tracker
 from tunesmith.recipe import Recipe
 from tunesmith.recipe_file import leaves
@@ -162,7 +162,7 @@ def tracked(run: RunDir, recipe: Recipe, plan_hash: str, listen: Listen, again: 
     try:
         tracking.start(recipe.report_to, again)
         yield tracking
-    except (StoppedError, KeyboardInterrupt):
+    except (StoppedError, StopRun, KeyboardInterrupt):
         tracking.finish("stopped")
         raise
     except BaseException:

@@ -25,12 +25,13 @@ from tunesmith.errors import InputError, RefusedError
 from tunesmith.evaluation import METRICS
 from tunesmith.evaluation.metrics import statistics
 from tunesmith.evaluation.validate import losses
+from tunesmith.events import Deferred, Listen
 from tunesmith.gradients.clip import Clip
 from tunesmith.measuring import measure_run
 from tunesmith.models.cache import cache_dir
 from tunesmith.models.heads import Head
 from tunesmith.models.policy import Policy
-from tunesmith.monitor import Listen, Monitor, StopRequest, stoppable
+from tunesmith.monitor import Monitor, StopRequest, stoppable
 from tunesmith.planning import Assets, Plan
 from tunesmith.protocols import Annotator, GradientRule, Ruled
 from tunesmith.recipe_file import dump_recipe
@@ -81,7 +82,9 @@ def execute(run: RunDir, recipe: Recipe, plan: Plan, assets: Assets, listen: Lis
     listen("phase", {"name": "saving"})
     with rundir.replace_folder(run.model) as folder:
         session.save(folder, policy, recipe, plan, assets)
-    return measure_run(run, recipe, plan, assets, policy, listen)
+    results = measure_run(run, recipe, plan, assets, policy, listen)
+    listen("finished", {"run": str(run.path), "records": results["records"], "effects": results["effects"]})
+    return results
 
 
 def _train(run: RunDir, plan: Plan, assets: Assets, policy: Policy, stop: StopRequest, listen: Listen) -> None:
@@ -100,7 +103,7 @@ def _train(run: RunDir, plan: Plan, assets: Assets, policy: Policy, stop: StopRe
         rules=rules,
     )
     source = _source(plan, assets, policy, columns)
-    validation = prepared.validation
+    validation, heard = prepared.validation, Deferred(listen)
     monitor = Monitor(
         run,
         training,
@@ -108,12 +111,10 @@ def _train(run: RunDir, plan: Plan, assets: Assets, policy: Policy, stop: StopRe
         engine,
         source,
         rules,
-        validate=_validation(plan, assets, policy, validation, held_columns, listen)
-        if validation is not None
-        else None,
+        validate=_validation(plan, assets, policy, validation, held_columns, heard) if validation is not None else None,
         selects=_selection(plan),
         stop=stop,
-        listen=listen,
+        listen=heard,
     )
     try:
         saved = checkpoint.found(run.checkpoints)

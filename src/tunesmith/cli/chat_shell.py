@@ -15,7 +15,6 @@ from tunesmith.cli.typed import BLOCK, Typed
 from tunesmith.cli.verb import Call
 from tunesmith.errors import InputError
 from tunesmith.monitor import stoppable
-from tunesmith.types import Row
 
 if TYPE_CHECKING:
     from tunesmith.api import Loaded
@@ -219,5 +218,5 @@ class Labelling:
         self.commands: Sequence[Command] = ()
 
     def say(self, text: str) -> None:
-        (found,) = self._loaded.predict([Row({"text": text}, "chat")])
+        (found,) = self._loaded.predict([{"text": text}])
         self._talk.labels(found.probabilities or {found.output: 1.0})

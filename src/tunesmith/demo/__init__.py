@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tunesmith.api import Result
-    from tunesmith.monitor import Listen
+    from tunesmith.events import Listen
 
 SPLITS = ("train", "validation", "test")
 FIELDS = ("intent", "product", "urgency", "sentiment")

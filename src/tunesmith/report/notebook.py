@@ -35,7 +35,7 @@ def view() -> View:
 
 def show_plan(plan: Any) -> None:
     """Draws a plan below the cell."""
-    from IPython.display import HTML, display  # pyright: ignore[reportMissingImports]
+    from IPython.display import HTML, display
 
     from tunesmith.report import plan_view
 
@@ -55,7 +55,10 @@ def results_html(path: Path, records: Sequence[Mapping[str, Any]], effects: Sequ
 
 
 def _recording() -> Console:
-    return Console(file=io.StringIO(), record=True, width=WIDTH, markup=False, emoji=False, highlight=False)
+    """A console that is exported; it must not draw into the cell by itself, as rich's do in a notebook."""
+    return Console(
+        file=io.StringIO(), record=True, width=WIDTH, markup=False, emoji=False, highlight=False, force_jupyter=False
+    )
 
 
 def _exported(console: Console) -> str:
@@ -94,10 +97,11 @@ class _Cell:
             self._draw(f"<div>{html.escape(what)} <progress {state}></progress> {html.escape(count)}</div>")
 
     def _draw(self, bar: str) -> None:
-        from IPython.display import HTML, display  # pyright: ignore[reportMissingImports]
+        from IPython.display import HTML, display
 
         self._bar, self._drawn = bar, time.monotonic()
-        picture = HTML(f"<pre style='line-height:1.3'>{html.escape(chr(10).join(self._lines))}</pre>{bar}")
+        lines = html.escape(chr(10).join(self._lines))
+        picture = HTML((f"<pre style='line-height:1.3'>{lines}</pre>" if lines else "") + bar)
         if self._handle is None:
             self._handle = display(picture, display_id=True)
         else:

@@ -22,6 +22,7 @@ def screen(stream: TextIO) -> Console:
         file=stream,
         width=None if terminal else PLAIN_WIDTH,
         force_terminal=terminal,
+        force_jupyter=False,
         markup=False,
         emoji=False,
         highlight=False,

@@ -1,0 +1,119 @@
+"""Rows that a Python program hands over: lists of mappings and tables of any library, as records and as files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from tunesmith import rundir
+from tunesmith.data.formats import Raw, rows
+from tunesmith.data.read import read, read_memory
+from tunesmith.errors import InputError
+from tunesmith.recipe import SET_NAME
+from tunesmith.types import Row
+
+PathLike = str | os.PathLike[str]
+
+
+class Table(Protocol):
+    """A table that speaks Arrow, as those of pandas, polars, pyarrow and duckdb do."""
+
+    def __arrow_c_stream__(self, requested_schema: object | None = None) -> object: ...
+
+
+Rows = Iterable[Mapping[str, Any]] | Table  # a list of mappings, a `datasets.Dataset`, a table
+
+
+def paths(data: Mapping[str, Rows], cache: Path) -> dict[str, Any]:
+    """Rows by split -> the keys that stand under `data` of a recipe, each naming a file in the cache."""
+    if not isinstance(data, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InputError(f"data was given as {type(data).__name__}", 'give rows by split, as in {"train": rows}')
+    found: dict[str, Any] = {}
+    tests: dict[str, str] = {}
+    for split, rows_of in data.items():
+        path = str(_stored(rows_of, split, cache))
+        if split in ("train", "validation"):
+            found[split] = path
+        else:
+            tests[split] = path
+    return found | ({"test": tests} if tests else {})
+
+
+def check_name(name: str) -> None:
+    """Refuses the name of a set of rows that could lead out of the folder in which it becomes a file."""
+    if not re.fullmatch(SET_NAME, name):
+        raise InputError(
+            f"rows cannot be called {name!r}", "use a name of letters, digits, dots, dashes and underscores"
+        )
+
+
+def records(given: Rows) -> Iterable[Mapping[str, Any]]:
+    """The rows of a list, or of a table by the Arrow PyCapsule protocol, with None for each missing value.
+
+    So none of the libraries that make tables is imported here.
+    """
+    if not hasattr(given, "__arrow_c_stream__"):
+        if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
+            raise InputError(f"rows were given as {type(given).__name__}", "give a list of mappings, or a table")
+        return given
+    import pyarrow as pa
+
+    try:
+        table = pa.table(given)
+    except (pa.ArrowException, TypeError) as error:
+        raise InputError(
+            f"a table of {type(given).__module__.partition('.')[0]} cannot be read: {' '.join(str(error).split())}",
+            "give each column values of one type",
+        ) from error
+    return table.select([name for name in table.column_names if not name.startswith("__index_level_")]).to_pylist()
+
+
+def _stored(given: Rows, split: str, cache: Path) -> Path:
+    """The rows as a file in the cache, named by their content, so that a resume finds them."""
+    check_name(split)
+    lines: list[str] = []
+    for index, row in enumerate(records(given)):
+        if not isinstance(row, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InputError(f"{split}[{index}] is a {type(row).__name__}, not a mapping", "give a list of dicts")
+        try:
+            lines.append(json.dumps(dict(row), ensure_ascii=False, allow_nan=False) + "\n")
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{split}[{index}]: {error}", "give rows of text, numbers, lists and mappings") from error
+    content = "".join(lines).encode("utf-8", "surrogatepass")
+    path = cache / "given" / hashlib.sha256(content).hexdigest()[:16] / f"{split}.jsonl"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rundir.write_file(path, content)
+    return path
+
+
+def questions(
+    given: PathLike | Rows,
+    format: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    tags: Sequence[str] = (),
+) -> list[Row]:
+    """Rows to be answered or measured, of a file or in memory; a prompt may lack its answer."""
+    if isinstance(given, str | os.PathLike):
+        path = Path(given)
+        found = read(path.name, path.resolve().parent, "test")
+    else:
+        found = read_memory(records(given), "rows")
+    return list(rows(_askable(found), format, columns or {}, tags)[1])
+
+
+def _askable(found: Iterator[Raw]) -> Iterator[Raw]:
+    """A prompt without its completion is a conversation that waits for its answer."""
+    for raw, where in found:
+        if "prompt" in raw and "completion" not in raw and isinstance(raw["prompt"], str):
+            yield {"messages": [{"role": "user", "content": raw["prompt"]}]}, where
+        elif "instruction" in raw and "output" not in raw and isinstance(raw["instruction"], str):
+            asked = "\n\n".join(str(raw[key]) for key in ("instruction", "input") if raw.get(key))
+            yield {"messages": [{"role": "user", "content": asked}]}, where
+        else:
+            yield raw, where
