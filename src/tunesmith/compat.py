@@ -43,6 +43,17 @@ def quiet_transformers() -> Generator[None]:
 
 
 @contextmanager
+def compiling() -> Generator[None]:
+    """torch.compile may make a graph for many lengths inside, and its own warnings are not shown."""
+    import torch
+
+    private: Any = torch
+    with warnings.catch_warnings(), private._dynamo.config.patch(recompile_limit=64):
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
 def values_unread() -> Generator[None]:
     """Inside, transformers looks into no token ids or positions, to search or to warn: on meta they have no values."""
     from transformers import PreTrainedModel, masking_utils

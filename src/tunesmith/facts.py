@@ -11,7 +11,7 @@ import torch
 
 from tunesmith.compat import values_unread
 from tunesmith.data.pack import collate
-from tunesmith.engine.precision import choose_device, is_served, probe
+from tunesmith.engine.precision import choose_device, is_served, probe, serves_fp8
 from tunesmith.models.cache import cache_dir
 from tunesmith.models.fetch import LocalModel
 from tunesmith.models.load import MetaModel, meta_model
@@ -68,6 +68,7 @@ class Facts:
     device: str
     device_served: bool
     bf16_served: bool
+    fp8_served: bool
     previous: Previous | None = None
     missing_trackers: tuple[tuple[str, str], ...] = ()  # name and package
 
@@ -157,6 +158,7 @@ def gather(
         device=recipe.place.device,
         device_served=served,
         bf16_served=speed is not None and speed.bf16 > 0,
+        fp8_served=served and serves_fp8(choose_device(recipe.place.device)),
         previous=previous,
         missing_trackers=tuple(_missing_trackers(recipe.report_to)),
     )

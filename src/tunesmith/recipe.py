@@ -158,7 +158,7 @@ class Recipe(Strict):
     objective: Annotated[Named, Field(examples=["sft"])]
     method: Annotated[Named, Field(examples=["lora"])]
     train: Train = Field(default_factory=Train)
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
     place: Place = Field(default_factory=Place)
     evaluate: Evaluate = Field(default_factory=Evaluate)
     report_to: Names = Field(default_factory=list)

@@ -83,6 +83,24 @@ RULES: tuple[Rule, ...] = (
         "set precision to fp32 or auto",
     ),
     Rule(
+        ("precision", "hardware"),
+        lambda f: f.recipe.precision == "fp8" and f.device_served and not f.fp8_served,
+        "precision is fp8, which needs a CUDA device of compute capability 8.9 or later and Triton",
+        "set precision to bf16 or auto",
+    ),
+    Rule(
+        ("precision", "method"),
+        lambda f: f.recipe.precision == "fp8" and f.method_name != "lora",
+        "precision is fp8, which holds frozen weights beside low-rank updates, and the method is {f.method_name}",
+        "use method lora, or set precision to bf16",
+    ),
+    Rule(
+        ("precision", "train.dropout"),
+        lambda f: f.recipe.precision == "fp8" and bool(f.recipe.train.dropout),
+        "precision is fp8, whose products hold the low-rank update, and train.dropout asks to drop out its input",
+        "set train.dropout to 0, or precision to bf16",
+    ),
+    Rule(
         ("train.early_stopping", "data.validation"),
         lambda f: f.recipe.train.early_stopping is not None and f.recipe.data.validation is None,
         "train.early_stopping needs a validation set to watch",

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from tunesmith import __version__, rundir
 from tunesmith.data.chat import Renderer
 from tunesmith.engine.native import seed_step
+from tunesmith.engine.precision import serves_fp8
 from tunesmith.errors import InputError, RefusedError
-from tunesmith.kernels.accelerate import accelerate
+from tunesmith.kernels.accelerate import LAYERS, accelerate
 from tunesmith.methods import METHODS
 from tunesmith.models.fetch import LocalModel, resolve
 from tunesmith.models.heads import Head
@@ -46,7 +47,7 @@ def build(plan: Plan, assets: Assets) -> Policy:
         _settle(policy, placement)
     else:
         _load_trained(policy, assets.method, assets.previous / "model", placement)
-    accelerate(policy)
+    _accelerate(policy, placement.precision)
     if placement.recompute:
         policy.model.activation_checkpointing_enable({"use_reentrant": False})
     return policy
@@ -102,10 +103,11 @@ def load(folder: Path, device: str) -> tuple[Policy, Objective, Method, Renderer
     objective.adopt(card["objective"]["learned"])
     method = method_class(method_class.Options.model_validate(card["method"]["options"]), 0.0)
     renderer = Renderer(load_tokenizer(local), card["templates"].get("default"), card["sequence_length"])
-    placement = Placement(device, torch.get_num_threads(), 1, card["precision"], card["packed"], None, 4096, False, 1)
+    precision = card["precision"] if card["precision"] != "fp8" or serves_fp8(torch.device(device)) else "bf16"
+    placement = Placement(device, torch.get_num_threads(), 1, precision, card["packed"], None, 4096, False, 1)
     policy = _policy(local, renderer, objective, method, placement, card["pooling"])
     _load_trained(policy, method, folder, placement)
-    accelerate(policy)
+    _accelerate(policy, precision)
     policy.eval()
     return policy, objective, method, renderer, card | {"context_length": context_length(policy.config, local)}
 
@@ -118,7 +120,7 @@ def _load_trained(policy: Policy, method: Method, folder: Path, placement: Place
 
 def _settle(policy: Policy, placement: Placement) -> None:
     """What trains is held in fp32, so that small steps are not rounded away; what is frozen in the run's precision."""
-    frozen = torch.bfloat16 if placement.precision == "bf16" else torch.float32
+    frozen = torch.float32 if placement.precision == "fp32" else torch.bfloat16
     for parameter in policy.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else frozen)
@@ -142,7 +144,7 @@ def _policy(
     local: LocalModel, renderer: Renderer, objective: Objective, method: Method, placement: Placement, pooling: str
 ) -> Policy:
     head = objective.needs.head
-    precision = "bf16" if placement.precision == "bf16" else "fp32"
+    precision = "fp32" if placement.precision == "fp32" else "bf16"
     changes = method.facts.reference == "snapshot"
     model = load_backbone(local, "fp32" if changes else precision, head, placement.device)
     policy = Policy(
@@ -163,6 +165,16 @@ def _policy(
     for spec in objective.heads():
         policy.add_head(Head(spec, policy.width))
     return policy
+
+
+def _accelerate(policy: Policy, precision: str) -> None:
+    """Raises RefusedError where fp8 was asked for and no layer can be kept in it."""
+    fp8 = precision == "fp8"
+    if not accelerate(policy, fp8=fp8)[LAYERS] and fp8:
+        raise RefusedError(
+            f"no layer of {type(policy.model).__name__} can be kept in fp8: it serves layers built as Llama's",
+            "set precision to bf16",
+        )
 
 
 def _kind(model: Any) -> Any:

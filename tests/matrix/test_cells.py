@@ -34,6 +34,7 @@ CONDITIONS: dict[str, dict[str, Any]] = {
     "early stopping, unwatched": {"train": {"early_stopping": {"patience": 1}}},
     "bf16": {"precision": "bf16"},
     "bf16, unserved": {"precision": "bf16"},
+    "fp8, unserved": {"precision": "fp8"},
     "unpackable": {},
 }
 COLOURS = ("red", "green")
@@ -95,6 +96,7 @@ class Cell:
             device="cpu",
             device_served=True,
             bf16_served=self.condition != "bf16, unserved",
+            fp8_served=False,
         )
 
     def refused_axes(self) -> set[tuple[str, ...]]:
@@ -110,6 +112,10 @@ class Cell:
             axes.add(("train.early_stopping", "data.validation"))
         if self.condition == "bf16, unserved":
             axes.add(("precision", "hardware"))
+        if self.condition == "fp8, unserved":
+            axes.add(("precision", "hardware"))
+            if self.method != "lora":
+                axes.add(("precision", "method"))
         return axes
 
     def pairs(self) -> set[tuple[tuple[int, str], ...]]:

@@ -70,6 +70,7 @@ class NativeEngine:
         for group in self._optimizer.param_groups:
             group["base_lr"] = group["lr"]
         self._number = 0
+        self._training = False
         self._largest: int | None = None  # examples a micro-batch may hold, once memory has run out
 
     @property
@@ -89,7 +90,7 @@ class NativeEngine:
         normalisers = objective.normalisers(step)
         if not any(normalisers.values()):
             return StepStats(0.0, dict.fromkeys(normalisers, 0.0), {}, step.tokens, skipped=True)
-        policy.train()
+        self._train(policy)
         run = {"plain": self._plain, "per_example": self._per_example, "cached": self._cached}[self._mode]
         while True:
             self._optimizer.zero_grad(set_to_none=True)
@@ -100,6 +101,12 @@ class NativeEngine:
             except torch.OutOfMemoryError as error:
                 self._halve(step, error)
         return _stats(sums, step)
+
+    def _train(self, policy: Policy) -> None:
+        """Training mode; a walk over thousands of modules that is spared where the last step left them in it."""
+        if not (self._training and policy.training):
+            policy.train()
+            self._training = True
 
     def step(self) -> None:
         """Moves the parameters along the gradient that `forward_backward` left."""

@@ -7,6 +7,7 @@ import json
 import platform
 import time
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -47,6 +48,13 @@ def is_served(asked: str) -> bool:
         or (asked == "cuda" and torch.cuda.is_available())
         or (asked == "mps" and torch.backends.mps.is_available())
     )
+
+
+def serves_fp8(device: torch.device) -> bool:
+    """Whether tensor cores multiply e4m3 (compute capability 8.9 and later) and Triton is there to cast to it."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def device_name(device: torch.device) -> str:

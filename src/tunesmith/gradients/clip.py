@@ -13,6 +13,9 @@ from tunesmith.errors import RefusedError
 from tunesmith.protocols import Engine
 from tunesmith.types import GradientMode
 
+# torch's operations over lists have no public names; its own optimizers and clipping are written with these.
+foreach: Any = torch
+
 
 class Clip:
     """Scales all gradients so that their joint L2 norm is at most `max_norm`; None only measures.
@@ -34,8 +37,7 @@ class Clip:
         if not math.isfinite(norm):
             raise _non_finite(named, number)
         if self.max_norm is not None and norm > self.max_norm:
-            for gradient in named.values():
-                gradient.mul_(self.max_norm / norm)
+            foreach._foreach_mul_(list(named.values()), self.max_norm / norm)  # one launch, not one a tensor
         return {"grad_norm": norm}
 
     def after_step(self, engine: Engine, number: int) -> None:
@@ -52,8 +54,12 @@ def _norm(gradients: list[Tensor]) -> float:
     """Joint L2 norm; one transfer from the device, however many tensors there are."""
     if not gradients:
         return 0.0
-    # Norms are float64 in the reduction, without a float64 copy of any gradient.
-    norms: list[Tensor] = [torch.linalg.vector_norm(g, dtype=_wide(g)).to(gradients[0].device) for g in gradients]
+    # Norms are float64 in the reduction, without a float64 copy of any gradient; on CUDA in one launch.
+    device = gradients[0].device
+    if device.type == "cuda" and all(g.device == device for g in gradients):
+        norms: list[Tensor] = list(foreach._foreach_norm(gradients, 2, dtype=torch.float64))
+    else:
+        norms = [torch.linalg.vector_norm(g, dtype=_wide(g)).to(device) for g in gradients]
     return float(torch.linalg.vector_norm(torch.stack(norms)))
 
 

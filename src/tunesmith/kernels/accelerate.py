@@ -5,25 +5,32 @@ from __future__ import annotations
 import ctypes
 import logging
 import sys
+from importlib.util import find_spec
 from typing import Any
 
 from torch import nn
 
-from tunesmith.kernels import lora_linear, rms_norm
+from tunesmith.kernels import decoder_layer, lora_linear, rms_norm
 
 log = logging.getLogger("tunesmith.kernels")
 
 KERNELS = {"lora_linear": lora_linear.fuse, "rms_norm": rms_norm.fuse}
+LAYERS = "decoder_layer"
 
 
-def accelerate(model: nn.Module) -> dict[str, int]:
+def accelerate(model: nn.Module, *, fp8: bool = False) -> dict[str, int]:
     """Swaps the forwards of modules that a kernel serves, after adapters are attached; idempotent.
 
     Returns how many modules each kernel took. Parameters, state_dict and module classes stay as they
     are; each kernel sees at each call whether it applies and leaves the rest to the module's own forward.
+    fp8: frozen weights of decoder layers on CUDA are kept in e4m3.
     """
-    taken = dict.fromkeys(KERNELS, 0)
-    if next((p.device.type for p in model.parameters()), "cpu") == "cpu":
+    taken = dict.fromkeys([*KERNELS, LAYERS], 0)
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    if device == "cuda" and find_spec("triton") is not None:
+        for module in model.modules():
+            taken[LAYERS] += decoder_layer.fuse(module, fp8=fp8)
+    if device == "cpu":
         keep_memory()
         for module in model.modules():
             for name, fuse in KERNELS.items():

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from tunesmith.kernels import cuda_attention
+
 IMPLEMENTATION = "segments"
 KEYWORD = "segment_bounds"  # the keyword of the model's forward that carries Bounds to attention
 
@@ -26,12 +28,13 @@ class Bounds:
 
     The first `shared` positions of a row stand before each of its segments but the first, which begins
     with them (see `shared_prefix`). `calls` counts attention calls that used the bounds, so that a model
-    which never asks is found out.
+    which never asks is found out. `made` keeps what a backend makes of the bounds once for all layers.
     """
 
     rows: list[list[tuple[int, int]]]
     calls: int = field(default=0)
     shared: int = 0
+    made: dict[Any, Any] = field(default_factory=dict[Any, Any])
 
     def prefix(self, start: int) -> int:
         """How many positions from the row's beginning the segment at `start` has before its own."""
@@ -76,6 +79,10 @@ def segment_attention(
     if softcap is None and window is None and dropout == 0 and _is_plain_cpu(query_BHTD, key_BKTD, value_BKTD):
         apply = cast(Callable[..., Tensor], _CpuSegments.apply)
         return apply(query_BHTD, key_BKTD, value_BKTD, bounds, causal, scaling), None
+    if query_BHTD.is_cuda and dropout == 0:
+        look = cuda_attention.Look(bounds, query_BHTD.shape[2], causal, window, softcap, scaling)
+        if cuda_attention.backend(look, query_BHTD.dtype) != "each":
+            return cuda_attention.attend(query_BHTD, key_BKTD, value_BKTD, look).contiguous(), None
     groups = query_BHTD.shape[1] // key_BKTD.shape[1]
     if groups > 1:
         key_BKTD, value_BKTD = (x.repeat_interleave(groups, dim=1) for x in (key_BKTD, value_BKTD))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, cast
 
 import torch
@@ -92,8 +93,11 @@ class _LinearLogprobs(torch.autograd.Function):
         entropy_U = hidden_UD.new_empty(count, dtype=dtype) if shape.entropy else None
         logprob_JUD = torch.empty_like(hidden_UD) if jacobian else None
         entropy_JUD = torch.empty_like(hidden_UD) if jacobian and shape.entropy else None
+        fused = _is_fused(hidden_UD, weight_VD, bias_V, shape)
         with torch.autocast(hidden_UD.device.type, enabled=False):
-            for rows, chunk in _chunks(hidden_UD, weight_VD, bias_V, target_U, shape):
+            if fused:
+                _fused(hidden_UD, weight_VD, target_U, shape, logprob_U, logprob_JUD)
+            for rows, chunk in () if fused else _chunks(hidden_UD, weight_VD, bias_V, target_U, shape):
                 logprob_U[rows] = chunk.logprob_R
                 if entropy_U is not None and chunk.entropy_R is not None:
                     entropy_U[rows] = chunk.entropy_R
@@ -135,6 +139,44 @@ class _LinearLogprobs(torch.autograd.Function):
                     ctx.shape,
                 )
         return grad_hidden_UD, grad_weight_VD, grad_bias_V, None, None, None
+
+
+def _is_fused(hidden_UD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, shape: _Shape) -> bool:
+    """Whether the Triton kernel serves: plain log-probabilities in half precision on CUDA."""
+    plain = bias_V is None and shape.scale == 1.0 and shape.softcap is None and not shape.entropy
+    half = hidden_UD.is_cuda and hidden_UD.dtype == weight_VD.dtype and hidden_UD.dtype.itemsize == 2
+    return plain and half and find_spec("triton") is not None
+
+
+def _fused(
+    hidden_UD: Tensor,
+    weight_VD: Tensor,
+    target_U: Tensor,
+    shape: _Shape,
+    logprob_U: Tensor,
+    jacobian_UD: Tensor | None,
+) -> None:
+    """Log-probabilities and their Jacobian rows: logits in float32, read twice, their slope in half precision."""
+    from tunesmith.losses.triton_softmax import logprob_and_slope
+
+    count, vocabulary = hidden_UD.shape[0], weight_VD.shape[0]
+    size = _equal_chunks(count, shape.chunk_bytes // (vocabulary * (4 + weight_VD.itemsize)))
+    logits_RV = hidden_UD.new_empty((size, vocabulary), dtype=torch.float32)
+    slope_RV = None if jacobian_UD is None else hidden_UD.new_empty((size, vocabulary))
+    for start in range(0, count, max(1, size)):
+        rows = slice(start, min(start + size, count))
+        length = rows.stop - start
+        torch.mm(hidden_UD[rows], weight_VD.T, out_dtype=torch.float32, out=logits_RV[:length])
+        slope = None if slope_RV is None else slope_RV[:length]
+        logprob_and_slope(logits_RV[:length], target_U[rows], logprob_U[rows], slope)
+        if slope is not None and jacobian_UD is not None:
+            torch.mm(slope, weight_VD, out=jacobian_UD[rows])
+
+
+def _equal_chunks(count: int, most: int) -> int:
+    """Rows of a chunk, so that chunks of at most `most` rows are equally long."""
+    pieces = -(-count // max(1, most))
+    return -(-count // max(1, pieces))
 
 
 def _parameter_gradients(
@@ -179,9 +221,7 @@ def _chunks(
     if count == 0:
         return
     dtype = _accumulated(hidden_UD.dtype)
-    row_bytes = 2 * vocabulary * dtype.itemsize
-    pieces = -(-count // max(1, shape.chunk_bytes // row_bytes))
-    size = -(-count // pieces)
+    size = _equal_chunks(count, shape.chunk_bytes // (2 * vocabulary * dtype.itemsize))
     logits_RV = hidden_UD.new_empty((size, vocabulary), dtype=dtype)
     probability_RV = torch.empty_like(logits_RV)
     for start in range(0, count, size):

@@ -1,0 +1,300 @@
+"""A pre-norm decoder layer as two functions around its attention, on bordered weights and row kernels.
+
+Served: x + attention(norm(x)), then x + swiglu(norm(x)), with rotary positions, no biases, frozen weights
+and LoRA (Llama, Mistral, SmolLM2 and whatever computes the same; tried on random input before it is taken).
+What is kept for the backward is chosen here: nothing is computed twice but the norms' rates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from types import MethodType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from tunesmith.errors import RefusedError
+from tunesmith.kernels import cuda_attention
+from tunesmith.kernels.attention import KEYWORD, Bounds, segment_attention
+from tunesmith.kernels.bordered import Bordered, BorderedFp8, active_adapter, base_of
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+class FastLayer:
+    """The bordered weights of one layer, and the sizes its functions need."""
+
+    def __init__(self, layer: Any, *, fp8: bool) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        kind = BorderedFp8 if fp8 else Bordered
+        self.qkv = kind([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.o = kind([attention.o_proj])
+        self.gate_up = kind([mlp.gate_proj, mlp.up_proj])
+        self.down = kind([mlp.down_proj])
+        self.width = int(attention.head_dim)
+        self.heads = base_of(attention.q_proj).out_features // self.width
+        self.key_heads = base_of(attention.k_proj).out_features // self.width
+        self.norms = (layer.input_layernorm, layer.post_attention_layernorm)
+        self.fp8 = fp8
+
+    @property
+    def weights(self) -> tuple[Bordered, ...]:
+        return self.qkv, self.o, self.gate_up, self.down
+
+    def norm(self, index: int) -> tuple[Tensor, float]:
+        module = self.norms[index]
+        return module.weight, float(module.variance_epsilon)
+
+    def still_serves(self) -> bool:
+        """Adapters as they were when this was built, in use, and not dropping out."""
+        return all(
+            active_adapter(linear) is not None if hasattr(linear, "lora_A") else True
+            for weight in self.weights
+            for linear in weight.linears
+        )
+
+
+class _Project(torch.autograd.Function):
+    """x [N, D] -> rotated queries, keys and values [heads, N', width], and x itself.
+
+    N' >= N: attention may want more rows than there are; the rest is zeros. x comes out again so that the
+    gradient of the residual path comes in here, where it is added without another pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_ND: Tensor, cos_ND: Tensor, sin_ND: Tensor, fast: FastLayer, padded: int, *_: Tensor
+    ) -> Any:
+        from tunesmith.kernels import triton_rows as rows
+
+        count, width = x_ND.shape[0], fast.width
+        weight_D, epsilon = fast.norm(0)
+        normed = rows.Rows.empty(count, fast.qkv.inputs + fast.qkv.border, x_ND, fast.fp8)
+        rows.normalise(x_ND, weight_D, epsilon, normed)
+        qkv_NX = x_ND.new_empty(padded, fast.qkv.outputs)
+        qkv_NX[count:].zero_()
+        fast.qkv.project(normed, out=qkv_NX[:count])
+        rows.rotate(qkv_NX, cos_ND, sin_ND, fast.heads + fast.key_heads, width)
+        normed.cast_NW = None
+        ctx.save_for_backward(x_ND, cos_ND, sin_ND, normed.wide_NW)
+        ctx.fast = fast
+        heads = qkv_NX.view(padded, -1, width).transpose(0, 1)
+        return *heads.split((fast.heads, fast.key_heads, fast.key_heads)), x_ND.view_as(x_ND)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        from tunesmith.kernels import triton_rows as rows
+
+        fast: FastLayer = ctx.fast
+        x_ND, cos_ND, sin_ND, wide_NW = ctx.saved_tensors
+        normed = rows.Rows(wide_NW)
+        grad = rows.Rows.empty(x_ND.shape[0], fast.qkv.outputs + fast.qkv.border, x_ND, fast.fp8)
+        rows.rotate_backward((grads[0], grads[1], grads[2]), cos_ND, sin_ND, grad, fast.width)
+        fast.qkv.border_of(grad)
+        found = fast.qkv.gradients(grad, normed)
+        grad_x: Tensor | None = None
+        if ctx.needs_input_grad[0]:
+            weight_D, epsilon = fast.norm(0)
+            out = rows.Rows.empty(x_ND.shape[0], x_ND.shape[1] + 64, x_ND, False)
+            rows.normalise_backward(fast.qkv.back(grad), x_ND, weight_D, epsilon, grads[3], out)
+            grad_x = out.wide_NW[:, : x_ND.shape[1]]
+        return grad_x, None, None, None, None, *found
+
+
+class _Feed(torch.autograd.Function):
+    """attention's result [N', heads * width] and x [N, D] -> the layer's result [N, D]."""
+
+    @staticmethod
+    def forward(ctx: Any, mixed_NX: Tensor, x_ND: Tensor, fast: FastLayer, *_: Tensor) -> Tensor:
+        from tunesmith.kernels import triton_rows as rows
+        from tunesmith.kernels import triton_swiglu
+
+        count = x_ND.shape[0]
+
+        def empty(weight: Bordered) -> rows.Rows:
+            return rows.Rows.empty(count, weight.inputs + weight.border, x_ND, fast.fp8)
+
+        mixed = empty(fast.o)
+        rows.lay(mixed_NX[:count], mixed)
+        weight_D, epsilon = fast.norm(1)
+        normed = empty(fast.gate_up)
+        middle_ND = rows.normalise(x_ND, weight_D, epsilon, normed, added_ND=fast.o.project(mixed))
+        assert middle_ND is not None
+        gate_up_NX = fast.gate_up.project(normed)
+        product = empty(fast.down)
+        triton_swiglu.swiglu(gate_up_NX, product)
+        out_ND = fast.down.project(product).add_(middle_ND)
+        ctx.save_for_backward(middle_ND, gate_up_NX, mixed.wide_NW, normed.wide_NW, product.wide_NW)
+        ctx.fast, ctx.padded = fast, mixed_NX.shape[0]
+        return out_ND
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        from tunesmith.kernels import triton_rows as rows
+        from tunesmith.kernels import triton_swiglu
+
+        fast: FastLayer = ctx.fast
+        middle_ND, gate_up_NX, *wides = ctx.saved_tensors
+        mixed, normed, product = (rows.Rows(wide) for wide in wides)
+        count = middle_ND.shape[0]
+
+        def empty(weight: Bordered) -> rows.Rows:
+            return rows.Rows.empty(count, weight.outputs + weight.border, middle_ND, fast.fp8)
+
+        grad = empty(fast.down)
+        rows.lay(grads[0], grad)
+        fast.down.border_of(grad)
+        of_down = fast.down.gradients(grad, product)
+        halves = empty(fast.gate_up)
+        triton_swiglu.swiglu_backward(fast.down.back(grad), gate_up_NX, halves)
+        del grad
+        fast.gate_up.border_of(halves)
+        of_gate_up = fast.gate_up.gradients(halves, normed)
+        weight_D, epsilon = fast.norm(1)
+        middle = empty(fast.o)
+        rows.normalise_backward(fast.gate_up.back(halves), middle_ND, weight_D, epsilon, grads[0], middle)
+        del halves
+        fast.o.border_of(middle)
+        of_o = fast.o.gradients(middle, mixed)
+        grad_mixed = middle_ND.new_empty(ctx.padded, fast.o.inputs)
+        grad_mixed[count:].zero_()
+        fast.o.back(middle, out=grad_mixed[:count])
+        return grad_mixed, middle.wide_NW[:, : middle_ND.shape[1]], None, *of_o, *of_gate_up, *of_down
+
+
+def fuse(layer: nn.Module, *, fp8: bool) -> bool:
+    """Puts the fast functions in place of the forward of a decoder layer that they serve; False for any other.
+
+    Seen at each call and left to the layer's own forward: a cache, a mask, several rows, dropout, adapters
+    that are switched off. Raises RefusedError for a layer whose weights are in fp8 and whose result is another.
+    """
+    served: Any = layer
+    if isinstance(getattr(served, "fast", None), FastLayer):
+        return True
+    if not _is_built_as_served(layer):
+        return False
+    with torch.no_grad():
+        inputs = _sample(served)
+        expected = type(served).forward(served, **inputs)
+        served.fast = FastLayer(layer, fp8=fp8)
+        found = _forward(served, **inputs)
+    added, wanted = (found - inputs["hidden_states"]).float(), (expected - inputs["hidden_states"]).float()
+    error = float((added - wanted).norm() / wanted.norm())
+    if error < (0.15 if fp8 else 0.05):
+        served.forward = MethodType(_forward, layer)
+        return True
+    del served.fast
+    if fp8:
+        raise RefusedError(
+            f"{type(layer).__name__} in fp8 gives another result (relative error {error:.2g})", "set precision to bf16"
+        )
+    return False
+
+
+def _sample(layer: Any) -> dict[str, Any]:
+    """Random input of a layer's forward: one segment, so small that what the layer adds is not lost in rounding."""
+    weight = layer.input_layernorm.weight
+    noise = torch.Generator(weight.device).manual_seed(0)
+    x_1TD = 0.02 * torch.randn(1, 64, len(weight), generator=noise, device=weight.device)
+    angle_1TD = torch.arange(64, device=weight.device)[None, :, None] * torch.linspace(
+        0.01, 1.0, layer.self_attn.head_dim // 2, device=weight.device
+    ).repeat(2)
+    positions = angle_1TD.cos().to(weight.dtype), angle_1TD.sin().to(weight.dtype)
+    return {"hidden_states": x_1TD.to(weight.dtype), "position_embeddings": positions, KEYWORD: Bounds([[(0, 64)]])}
+
+
+def _is_built_as_served(layer: Any) -> bool:
+    from torch.nn import SiLU
+    from transformers.activations import SiLUActivation
+
+    children = {name for name, _ in layer.named_children()}
+    if children != {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}:
+        return False
+    attention, mlp = layer.self_attn, layer.mlp
+    names = {name for name, _ in attention.named_children()}, {name for name, _ in mlp.named_children()} - {"act_fn"}
+    if names != (set(ATTENTION), set(MLP)) or not isinstance(getattr(mlp, "act_fn", None), SiLU | SiLUActivation):
+        return False
+    linears = [getattr(attention, name) for name in ATTENTION] + [getattr(mlp, name) for name in MLP]
+    norms = (layer.input_layernorm, layer.post_attention_layernorm)
+    return (
+        all(_is_frozen_linear(linear) for linear in linears)
+        and all(isinstance(getattr(norm, "variance_epsilon", None), float) for norm in norms)
+        and not any(norm.weight.requires_grad for norm in norms)
+        and _is_power_of_two(int(attention.head_dim))
+        and base_of(attention.q_proj).in_features % 16 == 0
+        and base_of(mlp.down_proj).in_features % 16 == 0
+    )
+
+
+def _is_frozen_linear(linear: Any) -> bool:
+    from peft.tuners.lora.layer import Linear as PeftLinear
+
+    base = base_of(linear)
+    plain = type(base) is nn.Linear and getattr(base, "bias", None) is None and not base.weight.requires_grad
+    if not plain or base.weight.dtype != torch.bfloat16:
+        return False
+    return linear is base or (type(linear) is PeftLinear and not linear.fan_in_fan_out and _has_one_adapter(linear))
+
+
+def _has_one_adapter(linear: Any) -> bool:
+    """Dropout is seen at each call; here it is enough that nothing else is in the way."""
+    name = linear.active_adapters[0] if len(linear.active_adapters) == 1 else None
+    return name in linear.lora_A and name not in linear.lora_variant and not linear.lora_bias[name]
+
+
+def _is_power_of_two(value: int) -> bool:
+    return value > 0 and value & (value - 1) == 0
+
+
+def _forward(self: Any, hidden_states: Tensor, *args: Any, **keywords: Any) -> Tensor:
+    bounds = keywords.get(KEYWORD)
+    positions = keywords.get("position_embeddings")
+    plain = (
+        isinstance(bounds, Bounds)
+        and positions is not None
+        and not args
+        and keywords.get("past_key_values") is None
+        and keywords.get("attention_mask") is None
+        and hidden_states.is_cuda
+        and hidden_states.dtype == torch.bfloat16
+        and hidden_states.shape[0] == 1
+        and not (self.training and self.self_attn.attention_dropout)
+        and positions[0].shape[-1] == self.fast.width
+    )
+    if not plain or not self.fast.still_serves():
+        return type(self).forward(self, hidden_states, *args, **keywords)
+    run = partial(_run, self, bounds=cast(Bounds, bounds), positions=cast(Any, positions))
+    recompute = getattr(self, "gradient_checkpointing", False) and self.training and torch.is_grad_enabled()
+    # Newer transformers recompute inside the class's own forward, which is not called here; older around it.
+    if recompute and hasattr(type(self).forward, "__wrapped__"):
+        return self._gradient_checkpointing_func(run, hidden_states)
+    return run(hidden_states)
+
+
+def _run(self: Any, hidden_states: Tensor, bounds: Bounds, positions: tuple[Tensor, Tensor]) -> Tensor:
+    fast: FastLayer = self.fast
+    attention = self.self_attn
+    bounds.calls += 1
+    for weight in fast.weights:
+        weight.refresh()
+    look = cuda_attention.Look.of(attention, bounds, hidden_states.shape[1])
+    project, feed = (cast(Callable[..., Any], f.apply) for f in (_Project, _Feed))
+    with torch.autocast("cuda", enabled=False):
+        cos_ND, sin_ND = (angle.squeeze(0).to(torch.bfloat16) for angle in positions)
+        padded = cuda_attention.padded_length(look)
+        # squeeze and not [0], whose gradient would be copied into zeros.
+        q, k, v, x_ND = project(hidden_states.squeeze(0), cos_ND, sin_ND, fast, padded, *fast.qkv.parameters)
+        if cuda_attention.backend(look, torch.bfloat16) == "each":
+            window = getattr(attention, "sliding_window", None)
+            options: dict[str, Any] = {KEYWORD: bounds, "scaling": look.scaling, "sliding_window": window}
+            mixed_1THD = segment_attention(attention, q[None], k[None], v[None], None, **options)[0]
+        else:
+            mixed_1THD = cuda_attention.attend(q[None], k[None], v[None], look)
+        trained = [p for weight in (fast.o, fast.gate_up, fast.down) for p in weight.parameters]
+        return feed(mixed_1THD.reshape(padded, -1), x_ND, fast, *trained)[None]

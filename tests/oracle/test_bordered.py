@@ -1,0 +1,109 @@
+"""Bordered weights against base and update apart: results, gradients, and adapters that an optimizer has moved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tunesmith.kernels.bordered import LARGEST, Bordered, base_of
+
+N, INPUTS, OUTPUTS = 24, 48, (32, 16)
+
+
+@dataclass
+class Rows:
+    """Rows with a border, as the kernels make them; here on any device."""
+
+    wide_NW: Tensor
+
+
+class Projections(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Linear(INPUTS, width, bias=False, dtype=torch.bfloat16) for width in OUTPUTS)
+
+
+def _linears(targets: list[str]) -> list[Any]:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model: Any = inject_adapter_in_model(LoraConfig(r=4, lora_alpha=12, target_modules=targets), Projections())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora" in name)
+        if "lora" in name:
+            parameter.data = torch.randn_like(parameter, dtype=torch.float32) * 0.2
+    return [model.first, model.second]
+
+
+def _wide(x: Tensor, border: int) -> Rows:
+    return Rows(torch.cat([x, x.new_zeros(len(x), border)], dim=1).bfloat16())
+
+
+def _apart(linear: Any, x_NI: Tensor) -> Tensor:
+    out = x_NI @ base_of(linear).weight.float().T
+    if hasattr(linear, "lora_A"):
+        out = out + 3.0 * (x_NI @ linear.lora_A["default"].weight.T) @ linear.lora_B["default"].weight.T
+    return out
+
+
+def _error(found: Tensor, expected: Tensor) -> float:
+    found, expected = found.detach(), expected.detach()
+    return float((found.float() - expected.float()).norm() / expected.float().norm())
+
+
+@pytest.mark.parametrize("targets", [["first", "second"], ["second"]])
+def test_results_and_gradients_are_those_of_base_and_update(targets: list[str]) -> None:
+    linears = _linears(targets)
+    x = torch.randn(N, INPUTS).bfloat16().float().requires_grad_()
+    grad = torch.randn(N, sum(OUTPUTS)).bfloat16().float()
+    expected = torch.cat([_apart(linear, x) for linear in linears], dim=1)
+    weight = Bordered(linears)
+    expected_grads = torch.autograd.grad(expected, [x, *weight.parameters], grad)
+    weight.refresh()
+    rows, grads = _wide(x.detach(), weight.border), _wide(grad, weight.border)
+    out = torch.empty(N, sum(OUTPUTS), dtype=torch.bfloat16)
+    weight.project(rows, out=out)  # type: ignore[arg-type]
+    weight.border_of(grads)  # type: ignore[arg-type]
+    found = [weight.back(grads), *weight.gradients(grads, rows)]  # type: ignore[arg-type]
+    assert _error(out, expected.detach()) < 0.01
+    assert len(found) == 1 + 2 * len(targets)
+    for ours, theirs in zip(found, expected_grads, strict=True):
+        assert ours.shape == theirs.shape
+        assert _error(ours, theirs) < 0.015
+
+
+def test_the_border_follows_a_fused_optimizer() -> None:
+    """Version counters do not tell: fused AdamW moves parameters and leaves their versions as they were."""
+    linears = _linears(["first", "second"])
+    weight = Bordered(linears)
+    optimizer = torch.optim.AdamW(weight.parameters, lr=0.1, fused=True)
+    weight.refresh()
+    for parameter in weight.parameters:
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    weight.refresh()
+    rows = _wide(torch.randn(N, INPUTS), weight.border)
+    expected = torch.cat([_apart(linear, rows.wide_NW[:, :INPUTS].float()) for linear in linears], dim=1)
+    assert _error(weight.project(rows), expected) < 0.01  # type: ignore[arg-type]
+
+
+def test_the_modules_own_weights_stay_what_they_were() -> None:
+    linears = _linears(["first"])
+    before = [base_of(linear).weight.clone() for linear in linears]
+    Bordered(linears)
+    for linear, kept in zip(linears, before, strict=True):
+        assert torch.equal(base_of(linear).weight, kept)
+
+
+def test_e4m3_holds_a_weight_and_four_times_its_largest_value() -> None:
+    from tunesmith.kernels.bordered import HEADROOM, _quantise
+
+    weight = torch.randn(8, 200).bfloat16()
+    cast, scale = _quantise(weight, 16)
+    assert cast.shape == (8, 216)
+    assert not cast[:, 200:].float().any()
+    assert _error(cast[:, :200].float() * scale.T, weight) < 0.03
+    torch.testing.assert_close(scale[0] * LARGEST, HEADROOM * weight.float().abs().amax(1))
