@@ -7,7 +7,6 @@ each attention call; a call without them fails, because a missing mask contamina
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -74,15 +73,12 @@ def segment_attention(
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     if bounds.shared and not causal:
         raise RuntimeError(f"{type(module).__name__} looks ahead, so beginnings cannot be shared")
-    longest = max((stop - start + bounds.prefix(start) for spans in bounds.rows for start, stop in spans), default=0)
-    window = sliding_window if sliding_window is not None and longest > sliding_window else None
+    window = cuda_attention.reach(bounds, sliding_window)
     if softcap is None and window is None and dropout == 0 and _is_plain_cpu(query_BHTD, key_BKTD, value_BKTD):
-        apply = cast(Callable[..., Tensor], _CpuSegments.apply)
-        return apply(query_BHTD, key_BKTD, value_BKTD, bounds, causal, scaling), None
-    if query_BHTD.is_cuda and dropout == 0:
-        look = cuda_attention.Look(bounds, query_BHTD.shape[2], causal, window, softcap, scaling)
-        if cuda_attention.backend(look, query_BHTD.dtype) != "each":
-            return cuda_attention.attend(query_BHTD, key_BKTD, value_BKTD, look).contiguous(), None
+        return cast(Any, _CpuSegments.apply)(query_BHTD, key_BKTD, value_BKTD, bounds, causal, scaling), None
+    look = cuda_attention.Look(bounds, query_BHTD.shape[2], causal, window, softcap, scaling)
+    if query_BHTD.is_cuda and dropout == 0 and cuda_attention.backend(look, query_BHTD.dtype) != "each":
+        return cuda_attention.attend(query_BHTD, key_BKTD, value_BKTD, look).contiguous(), None
     groups = query_BHTD.shape[1] // key_BKTD.shape[1]
     if groups > 1:
         key_BKTD, value_BKTD = (x.repeat_interleave(groups, dim=1) for x in (key_BKTD, value_BKTD))
