@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tunesmith.api import Loaded, Result, chat, evaluate, load, plan, predict, resume, train
+    from tunesmith.api import Loaded, Result, chat, evaluate, export, load, plan, predict, resume, train
     from tunesmith.events import Callback, StopRun
     from tunesmith.recipe import Recipe
 
@@ -18,6 +18,7 @@ __all__ = [
     "StopRun",
     "chat",
     "evaluate",
+    "export",
     "load",
     "plan",
     "predict",

@@ -12,12 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tunesmith import measuring, rundir, session, training
+from tunesmith import exporting, measuring, rundir, session, training
 from tunesmith.chatting import Chat, default_sampling
 from tunesmith.data.given import PathLike, Rows, check_name, paths, questions
 from tunesmith.engine.precision import choose_device
 from tunesmith.errors import InputError, StoppedError
 from tunesmith.events import Listen, StopRun, Together
+from tunesmith.exporting import Exported
 from tunesmith.models.cache import cache_dir
 from tunesmith.models.policy import Policy
 from tunesmith.planning import Assets, Plan, make_plan
@@ -33,6 +34,7 @@ from tunesmith.types import Prediction, SampleSpec
 
 Listeners = Listen | Sequence[Listen]
 
+CHECKED_ROWS = 50  # of a run's test rows, that a merged model must answer as the run's does
 _LOADED: dict[Path, str] = {}  # sha256 of each plugin that this process has run
 
 
@@ -229,6 +231,38 @@ def chat(
     load_plugins(plugins)
     loaded = load(path, device)
     return Chat(loaded, system, default_sampling(loaded).changed(**sampling))
+
+
+def export(
+    path: PathLike,
+    to: PathLike,
+    *,
+    merge: bool = False,
+    dtype: str | None = None,
+    device: str = "auto",
+    plugins: Sequence[PathLike] = (),
+) -> Exported:
+    """Writes a run's model to a new folder; `merge` makes adapter and base one model, checked on the run's own rows.
+
+    `dtype` (fp32, bf16, fp16) is of a merged model's weights.
+    """
+    path, to = Path(path), Path(to)
+    run = RunDir.open(path)
+    load_plugins(plugins)
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise InputError(f"{to} exists and is not empty", "give another folder, or empty it")
+    if dtype is not None and not merge:
+        raise InputError("dtype is of a merged model, and merge is not asked for", "add --merge, or leave --dtype out")
+    loaded = load(path, device)
+    if not merge:
+        return exporting.copy(run.model, to)
+    recipe, _ = load_recipe(path / "recipe.yaml")
+    prepared = _planned(recipe, Origin(), _silent)[1].prepared
+    stores = [*prepared.tests.values(), *([prepared.validation] if prepared.validation else []), prepared.train]
+    rows = [stores[0].row(i) for i in range(min(CHECKED_ROWS, len(stores[0])))]
+    return exporting.merge(
+        (loaded.policy, loaded.objective, loaded.method, loaded.renderer, loaded.card), rows, to, dtype or "fp32"
+    )
 
 
 def evaluate(

@@ -74,6 +74,15 @@ class Method(Protocol):
 
 
 @runtime_checkable
+class Mergeable(Protocol):
+    """A method whose adapter can become part of the base's weights."""
+
+    def merge(self, policy: Policy) -> None:
+        """The policy's model is then a plain one of transformers; there is no way back."""
+        ...
+
+
+@runtime_checkable
 class Ruled(Protocol):
     """A method with gradient rules of its own: which layers move yet, how ranks are spent."""
 

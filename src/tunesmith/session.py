@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,13 +58,7 @@ def save(folder: Path, policy: Policy, recipe: Recipe, plan: Plan, assets: Asset
     """Writes the result into `folder`: what PEFT or transformers loads, fresh heads, tokenizer and tunesmith's card."""
     method, objective = assets.method, assets.objective
     method.export(policy, folder)
-    heads = {
-        f"{name}.{key}": value.contiguous()
-        for name, head in policy.heads.items()
-        for key, value in head.state_dict().items()
-    }
-    if heads:
-        save_file(heads, folder / HEADS)
+    _save_heads(folder, policy)
     assets.renderer.tokenizer.save_pretrained(folder)
     card = {
         "tunesmith": __version__,
@@ -83,6 +78,17 @@ def save(folder: Path, policy: Policy, recipe: Recipe, plan: Plan, assets: Asset
         "max_new_tokens": plan.training.max_new_tokens,
     }
     rundir.write_json(folder / CARD, card)
+
+
+def save_merged(folder: Path, policy: Policy, renderer: Renderer, card: Mapping[str, Any], dtype: torch.dtype) -> None:
+    """Writes a policy whose adapter is merged as what full fine-tuning would have left: a model of transformers."""
+    for parameter in policy.model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    policy.model.config.dtype = dtype
+    policy.model.save_pretrained(folder)
+    _save_heads(folder, policy)
+    renderer.tokenizer.save_pretrained(folder)
+    rundir.write_json(folder / CARD, {**card, "method": {"name": "full", "options": {}}, "merged": card["method"]})
 
 
 def load(folder: Path, device: str) -> tuple[Policy, Objective, Method, Renderer, dict[str, Any]]:
@@ -124,6 +130,16 @@ def _settle(policy: Policy, placement: Placement) -> None:
     for parameter in policy.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else frozen)
+
+
+def _save_heads(folder: Path, policy: Policy) -> None:
+    heads = {
+        f"{name}.{key}": value.contiguous()
+        for name, head in policy.heads.items()
+        for key, value in head.state_dict().items()
+    }
+    if heads:
+        save_file(heads, folder / HEADS)
 
 
 def _load_heads(policy: Policy, folder: Path) -> None:

@@ -78,6 +78,10 @@ class PeftAdapter(ABC):
             self._peft.save_pretrained(to, save_embedding_layers=False)
         (to / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours is MODEL_CARD.md
 
+    def merge(self, policy: Policy) -> None:
+        with _peft_speaks():
+            policy.model = self._peft.merge_and_unload()
+
     def load(self, policy: Policy, source: Path) -> None:
         from peft import PeftModel
 

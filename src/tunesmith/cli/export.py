@@ -1,0 +1,41 @@
+"""`tunesmith export`: a run's model as a folder that other programs load."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from tunesmith.cli.verb import Call, Verb, add_plugins, add_run
+
+
+def _add(parser: argparse.ArgumentParser) -> None:
+    add_run(parser)
+    parser.add_argument("--to", metavar="DIR", type=Path, required=True, help="where the folder goes; it must be free")
+    parser.add_argument("--merge", action="store_true", help="the adapter becomes part of its base: one whole model")
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16", "fp16"), help="of a merged model's weights; fp32 if left out"
+    )
+    add_plugins(parser)
+
+
+def _run(options: argparse.Namespace, call: Call) -> int:
+    from tunesmith import api
+
+    done = api.export(options.path, options.to, merge=options.merge, dtype=options.dtype, plugins=options.plugins)
+    check = done.check
+    if call.json:
+        found = {"path": str(done.path)}
+        told = {} if check is None else {"rows": check.rows, "agreement": check.agreement, "largest": check.largest}
+        call.print_json(found | told)
+        return 0
+    sys.stdout.write(f"exported to {done.path}\n")
+    if check is not None:
+        sys.stdout.write(
+            f"checked on {check.rows} rows: {check.agreement:.1%} of the answers are equal to the run's, "
+            f"log-probabilities differ by at most {check.largest:.2g} nats a token\n"
+        )
+    return 0
+
+
+VERB = Verb("export", "write a run's model as a folder that other programs load, merged or not", _add, _run)

@@ -1,0 +1,86 @@
+"""`tunesmith export`: a folder that others load; a merged model is the one that was measured, or does not leave."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tunesmith import api, exporting
+from tunesmith.cli import main
+from tunesmith.errors import InputError, RefusedError
+
+ROWS: list[dict[str, Any]] = [{"prompt": f"colour {i}?", "completion": ("red", "green")[i % 2]} for i in range(12)]
+METHODS = ["lora", "dora", "adalora", "vera", "ia3", "loha", "lokr", {"name": "oft", "block_size": 8}]
+
+
+def run_of(tiny_llama: Path, to: Path, method: Any) -> Path:
+    recipe = {
+        "model": str(tiny_llama),
+        "objective": "sft",
+        "method": method,
+        "train": {"max_steps": 3, "batch_size": 4, "learning_rate": 1e-2},
+        "precision": "fp32",
+        "place": {"device": "cpu"},
+        "evaluate": {"max_new_tokens": 4, "base": False, "metrics": ["loss"]},
+    }
+    return api.train(recipe, data={"train": ROWS[:8], "test": ROWS[8:]}, out=to).path
+
+
+@pytest.fixture(scope="module")
+def run(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_of(tiny_llama, tmp_path_factory.mktemp("export") / "run", "lora")
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m if isinstance(m, str) else m["name"])
+def test_a_merged_model_answers_as_the_run_does(method: Any, tiny_llama: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    run = run_of(tiny_llama, tmp_path / "run", method)
+    done = api.export(run, tmp_path / "merged", merge=True)
+    assert done.check is not None
+    assert done.check.rows == 4
+    assert done.check.agreement == 1
+    assert done.check.largest < 1e-4
+    ours = api.load(run).policy.eval()
+    ours.model.set_attn_implementation("sdpa")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    ids = torch.tensor([[5, 9, 40, 77]])
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, ours.model(ids).logits, rtol=1e-4, atol=1e-4)
+    before, after = (api.predict(folder, ROWS[8:]) for folder in (run, tmp_path / "merged"))
+    assert [p.output for p in before] == [p.output for p in after]
+
+
+def test_an_adapter_is_copied_as_it_is(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(run), "--to", str(tmp_path / "adapter")]) == 0
+    assert str(tmp_path / "adapter") in capsys.readouterr().out
+    for file in (run / "model").iterdir():
+        assert (tmp_path / "adapter" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_merge_that_changes_the_answers_is_refused_and_leaves_nothing(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(exporting.TOLERANCE, "bf16", 1e-9)
+    with pytest.raises(RefusedError, match="nats a token"):
+        api.export(run, tmp_path / "merged", merge=True, dtype="bf16")
+    assert not (tmp_path / "merged").exists()
+    assert api.export(run, tmp_path / "merged", merge=True, dtype="fp16").check is not None
+    from safetensors.torch import load_file
+
+    assert {w.dtype for w in load_file(tmp_path / "merged" / "model.safetensors").values()} == {torch.float16}
+
+
+def test_what_cannot_be_exported_is_said(run: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    with pytest.raises(InputError, match="not empty"):
+        api.export(run, tmp_path / "taken")
+    with pytest.raises(InputError, match="merge is not asked for"):
+        api.export(run, tmp_path / "other", dtype="bf16")
+    full = run_of(tiny_llama, tmp_path / "full", "full")
+    with pytest.raises(InputError, match="no adapter"):
+        api.export(full, tmp_path / "other", merge=True)
