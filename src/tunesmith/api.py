@@ -141,10 +141,11 @@ def train(
         run = RunDir(folder)
         with run.hold():
             training.check_run_folder(folder)
-            training.begin(run, typed, planned, hashes)
             tell("planned", {"run": str(folder), "plan": planned})
+            policy = training.load_policy(planned, assets, tell)
+            training.begin(run, typed, planned, hashes)
             with tracked(run, typed, planned.hash, tell) as tracking:
-                results = training.execute(run, typed, planned, assets, tracking.listen)
+                results = training.execute(run, typed, planned, assets, policy, tracking.listen)
                 tracking.finish("finished", results["records"])
             return _result(run, results)
 
@@ -181,8 +182,9 @@ def resume(
         planned = replace(planned, placement=Placement(**stored["placement"]))
         training.check_same(run, planned, hashes)
         tell("planned", {"run": str(path), "plan": planned})
+        policy = training.load_policy(planned, assets, tell)
         with tracked(run, recipe, planned.hash, tell, again=True) as tracking:
-            results = training.execute(run, recipe, planned, assets, tracking.listen)
+            results = training.execute(run, recipe, planned, assets, policy, tracking.listen)
             tracking.finish("finished", results["records"])
         return _result(run, results)
 

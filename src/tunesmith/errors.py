@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
+
 
 class TunesmithError(Exception):
     """A failure the user can act on.
@@ -46,3 +49,14 @@ class StoppedError(TunesmithError):
     """The run was asked to stop, saved itself, and can be resumed."""
 
     exit_code = 75
+
+
+@contextmanager
+def placed(where: str) -> Generator[None]:
+    """What goes wrong inside is said with its place."""
+    try:
+        yield
+    except TunesmithError as error:
+        if where in error.cause:
+            raise
+        raise type(error)(f"{where}: {error.cause}", error.remedy) from None

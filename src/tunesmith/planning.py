@@ -14,6 +14,7 @@ import torch
 from tunesmith import rules, settings
 from tunesmith.data.prepare import Prepared, prepare
 from tunesmith.errors import InputError, RefusedError
+from tunesmith.evaluation.preflight import check_metrics
 from tunesmith.evaluation.run import metric_names
 from tunesmith.facts import Facts, Previous, gather, gather_model
 from tunesmith.methods import METHODS
@@ -22,9 +23,9 @@ from tunesmith.models.fetch import LocalModel, resolve
 from tunesmith.models.heads import Head
 from tunesmith.models.load import MetaModel, load_tokenizer
 from tunesmith.models.policy import Policy, Tokens
+from tunesmith.models.saved import CARD, read_card
 from tunesmith.objectives import OBJECTIVES
 from tunesmith.recipe_file import Origin, check_options, defaults_taken
-from tunesmith.rundir import read_json
 from tunesmith.settings import Default
 
 if TYPE_CHECKING:
@@ -131,6 +132,7 @@ def make_plan(
     workers, tags = recipe.place.workers, recipe.evaluate.tags
     prepared = prepare(recipe.data, base, objective, renderer, recipe.seed, cache_dir(), workers, memory, tell, tags)
     _check_labels(objective, previous)
+    _check_metrics(recipe, prepared)
     trainable, total = _count(meta, facts, method, objective)
     training = settings.resolve_meaning(
         facts, length, prepared.train.lengths, prepared.repeats, _longest_answer(prepared), defaults
@@ -171,16 +173,15 @@ def _previous(model: str, base: Path) -> tuple[Previous | None, Path | None]:
     path = (base / model).resolve()
     if not (path / "manifest.json").is_file():
         return None, None
-    card = path / "model" / "tunesmith.json"
-    if not card.is_file():
+    if not (path / "model" / CARD).is_file():
         raise InputError(f"{model} is a run that has no model yet", f"finish it with `tunesmith resume {model}`")
-    saved = read_json(card)
+    saved = read_card(path / "model")
     return Previous(saved["method"], saved["objective"]), path
 
 
 def _base_name(model: str, base: Path, previous_run: Path | None) -> str:
     if previous_run is not None:
-        return str(read_json(previous_run / "model" / "tunesmith.json")["base"]["name"])
+        return str(read_card(previous_run / "model")["base"]["name"])
     path = base / model
     return str(path.resolve()) if path.exists() else model
 
@@ -212,6 +213,18 @@ def _check_labels(objective: Objective, previous: Previous | None) -> None:
             "the labels of the training rows are not those of the earlier run, whose head goes on",
             "train on the same label set, or name the base itself as model",
         )
+
+
+def _check_metrics(recipe: Recipe, prepared: Prepared) -> None:
+    """Refuses a metric that could not be measured once the model is trained."""
+    stopping = recipe.train.early_stopping
+    watched = [stopping.metric] if stopping is not None and stopping.metric not in (None, "loss") else []
+    held = {"validation": prepared.validation} if prepared.validation is not None else {}
+    for name, store in {**held, **prepared.tests}.items():
+        judged = name != "validation" or not prepared.tests
+        names = [*(recipe.evaluate.metrics or [] if judged else []), *(watched if name == "validation" else [])]
+        rows = [store.row(i) for i in range(len(store))]
+        check_metrics(names, name, rows, prepared.audit.train.labels)
 
 
 def _count(meta: MetaModel, facts: Facts, method: Method, objective: Objective) -> tuple[int, int]:

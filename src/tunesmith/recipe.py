@@ -52,7 +52,7 @@ class TrainingSet(Strict):
     """
 
     path: Text
-    weight: Annotated[float, Field(gt=0)] = 1.0
+    weight: Annotated[float, Field(ge=0.001, le=1000)] = 1.0
     limit: Positive | None = None
     format: str | None = None
     columns: dict[str, str] = Field(default_factory=dict)

@@ -71,6 +71,15 @@ RULES: tuple[Rule, ...] = (
         "set train.sequence_length to {f.model.context_length} or less",
     ),
     Rule(
+        ("evaluate.max_new_tokens", "model"),
+        lambda f: (
+            f.model.context_length is not None and (f.recipe.evaluate.max_new_tokens or 0) >= f.model.context_length
+        ),
+        "evaluate.max_new_tokens is {f.recipe.evaluate.max_new_tokens}, "
+        "and {f.model.name} sees {f.model.context_length} tokens, the prompt among them",
+        "set evaluate.max_new_tokens to the length of a long answer",
+    ),
+    Rule(
         ("place.device", "hardware"),
         lambda f: not f.device_served,
         "place.device is {f.device}, which this machine or this build of torch does not serve",

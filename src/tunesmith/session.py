@@ -22,6 +22,7 @@ from tunesmith.models.heads import Head
 from tunesmith.models.layers import set_dropout
 from tunesmith.models.load import context_length, load_backbone, load_tokenizer
 from tunesmith.models.policy import Policy, Tokens
+from tunesmith.models.saved import CARD, read_card
 from tunesmith.objectives import OBJECTIVES
 from tunesmith.planning import Assets, Plan
 from tunesmith.protocols import Method, Objective
@@ -30,7 +31,6 @@ from tunesmith.settings import Placement
 if TYPE_CHECKING:
     from tunesmith.recipe import Recipe
 
-CARD = "tunesmith.json"
 HEADS = "heads.safetensors"
 
 
@@ -76,6 +76,7 @@ def save(folder: Path, policy: Policy, recipe: Recipe, plan: Plan, assets: Asset
         "templates": dict(assets.renderer.templates),
         "sequence_length": plan.training.sequence_length,
         "max_new_tokens": plan.training.max_new_tokens,
+        "files": {path.name: rundir.sha256_file(path) for path in sorted(folder.iterdir()) if path.is_file()},
     }
     rundir.write_json(folder / CARD, card)
 
@@ -94,9 +95,9 @@ def save_merged(folder: Path, policy: Policy, renderer: Renderer, card: Mapping[
 def load(folder: Path, device: str) -> tuple[Policy, Objective, Method, Renderer, dict[str, Any]]:
     """What `save` wrote, on its base, ready to answer; the card also tells the base's `context_length`.
 
-    Raises RefusedError when the base's bytes are not those that the model was trained on.
+    Raises RefusedError when a file is not as it was saved, or the base's bytes are not those it was trained on.
     """
-    card = rundir.read_json(folder / CARD)
+    card = read_card(folder)
     local = resolve(card["base"]["name"])
     if local.sha256 != card["base"]["sha256"]:
         raise RefusedError(

@@ -7,10 +7,10 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from tunesmith.engine.native import NativeEngine, Optimization
 from tunesmith.engine.precision import device_name
 from tunesmith.errors import InputError, RefusedError
 from tunesmith.evaluation import METRICS
-from tunesmith.evaluation.metrics import statistics
+from tunesmith.evaluation.metrics import build, statistics
 from tunesmith.evaluation.validate import losses
 from tunesmith.events import Deferred, Listen
 from tunesmith.gradients.clip import Clip
@@ -58,7 +58,11 @@ def check_same(run: RunDir, plan: Plan, plugins: Mapping[str, str]) -> None:
     before, now = rundir.read_json(run.path / "manifest.json"), _manifest(plan, plugins)
     stored = rundir.read_json(run.path / "plan.json")
     differences = [
-        *(f"{key} changed" for key in plan.meaning if _plain(plan.meaning[key]) != stored["meaning"].get(key)),
+        *(
+            line
+            for key in plan.meaning
+            for line in _changed(key, stored["meaning"].get(key), _plain(plan.meaning[key]))
+        ),
         *_differing("library", before["libraries"], now["libraries"]),
         *_differing("plugin", before["plugins"], now["plugins"]),
         *(_differing("machine", before["machine"], now["machine"]) if stored["resume"] == "exact" else []),
@@ -70,13 +74,19 @@ def check_same(run: RunDir, plan: Plan, plugins: Mapping[str, str]) -> None:
         )
 
 
-def execute(run: RunDir, recipe: Recipe, plan: Plan, assets: Assets, listen: Listen) -> dict[str, Any]:
+def load_policy(plan: Plan, assets: Assets, listen: Listen) -> Policy:
+    """The policy of a run; a new run is begun only then, so that weights that cannot be loaded leave none behind."""
+    listen("phase", {"name": "loading", "what": plan.base["name"]})
+    return session.build(plan, assets)
+
+
+def execute(
+    run: RunDir, recipe: Recipe, plan: Plan, assets: Assets, policy: Policy, listen: Listen
+) -> dict[str, Any]:
     """Trains to the end from wherever the run stands, saves the result and measures it.
 
     Returns what evaluation.json and comparison.json hold. The caller holds the run's lock.
     """
-    listen("phase", {"name": "loading", "what": plan.base["name"]})
-    policy = session.build(plan, assets)
     with stoppable() as stop:  # only steps have something to save first; elsewhere a signal may end the process at once
         _train(run, plan, assets, policy, stop, listen)
     listen("phase", {"name": "saving"})
@@ -217,7 +227,7 @@ def _validation(
 
 
 def _value(name: str, predictions: list[Prediction], assets: Assets) -> float:
-    metric = METRICS.get(name)(assets.objective.describe().get("labels", []))
+    (metric,) = build([name], predictions, assets.objective.describe().get("labels"))
     return float(metric.aggregate(statistics(metric, predictions).sum(0)))
 
 
@@ -268,6 +278,17 @@ def _plain(value: Any) -> Any:
     import json
 
     return json.loads(json.dumps(value, default=str))
+
+
+def _changed(name: str, before: Any, now: Any) -> Iterator[str]:
+    """What differs, key by key; of long values, such as hashes, only that they do."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        then, here = cast("dict[str, Any]", before), cast("dict[str, Any]", now)
+        for key in dict.fromkeys([*then, *here]):
+            yield from _changed(f"{name}.{key}", then.get(key), here.get(key))
+    elif before != now:
+        told = f"was {before!r}, is {now!r}"
+        yield f"{name} {told if len(told) < 60 else 'changed'}"
 
 
 def _differing(what: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -347,6 +347,7 @@ WRONG: dict[str, tuple[int, str, list[str]]] = {
         ["predict", "{run}", "--input", "{project}/ask.jsonl", "--output", "/no/f"],
     ),
     "no token": (2, "at least 1", ["predict", "{run}", "--input", "{project}/ask.jsonl", "--max-new-tokens", "0"]),
+    "no number": (2, "at least 1", ["predict", "{run}", "--input", "{project}/ask.jsonl", "--max-new-tokens", "x"]),
     "no plugin": (2, "--plugin", ["plan", "{project}/chat.yaml", "--plugin", "{project}/none.py"]),
     "broken plugin": (2, "ZeroDivisionError", ["schema", "--plugin", "{project}/broken.py"]),
     "metrics of nothing": (2, "--data", ["evaluate", "{run}", "--metrics", "loss"]),
@@ -411,6 +412,7 @@ RAISED: list[tuple[Callable[[], BaseException], int, str]] = [
     (MemoryError, 4, "out of memory"),
     (lambda: RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), 4, "memory"),
     (lambda: OSError(errno.ENOSPC, "No space left on device", "/there"), 4, "the disk is full while writing /there"),
+    (lambda: OSError(errno.EROFS, "Read-only file system", "/there"), 4, "/there: Read-only file system"),
     (lambda: ValueError("first line\nsecond line"), 1, "tunesmith failed: ValueError: first line"),
 ]
 

@@ -47,7 +47,7 @@ def test_jsonl_rows_come_with_their_lines(file: Path) -> None:
         (b'{"a": 1} {"a": 2}', "rows.jsonl:2 column 10: not JSON: unexpected content after document"),
         (b'{"a": NaN}', "rows.jsonl:2 column 7: NaN and Infinity are not JSON numbers"),
         (b'{"a": -Infinity}', "rows.jsonl:2 column 8: NaN and Infinity are not JSON numbers"),
-        (b'{"a": 1e999}', "rows.jsonl:2 column 7: NaN and Infinity are not JSON numbers"),
+        (b'{"a": 1e999}', "rows.jsonl:2 column 7: a number beyond all bounds"),
         ('{"é": "'.encode() + b'\xff"}', "rows.jsonl:2 byte column 9: not UTF-8 (byte 0xff)"),
         (b'{"a": 1, "b": 2, "a": 3}', "rows.jsonl:2: the key 'a' is given twice"),
         (b'{"m": [{"role": "user", "x": {"k": 1, "k" : 2}}]}', "rows.jsonl:2: the key 'k' is given twice"),
@@ -128,6 +128,7 @@ def test_json_is_a_list_or_an_object_with_data(tmp_path: Path) -> None:
         ('[{"a": 1},\n {"a": 1, "a": 2}]', "a.json:2: the key 'a' is given twice"),
         ('[{"a": 1}, 3]', "a.json:1: a record must be a JSON object, this is the int 3"),
         ('{"a": 1}', 'a.json:1 column 9: an object without "data"'),
+        ('{"a": 1}\n{"a": 2}', "a.json:2 column 1: more text after the end of an object"),
         ('{"data": [{"a": 1}], "data": []}', "a.json:1 column 28: the key 'data' is given twice"),
         ('[{"a": 1}]\n{"a": 2}', "a.json:2 column 1: more text after the end of the list"),
         ('[{"a": 1}', "a.json:1 column 10: expected a comma or the end of the list"),
@@ -188,6 +189,10 @@ def test_parquet_refusals(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "b.parquet")
     with pytest.raises(InputError, match=r"b\.parquet: the file holds no rows"):
         rows(tmp_path / "b.parquet")
+    latin = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\4\0\0\0"), pa.py_buffer(b"caf\xe9")])
+    pq.write_table(pa.table({"text": latin}), tmp_path / "c.parquet")
+    with pytest.raises(InputError, match=r"c\.parquet: not a whole parquet file: 'utf-8' codec"):
+        rows(tmp_path / "c.parquet")
 
 
 # ---------------------------------------------------------------- folders, names, memory

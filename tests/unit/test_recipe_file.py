@@ -217,7 +217,11 @@ def test_wrong_values(tmp_path: Path, line: str, cause: str) -> None:
     [
         ("{train: []}", "data.train must be text or a list (each item text or a set of keys"),
         ("{train: ''}", "data.train must be text or a list"),
-        ("{train: [{path: a, weight: 0}]}", "data.train.0.weight must be a number above 0, not 0"),
+        (
+            "{train: [{path: a, weight: 0}]}",
+            "data.train.0.weight must be a number of at least 0.001 and at most 1000, not 0",
+        ),
+        ("{train: [{path: a, weight: 1e-9}]}", "data.train.0.weight must be a number of at least 0.001"),
         ("{train: [{weight: 2}]}", "data.train.0.path is missing"),
         ("{train: [{path: a, wieght: 2}]}", "unknown key data.train.0.wieght"),
         ("{train: a, validation: 1.5}", "data.validation must be text or a number above 0 and below 1, not 1.5"),
@@ -487,7 +491,7 @@ choices = st.builds(
 sets = st.builds(
     TrainingSet,
     path=filled,
-    weight=amounts,
+    weight=st.floats(min_value=0.001, max_value=1000),
     limit=st.none() | counts,
     columns=st.dictionaries(words, words, max_size=2),
 )

@@ -233,6 +233,13 @@ def test_nothing_to_train_on_is_refused_and_not_looked_for_for_ever(weights: lis
         source_of([2] * len(weights), repeats_N=np.array(weights), **stop)
 
 
+def test_steps_of_very_many_epochs_are_counted_without_drawing_them() -> None:
+    assert source_of([2] * 1000, epochs=10_000.5).total_steps == 10_000 * 250 + 125
+    assert source_of([2] * 1000, epochs=10_000.0, repeats_N=np.full(1000, 3.0)).total_steps == 10_000 * 750
+    with pytest.raises(InputError, match="20,000 epochs of weighted rows"):
+        source_of([2] * 1000, epochs=20_000.0, repeats_N=np.full(1000, 0.5))
+
+
 def test_epochs_without_a_row_are_passed_over() -> None:
     source = source_of([2], repeats_N=np.array([0.1]), max_steps=3, epochs=None)
     assert [numbers(step) for step in source.steps(NOBODY)] == [[0]] * 3

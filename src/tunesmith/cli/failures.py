@@ -58,6 +58,10 @@ def explain(error: BaseException, call: Call) -> Failure:
     if isinstance(error, OSError) and _disk_is_full(error):
         named = f" while writing {error.filename}" if error.filename else ""
         return Failure(f"the disk is full{named}", "free space" + _then_resume(call), RESOURCE)
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return Failure(
+            f"{error.filename}: {error.strerror}", _look_at(str(error.filename)) + _then_resume(call), RESOURCE
+        )
     lines = str(error).strip().splitlines()
     cause = f"tunesmith failed: {type(error).__name__}" + (f": {lines[0]}" if lines else "")
     return Failure(cause, "run it again with --debug for the traceback, and report it", FAULT)
@@ -84,6 +88,13 @@ def _resumable(call: Call) -> bool:
 
 def _then_resume(call: Call) -> str:
     return f", then go on with `tunesmith resume {shlex.quote(str(call.run))}`" if _resumable(call) else ""
+
+
+def _look_at(path: str) -> str:
+    from tunesmith.models.cache import cache_dir
+
+    inside = path.startswith(str(cache_dir()))
+    return "check the path, its rights and the disk" + (", or set TUNESMITH_CACHE to another folder" if inside else "")
 
 
 def _memory_ran_out(error: BaseException) -> bool:

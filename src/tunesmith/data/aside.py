@@ -110,7 +110,7 @@ def open_or_build(path: Path, make: Callable[[Build], dict[str, Any]]) -> dict[s
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise ResourceError(
                     f"{path.parent}: the disk is full after {build.bytes // 2**20} MB",
-                    "free some space, or move the cache",
+                    "free some space, or set TUNESMITH_CACHE to a folder on another disk",
                 ) from None
             raise
         except BaseException:

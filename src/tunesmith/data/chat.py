@@ -156,7 +156,12 @@ class Renderer:
         ids = self._aligner.read(text)
         if (special or self.kind) == "encoder":
             around = len(self._before) + len(self._after)
-            room = len(ids) if self.sequence_length is None else max(self.sequence_length - around, 0)
+            if self.sequence_length is not None and self.sequence_length <= around:
+                raise InputError(
+                    f"{around} of {self.sequence_length} tokens are the tokenizer's own, so no text has room",
+                    "raise train.sequence_length",
+                )
+            room = len(ids) if self.sequence_length is None else self.sequence_length - around
             cut = max(len(ids) - room, 0)
             ids = [*self._before, *ids[:room], *self._after]
             return Encoded(np.array(ids, np.int32), np.ones(len(ids), np.float32), cut, cut)

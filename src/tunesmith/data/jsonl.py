@@ -124,6 +124,8 @@ def _broken(text: bytes, where: str, error: orjson.JSONDecodeError) -> InputErro
     rest = text.decode("utf-8")[error.pos :]
     if error.msg.startswith("depth limit"):
         return too_deep(where)
+    if "infinity" in error.msg and rest.lstrip("-")[:1].isdecimal():
+        return InputError(f"{where} column {column}: a number beyond all bounds", "write it as text, or leave it out")
     if rest.lstrip("-").startswith(("NaN", "Infinity", "nan", "inf")) or "infinity" in error.msg:
         return InputError(
             f"{where} column {column}: NaN and Infinity are not JSON numbers",

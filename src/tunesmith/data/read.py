@@ -217,6 +217,9 @@ class _Spans:
             else:
                 self._value()
         if "data" not in keys:
+            self._skip()
+            if self._at != len(self._text):
+                raise self._wrong("more text after the end of an object", "one record a line belongs in a .jsonl file")
             raise self._wrong('an object without "data"', 'write a list of objects, or {"data": [...]}')
 
     def _list(self) -> Iterator[tuple[int, int]]:
@@ -325,7 +328,7 @@ def _read_parquet(path: Path, name: str) -> Iterator[Raw]:
                 for record in cast("list[dict[str, Any]]", batch.to_pylist()):
                     number += 1
                     yield record, f"{name}:{number}"
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:  # Arrow itself takes any bytes for text
         message = str(error).splitlines()[0]
         raise InputError(f"{name}: not a whole parquet file: {message}", "write or download the file again") from None
 

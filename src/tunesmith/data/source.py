@@ -20,6 +20,8 @@ from tunesmith.types import Batch, Example, Step
 if TYPE_CHECKING:
     from tunesmith.models.policy import Policy
 
+COUNTED_EPOCHS = 10_000
+
 
 class Examples(Protocol):
     """What a source needs of a store: tokens of each example, and the example itself."""
@@ -80,13 +82,22 @@ def epoch_steps(
 
 
 def count_steps(lengths_N: NDArray[np.int64], repeats_N: NDArray[np.float64], batching: Batching, seed: int) -> int:
-    """Steps of the whole run, exactly. Raises InputError where no example would ever come."""
+    """Steps of the whole run, exactly. Raises InputError where no example would ever come, or for endless counting."""
     if not repeats_N.any():
         raise InputError("there is no training row of a weight above 0", "give rows to train on, or a higher weight")
     if batching.max_steps is not None:
         return batching.max_steps
     epochs = batching.epochs or 1.0
-    counts = [len(epoch_steps(lengths_N, repeats_N, batching, e, seed)) for e in range(math.ceil(epochs))]
+    # Whole weights in steps of so many examples: every epoch has as many, and one tells of all.
+    alike = batching.batch_tokens is None and not np.any(repeats_N % 1)
+    counted = 1 if alike else math.ceil(epochs)
+    if counted > COUNTED_EPOCHS:
+        raise InputError(
+            f"{epochs:,.0f} epochs of weighted rows, or of steps by tokens, are too many to be counted",
+            "set train.max_steps instead of train.epochs",
+        )
+    counts = [len(epoch_steps(lengths_N, repeats_N, batching, e, seed)) for e in range(counted)]
+    counts *= math.ceil(epochs) // counted
     partial = epochs - math.floor(epochs)
     if partial:
         counts[-1] = math.ceil(counts[-1] * partial - 1e-9)

@@ -91,12 +91,8 @@ def _in_workers(
 def _example(pool: Pool, i: int, objective: Objective, renderer: Renderer) -> Example:
     """The example of row i; what is wrong with it is said with its place."""
     row = pool.row(i)
-    try:
+    with errors.placed(row.where):
         return objective.example(row, renderer)
-    except errors.TunesmithError as error:
-        if row.where in error.cause:
-            raise
-        raise type(error)(f"{row.where}: {error.cause}", error.remedy) from None
 
 
 def _start(pool: Pool, objective: Objective, renderer: Renderer) -> None:

@@ -102,6 +102,11 @@ def reference_of(prediction: Prediction, name: str) -> str:
     return prediction.reference
 
 
+def has_references(predictions: Sequence[Prediction]) -> bool:
+    """Whether there is anything to compare answers with: rows of plain text have no answers."""
+    return any(p.reference is not None for p in predictions)
+
+
 def quotient(sums: FloatArray) -> FloatArray:
     """First statistic by the second; NaN where the second is 0."""
     denominator = sums[..., 1]
@@ -125,6 +130,8 @@ class ExactMatch(_Rate):
     """Output equals reference once white space at both ends of both is taken off; nothing else is forgiven."""
 
     name: ClassVar[str] = "exact_match"
+
+    applies = staticmethod(has_references)
 
     def statistics(self, prediction: Prediction) -> tuple[float, ...]:
         reference = reference_of(prediction, self.name)

@@ -11,7 +11,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tunesmith.evaluation import METRICS
-from tunesmith.evaluation.metrics import Bounds, FloatArray, MetricKind, quotient, reference_of
+from tunesmith.evaluation.metrics import Bounds, FloatArray, MetricKind, has_references, quotient, reference_of
 from tunesmith.types import Prediction
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ class _Share(ABC):
     kind: ClassVar[MetricKind] = "mean"
     bounds: ClassVar[Bounds] = (0.0, 1.0)
     name: ClassVar[str]
+
+    applies = staticmethod(has_references)
 
     def __init__(self, labels: Sequence[str] = ()) -> None:
         del labels

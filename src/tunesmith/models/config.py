@@ -48,7 +48,7 @@ def safe_config(folder: Path) -> PreTrainedConfig:
     except Exception as error:
         # Config classes validate with exceptions of several libraries; all of them mean a bad file.
         raise InputError(
-            f"{folder / 'config.json'} is not a valid {kept['model_type']} config: {error}",
+            f"{folder / 'config.json'} is not a valid {kept['model_type']} config: {' '.join(str(error).split())}",
             "restore the file or fetch the model again",
         ) from error
 

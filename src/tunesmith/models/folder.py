@@ -32,6 +32,7 @@ _DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2,
     "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
+_NARROW = ("U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0")  # quantised: wrong by a scale unless their format is known
 _MAX_HEADER = 100_000_000
 _SAFE_COPY = "save the weights as safetensors (save_pretrained does) or take a base from `tunesmith models`"
 
@@ -130,6 +131,11 @@ def check_safetensors(path: Path) -> None:
         used = _covered(header)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RefusedError(f"{path} has a damaged safetensors header: {error}", "fetch the model again") from error
+    if narrow := next((n for n, info in header.items() if n.endswith("weight") and info["dtype"] in _NARROW), None):
+        raise RefusedError(
+            f"{path} holds weights of 8 bits, such as {narrow}, without saying what they stand for",
+            "use the unquantised base",
+        )
     if used != size - 8 - length:
         raise RefusedError(
             f"{path} is truncated or has trailing bytes: {size - 8 - length:,} bytes of tensors, {used:,} expected",

@@ -12,7 +12,7 @@ from tunesmith import compat
 from tunesmith.errors import InputError, RefusedError, ResourceError
 from tunesmith.models.config import dropped_keys, safe_config
 from tunesmith.models.fetch import LocalModel
-from tunesmith.models.folder import check_folder
+from tunesmith.models.folder import check_folder, tokenizer_files
 from tunesmith.types import ModelKind
 
 if TYPE_CHECKING:
@@ -73,8 +73,9 @@ def load_tokenizer(local: LocalModel) -> PreTrainedTokenizerFast:
                 if tokenizer.pad_token is None or (tokenizer.eos_token is None and tokenizer.cls_token is None):
                     _name_special_tokens(tokenizer, local)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        held = ", ".join(path.name for path in tokenizer_files(local.folder)) or "no file of one"
         raise InputError(
-            f"{folder} has no tokenizer that can be loaded: {str(error).strip().splitlines()[0]}",
+            f"{folder} has no tokenizer that can be loaded ({type(error).__name__}); it holds {held}",
             "put tokenizer.json and tokenizer_config.json beside the weights",
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -115,6 +116,7 @@ def load_backbone(
                 use_safetensors=True,
                 local_files_only=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # so that it names them, for `_judge` to refuse
                 **extra,
             )
             _judge(report, local)
@@ -123,13 +125,6 @@ def load_backbone(
         raise ResourceError(
             f"{local.name} does not fit in memory", "use bf16, a smaller base or another device"
         ) from error
-    except RuntimeError as error:
-        if "size mismatch" in str(error) or "mismatched" in str(error):
-            raise RefusedError(
-                f"weights in {local.folder} do not have the shapes config.json says: {str(error).strip()[:300]}",
-                "fetch the model again",
-            ) from error
-        raise
 
 
 def meta_model(local: LocalModel, head: Head) -> MetaModel:
@@ -197,9 +192,12 @@ def _checked_attention(name: str) -> str:
 
 def _judge(report: dict[str, Any], local: LocalModel) -> None:
     """Refuse what would leave a layer random; say what of the checkpoint was not used."""
-    if wrong := sorted(str(key) for key in report.get("mismatched_keys") or ()):
+    mismatched: list[tuple[str, Any, Any]] = list(report.get("mismatched_keys") or [])
+    if wrong := sorted(mismatched):
+        name, held, wanted = wrong[0]
         raise RefusedError(
-            f"weights in {local.folder} do not have the shapes config.json says: {', '.join(wrong[:5])}",
+            f"{len(wrong)} weights in {local.folder} do not have the shapes that config.json says: "
+            f"{name} is {list(held)}, not {list(wanted)}",
             "fetch the model again",
         )
     if missing := sorted(key for key in report.get("missing_keys") or () if not _COMPUTED.search(key)):

@@ -112,7 +112,7 @@ class Policy(nn.Module):
         self._attention("sdpa")  # generation pads left and keeps a cache: segments do not apply
         try:
             with self.precision():
-                return generate(self.model, prompts, spec, self.tokens.end, self.tokens.pad)
+                return generate(self.model, prompts, spec, self.tokens.end, self.tokens.pad, self._context())
         finally:
             self._attention(attention.IMPLEMENTATION if self.packed else "sdpa")
 
@@ -137,6 +137,11 @@ class Policy(nn.Module):
             theirs_T = logits_TV.log_softmax(-1).gather(-1, ids[0][:, None])[:, 0]
         self._attention(attention.IMPLEMENTATION if self.packed else "sdpa")
         self.train(training)
+        if not logits_TV.isfinite().all():
+            raise RefusedError(
+                f"the logits of {type(self.model).__name__} are not finite numbers: its weights are damaged",
+                "fetch the model again",
+            )
         error = float((ours_T - theirs_T).abs().max())
         if not error < (1e-3 if hidden_TD.dtype == torch.float32 else 0.2):
             raise RefusedError(
@@ -244,6 +249,11 @@ class Policy(nn.Module):
             "scale": scale,
             "softcap": getattr(config, "final_logit_softcapping", None),
         }
+
+    def _context(self) -> int | None:
+        """Positions that the model knows; None where they are relative, or the prompt has a side of its own."""
+        positions = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return None if positions is None or self.kind != "decoder" else int(positions)
 
     def _attention(self, implementation: str) -> None:
         if getattr(self.config, "_attn_implementation", None) != implementation:

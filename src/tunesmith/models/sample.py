@@ -13,13 +13,18 @@ from tunesmith.types import Completion, SampleSpec
 
 
 def generate(
-    model: Any, prompts: Sequence[Sequence[int]], spec: SampleSpec, end: Sequence[int], pad: int
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    spec: SampleSpec,
+    end: Sequence[int],
+    pad: int,
+    context: int | None = None,
 ) -> list[Completion]:
     """Completes each prompt; the result is in the prompts' order and without the end token.
 
     Prompts of like length run together, padded left, at most `spec.batch_tokens` at a time
-    (prompt and answer). Greedy at temperature 0, and then independent of the batching up to
-    floating-point ties. Only a lone prompt can be followed by `spec.on_token`.
+    (prompt and answer). An answer is cut off where the model's `context` ends. Greedy at temperature 0, and then
+    independent of the batching up to floating-point ties. Only a lone prompt can be followed by `spec.on_token`.
     """
     if spec.on_token is not None and len(prompts) != 1:
         raise ValueError(f"one answer can be followed as it comes, not {len(prompts)}")
@@ -29,33 +34,40 @@ def generate(
     if spec.temperature > 0:
         torch.manual_seed(spec.seed)
     try:
-        for chosen in _batches(prompts, spec):
-            for index, completion in zip(
-                chosen, _complete(model, [prompts[i] for i in chosen], spec, end, pad), strict=True
-            ):
+        for chosen, room in _batches(prompts, spec, context):
+            asked = [prompts[i] for i in chosen]
+            completions = (
+                _complete(model, asked, spec, room, end, pad) if room else [Completion([], False)] * len(asked)
+            )
+            for index, completion in zip(chosen, completions, strict=True):
                 answers[index] = completion
     finally:
         model.train(training)
     return [answer for answer in answers if answer is not None]
 
 
-def _batches(prompts: Sequence[Sequence[int]], spec: SampleSpec) -> Iterator[list[int]]:
-    """Indices of prompts that run together, longest first, so that memory is tried at once."""
+def _batches(
+    prompts: Sequence[Sequence[int]], spec: SampleSpec, context: int | None
+) -> Iterator[tuple[list[int], int]]:
+    """Indices of prompts that run together, and the new tokens each may have; longest first, to try memory at once."""
     chosen: list[int] = []
-    width = 0
+    width = room = 0
     for index in sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i)):
-        width = width or len(prompts[index]) + spec.max_new_tokens
-        if chosen and (len(chosen) + 1) * width > spec.batch_tokens:
-            yield chosen
-            chosen, width = [], len(prompts[index]) + spec.max_new_tokens
+        length = len(prompts[index])
+        left = spec.max_new_tokens if context is None else max(0, min(spec.max_new_tokens, context - length))
+        if chosen and ((len(chosen) + 1) * width > spec.batch_tokens or left != room):
+            yield chosen, room
+            chosen = []
+        if not chosen:
+            width, room = length + left, left
         chosen.append(index)
     if chosen:
-        yield chosen
+        yield chosen, room
 
 
 @torch.no_grad()
 def _complete(
-    model: Any, prompts: Sequence[Sequence[int]], spec: SampleSpec, end: Sequence[int], pad: int
+    model: Any, prompts: Sequence[Sequence[int]], spec: SampleSpec, room: int, end: Sequence[int], pad: int
 ) -> list[Completion]:
     from transformers import GenerationConfig
 
@@ -67,7 +79,7 @@ def _complete(
         mask[row, longest - len(prompt) :] = 1
     greedy = spec.temperature == 0
     config = GenerationConfig(
-        max_new_tokens=spec.max_new_tokens,
+        max_new_tokens=room,
         use_cache=True,
         do_sample=not greedy,
         eos_token_id=list(end),

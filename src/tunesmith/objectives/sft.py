@@ -11,6 +11,7 @@ import torch
 
 from tunesmith.data.pack import place
 from tunesmith.data.source import ExampleList, batches
+from tunesmith.errors import placed
 from tunesmith.models.policy import Policy
 from tunesmith.objectives import OBJECTIVES
 from tunesmith.recipe import Strict
@@ -132,11 +133,12 @@ class Sft:
             without_thinking = self.without_thinking
         else:
             without_thinking = _answers_without_thinking(row)
-        if without_thinking:
-            quiet = renderer.prompt(question, tools, thinking=False)
-            if np.array_equal(renderer.encode(messages, tools).input_ids[: len(quiet)], quiet):
-                return quiet.tolist()
-        return renderer.prompt(question, tools).tolist()
+        with placed(row.where):
+            if without_thinking:
+                quiet = renderer.prompt(question, tools, thinking=False)
+                if np.array_equal(renderer.encode(messages, tools).input_ids[: len(quiet)], quiet):
+                    return quiet.tolist()
+            return renderer.prompt(question, tools).tolist()
 
     def _score(
         self, policy: Policy, rows: Sequence[Row], renderer: Renderer, tokens: int

@@ -1,0 +1,33 @@
+"""Whether the metrics that a recipe names can be measured on its rows: told before training, not after."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from tunesmith.errors import InputError
+from tunesmith.evaluation.metrics import build, statistics
+from tunesmith.evaluation.run import majority
+from tunesmith.types import Prediction, Row
+
+
+def check_metrics(names: Sequence[str], data: str, rows: Sequence[Row], label_counts: Mapping[str, int] | None) -> None:
+    """Measures the `names` on answers such as a model will give to `rows`: the majority's label, or an empty text.
+
+    Raises InputError for an unknown metric, for one that such answers or references cannot have, and where some
+    rows of the set called `data` have an answer to compare with and others have none.
+    """
+    answers = majority(label_counts, rows) if label_counts else [_unanswered(row) for row in rows]
+    lacking = [answer.where for answer in answers if answer.reference is None]
+    if 0 < len(lacking) < len(answers):
+        raise InputError(
+            f"{len(lacking)} of {len(answers)} rows of {data} have no answer to compare with, such as {lacking[0]}",
+            "end these rows with the answer that is expected, or take them out",
+        )
+    for metric in build(names, answers):
+        statistics(metric, answers)
+
+
+def _unanswered(row: Row) -> Prediction:
+    last = row.value["messages"][-1] if "messages" in row.value else {}
+    reference = str(last["content"]) if last.get("role") == "assistant" else None
+    return Prediction("", reference, row.where, {"nll": 1.0, "tokens": 1.0})

@@ -1,0 +1,28 @@
+"""A trained model's folder: the card that says what it is, and whether its files are as they were saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tunesmith.errors import RefusedError
+from tunesmith.models.cache import file_sha256
+from tunesmith.rundir import read_json
+
+CARD = "tunesmith.json"
+KEYS = ("base", "method", "objective", "files")
+_REMEDY = "restore the folder from a copy, or train again"
+
+
+def read_card(folder: Path) -> dict[str, Any]:
+    """The card. RefusedError where it, or a file that was saved with it, is not as it was."""
+    card = read_json(folder / CARD)
+    if lacking := [key for key in KEYS if key not in card]:
+        raise RefusedError(f"{folder / CARD} is damaged: it lacks {', '.join(lacking)}", _REMEDY)
+    for name, digest in card["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise RefusedError(f"{path} is missing", _REMEDY)
+        if file_sha256(path) != digest:
+            raise RefusedError(f"{path} is damaged: its sha256 is not the one that was saved", _REMEDY)
+    return card

@@ -1,0 +1,49 @@
+"""What cannot be measured is told before training."""
+
+from __future__ import annotations
+
+import pytest
+
+from tunesmith.errors import InputError
+from tunesmith.evaluation.preflight import check_metrics
+from tunesmith.types import Row
+
+
+def chat(answer: str | None, where: str = "test.jsonl:1") -> Row:
+    asked = [{"role": "user", "content": "q"}]
+    return Row({"messages": asked + ([{"role": "assistant", "content": answer}] if answer is not None else [])}, where)
+
+
+def text(where: str = "test.jsonl:1") -> Row:
+    return Row({"text": "t"}, where)
+
+
+def label(name: str) -> Row:
+    return Row({"text": "t", "label": name}, "test.jsonl:1")
+
+
+def test_what_can_be_measured_passes() -> None:
+    check_metrics(["exact_match", "rouge_l", "macro_f1", "loss", "json_valid"], "test", [chat("a"), chat("b")], None)
+    check_metrics(["loss", "perplexity"], "test", [text()], None)
+    check_metrics(["accuracy", "roc_auc", "ece"], "test", [label("a"), label("b")], {"a": 2, "b": 1})
+    check_metrics([], "test", [text()], None)
+
+
+@pytest.mark.parametrize(
+    ("metric", "row", "cause"),
+    [
+        ("acuracy", chat("a"), "unknown metric 'acuracy'"),
+        ("exact_match", text(), "exact_match needs a reference, and test.jsonl:1 has none"),
+        ("ece", chat("a"), "ece needs the probability of each label"),
+        ("schema_valid", chat("plain"), "schema_valid needs"),
+    ],
+)
+def test_what_cannot_is_refused(metric: str, row: Row, cause: str) -> None:
+    with pytest.raises(InputError) as caught:
+        check_metrics([metric], "test", [row], None)
+    assert caught.value.cause.startswith(cause)
+
+
+def test_a_row_without_an_answer_among_others_is_named_even_if_no_metric_is() -> None:
+    with pytest.raises(InputError, match=r"1 of 3 rows of hard have no answer to compare with, such as f:2"):
+        check_metrics([], "hard", [chat("a", "f:1"), chat(None, "f:2"), chat("b", "f:3")], None)
