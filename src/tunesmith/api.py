@@ -259,7 +259,7 @@ def export(
     if not merge:
         return exporting.copy(run.model, to)
     recipe, _ = load_recipe(path / "recipe.yaml")
-    prepared = _planned(recipe, Origin(), _silent)[1].prepared
+    prepared = _planned(recipe, Origin(), Together([]))[1].prepared
     stores = [*prepared.tests.values(), *([prepared.validation] if prepared.validation else []), prepared.train]
     rows = [stores[0].row(i) for i in range(min(CHECKED_ROWS, len(stores[0])))]
     return exporting.merge(

@@ -80,9 +80,7 @@ def load_policy(plan: Plan, assets: Assets, listen: Listen) -> Policy:
     return session.build(plan, assets)
 
 
-def execute(
-    run: RunDir, recipe: Recipe, plan: Plan, assets: Assets, policy: Policy, listen: Listen
-) -> dict[str, Any]:
+def execute(run: RunDir, recipe: Recipe, plan: Plan, assets: Assets, policy: Policy, listen: Listen) -> dict[str, Any]:
     """Trains to the end from wherever the run stands, saves the result and measures it.
 
     Returns what evaluation.json and comparison.json hold. The caller holds the run's lock.

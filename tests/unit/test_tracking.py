@@ -124,7 +124,7 @@ def counted(points: list[tuple[int, dict[str, float]]]) -> Counter[tuple[int, st
 EVERY_ONCE = Counter({**{(s, "train"): 1 for s in range(1, STEPS + 1)}, (3, "validation"): 1, (6, "validation"): 1})
 
 
-class Crash(BaseException):  # noqa: N818
+class Crash(BaseException):
     """The power went."""
 
 
