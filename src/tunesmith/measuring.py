@@ -8,16 +8,17 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import orjson
 from numpy.typing import NDArray
 
 from tunesmith import rundir
-from tunesmith.data.checks import row_keys
+from tunesmith.evaluation import answers
+from tunesmith.evaluation.answers import MAJORITY
 from tunesmith.evaluation.class_metrics import by_class
 from tunesmith.evaluation.class_metrics import details as class_details
 from tunesmith.evaluation.intervals import IntArray
-from tunesmith.evaluation.metrics import RowMetric, applicable, build
-from tunesmith.evaluation.run import compare, majority, measure, metric_names, records_to_json
+from tunesmith.evaluation.metrics import RowMetric, WithoutFloor, applicable, build
+from tunesmith.evaluation.paired import compare, holm, hypothesis
+from tunesmith.evaluation.run import majority, measure, metric_names, records_to_json
 from tunesmith.events import Listen
 from tunesmith.models.policy import Policy
 from tunesmith.planning import Assets, Plan
@@ -30,11 +31,10 @@ if TYPE_CHECKING:
     from tunesmith.data.store import TokenStore
     from tunesmith.recipe import Recipe
 
-BASE, TUNED, MAJORITY = "base", "tuned", "majority"
+BASE, TUNED = "base", "tuned"
 ALL = "all"
 # In the order in which they are written: with evaluation.json a run is finished.
 FILES: Mapping[str, str] = {"effects": "comparison.json", "details": "details.json", "records": "evaluation.json"}
-DIGITS = 6  # of a stored probability
 
 
 def measure_run(
@@ -101,7 +101,8 @@ def score(
 ) -> dict[str, Any]:
     """Records with intervals for each model, over all rows, by class and by group; and the paired effects of tuning.
 
-    `metrics` (else the recipe's) are measured or refused; those of the objective where the rows can have them.
+    `metrics` (else the recipe's) are measured or refused; those of the objective where the rows can have them. By
+    a metric that the majority class is no floor for, the tuned model is not tested against it.
     """
     asked = metrics or recipe.evaluate.metrics
     names = metric_names(objective.needs.metrics, asked)
@@ -119,12 +120,13 @@ def score(
             records += measure(model, name, predictions, built, recipe.seed, own, group)
         before = next((of_group[model] for model in (BASE, MAJORITY) if model in of_group), None)
         if before is not None and group == ALL:
-            effects += [_effect(name, before, tuned, metric, recipe.seed, own) for metric in built]
+            tested = [metric for metric in built if BASE in found or not isinstance(metric, WithoutFloor)]
+            effects = _effects(name, before, tuned, tested, recipe.seed, own)
     details: dict[str, Any] = {}
     if labels is not None:
         known = sorted({*labels, *(p.reference for p in found[TUNED] if p.reference is not None)})
         for model, predictions in found.items():
-            records += by_class(model, name, predictions, known)
+            records += by_class(model, name, predictions, known, clusters_N)
         details[name] = {model: class_details(predictions, known) for model, predictions in found.items()}
     return {"records": records_to_json(records), "effects": effects, "details": details}
 
@@ -154,39 +156,9 @@ def write_results(run: RunDir, results: Mapping[str, Any]) -> None:
 def write_predictions(
     run: RunDir, name: str, rows: Sequence[Row], found: Mapping[str, Sequence[Prediction]], keep: int | None
 ) -> None:
-    """The answers to the first `keep` rows (None: to all), one line a row, each model's beside the reference."""
-    if keep == 0:
-        return
-    lines: list[bytes] = []
-    for index, row in enumerate(rows[:keep]):
-        line = {
-            "key": row_keys(row.value)[1].hex(),
-            "where": row.where,
-            "input": asked_text(row),
-            "reference": found[TUNED][index].reference,
-            "tags": row.tags,
-            "answers": {model: _answer(model, predictions[index]) for model, predictions in found.items()},
-        }
-        lines.append(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
-    (run.path / "predictions").mkdir(exist_ok=True)
-    rundir.write_file(run.path / "predictions" / f"{name}.jsonl", b"".join(lines))
-
-
-def asked_text(row: Row) -> str:
-    """What a person would call the row's question: the last user turn, or the text."""
-    said = [m["content"] for m in row.value.get("messages", []) if m["role"] in ("user", "tool")]
-    return str(said[-1]) if said else str(row.value.get("text", ""))
-
-
-def _answer(model: str, prediction: Prediction) -> dict[str, Any]:
-    """A majority's probabilities are the same for every row, and told by the audit."""
-    shares = prediction.probabilities if model != MAJORITY else None
-    return {
-        "output": prediction.output,
-        "scores": prediction.scores,
-        "probabilities": shares and {label: float(f"{share:.{DIGITS}g}") for label, share in shares.items()},
-        "finished": prediction.finished,
-    }
+    """The answers to the first `keep` rows (None: to all)."""
+    if keep != 0:
+        answers.write(run.path, name, rows[:keep], found)
 
 
 def _groups(rows: Sequence[Row], by: Sequence[str]) -> Iterator[tuple[str, NDArray[np.int64]]]:
@@ -198,17 +170,27 @@ def _groups(rows: Sequence[Row], by: Sequence[str]) -> Iterator[tuple[str, NDArr
             yield f"{column}={value}", np.flatnonzero(values == value)
 
 
-def _effect(
+def _effects(
     name: str,
     before: Sequence[Prediction],
     tuned: Sequence[Prediction],
-    metric: RowMetric,
+    metrics: Sequence[RowMetric],
     seed: int,
     clusters_N: IntArray | None,
-) -> dict[str, Any]:
-    """A limit that is infinite (one row of a loss) is null, as JSON has none."""
-    effect = asdict(compare(before, tuned, metric, seed, clusters_N=clusters_N))
-    return {"data": name, "metric": metric.name} | {k: n if math.isfinite(n) else None for k, n in effect.items()}
+) -> list[dict[str, Any]]:
+    """The effect by each metric; `p_holm` is adjusted for all metrics of the set.
+
+    A limit that is infinite (one row of a loss) is null, as JSON has none.
+    """
+    effects = [compare(before, tuned, metric, seed, clusters_N=clusters_N) for metric in metrics]
+    family = {hypothesis(metric): effect.p for metric, effect in zip(metrics, effects, strict=True)}
+    adjusted = dict(zip(family, holm(list(family.values()))[0], strict=True))
+    return [
+        {"data": name, "metric": metric.name}
+        | {key: value if math.isfinite(value) else None for key, value in asdict(effect).items()}
+        | {"p_holm": adjusted[hypothesis(metric)]}
+        for metric, effect in zip(metrics, effects, strict=True)
+    ]
 
 
 def _nothing() -> dict[str, Any]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from sklearn import metrics as sk
 
 from tunesmith.errors import InputError
 from tunesmith.evaluation import METRICS
-from tunesmith.evaluation.class_metrics import by_class, confusion, details, reliability
+from tunesmith.evaluation.calibration import reliability
+from tunesmith.evaluation.class_metrics import by_class, confusion, details
+from tunesmith.evaluation.intervals import interval, wilson
 from tunesmith.evaluation.metrics import applicable, build, statistics
 from tunesmith.types import Prediction
 
@@ -57,7 +61,7 @@ def test_roc_aucs_spread_is_delongs() -> None:
     scores = np.array([p.probabilities["yes"] for p in predictions])  # type: ignore[index]
     positive = np.array([p.reference == "yes" for p in predictions])
     above = (scores[positive][:, None] > scores[~positive]).astype(float)
-    slow = above.mean(1).var() / positive.sum() + above.mean(0).var() / (~positive).sum()
+    slow = above.mean(1).var(ddof=1) / positive.sum() + above.mean(0).var(ddof=1) / (~positive).sum()
     assert spread == pytest.approx(slow, rel=1e-9)
 
 
@@ -121,3 +125,48 @@ def test_json_metrics_are_measured_where_every_reference_is_an_object() -> None:
     assert applicable(asked, [Prediction("x", '{"a": 1}', "row")]) == asked
     assert applicable(asked, [Prediction("x", '{"a": 1}', "row"), Prediction("x", "plain", "row")]) == ["exact_match"]
     assert [m.name for m in build(asked, [Prediction("x", "plain", "row")])] == asked
+
+
+def test_classes_of_one_row_each_still_have_a_spread() -> None:
+    """Their areas differ by chance: the spread of the mean is that of the areas, as for rows of one class."""
+    labels = [str(i) for i in range(12)]
+    draw = np.random.default_rng(0)
+    shares = draw.dirichlet(np.ones(12), size=12)
+    singles = [
+        Prediction("0", label, f"row {i}", probabilities=dict(zip(labels, shares[i], strict=True)))
+        for i, label in enumerate(labels)
+    ]
+    metric = METRICS.get("roc_auc")(labels)
+    spread = statistics(metric, singles)[:, 0].var() / len(singles)
+    each = [sk.roc_auc_score([p.reference == label for p in singles], shares[:, i]) for i, label in enumerate(labels)]
+    assert spread > 0.5 * np.var(each, ddof=1) / len(each)
+
+
+def test_precision_and_recall_of_sources_are_less_sure_than_of_rows() -> None:
+    predictions = [p for p in answers(60, 9) for _ in range(4)]
+    alone = {(r.group, r.metric): r for r in by_class("tuned", "test", predictions, LABELS)}
+    sources = by_class("tuned", "test", predictions, LABELS, np.repeat(np.arange(60), 4))
+    for record in sources:
+        other = alone[record.group, record.metric]
+        assert (record.value, record.n) == (other.value, other.n)
+        assert record.high - record.low > 1.5 * (other.high - other.low)
+
+
+def test_the_interval_of_the_calibration_error_is_freed_of_noise() -> None:
+    """Answers of a calibrated classifier: the error that 200 rows show is noise, and the interval reaches 0."""
+    draw = np.random.default_rng(5)
+    confident = draw.uniform(0.5, 1, 200)
+    outputs = np.where(draw.random(200) < confident, "yes", "no")
+    calibrated = [
+        Prediction("yes", str(truth), "row", probabilities={"yes": float(c), "no": 1 - float(c)})
+        for truth, c in zip(outputs, confident, strict=True)
+    ]
+    metric = METRICS.get("ece")([])
+    shown, low, high = interval(metric, statistics(metric, calibrated), 0)
+    assert shown > 0.03
+    assert low == 0
+    assert high < 2 * shown
+    bold = [replace(p, probabilities={"yes": 0.999, "no": 0.001}) for p in calibrated]
+    shown, low, high = interval(metric, statistics(metric, bold), 0)
+    rate = wilson(float(np.mean(outputs == "yes")) * 200, 200)
+    assert (shown - low, high - shown) == pytest.approx(((rate[1] - rate[0]) / 2,) * 2, abs=0.01)

@@ -11,7 +11,7 @@ import pytest
 from scipy.stats import binomtest
 
 from tunesmith.errors import InputError, RefusedError
-from tunesmith.evaluation.intervals import interval, paired_rate, wilson
+from tunesmith.evaluation.intervals import influence, interval, paired_rate, wilson
 from tunesmith.evaluation.json_metrics import FieldAccuracy
 from tunesmith.evaluation.metrics import Accuracy, FloatArray, Loss, MacroF1, Perplexity, RowMetric
 
@@ -93,10 +93,9 @@ def test_wilson_is_that_of_scipy(k: int, n: int) -> None:
 
 
 def test_the_same_seed_gives_the_same_bits() -> None:
-    table = classes(120, np.random.default_rng(0))
-    metric = MacroF1("abcde")
-    assert interval(metric, table, 3) == interval(metric, table, 3)
-    assert interval(metric, table, 3) != interval(metric, table, 4)
+    table = answers(120, np.random.default_rng(0))
+    assert interval(Loss(), table, 3) == interval(Loss(), table, 3)
+    assert interval(Loss(), table, 3) != interval(Loss(), table, 4)
 
 
 def test_limits_of_perplexity_are_those_of_the_loss() -> None:
@@ -105,10 +104,11 @@ def test_limits_of_perplexity_are_those_of_the_loss() -> None:
 
 
 def test_blocks_change_nothing_but_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    table = classes(100, np.random.default_rng(0))
-    whole = interval(MacroF1("abcde"), table, 3)
+    tables = {MacroF1("abcde"): classes(100, np.random.default_rng(0)), Loss(): answers(90, np.random.default_rng(0))}
+    whole = [interval(metric, table, 3) for metric, table in tables.items()]
     monkeypatch.setattr("tunesmith.evaluation.intervals.BLOCK", 777)
-    assert interval(MacroF1("abcde"), table, 3) == pytest.approx(whole)
+    for (metric, table), limits in zip(tables.items(), whole, strict=True):
+        assert interval(metric, table, 3) == pytest.approx(limits)
 
 
 def test_ten_thousand_rows_of_77_classes_take_bounded_memory() -> None:
@@ -169,3 +169,33 @@ def test_no_value_is_refused() -> None:
         interval(Perplexity(), np.array([[1e6, 1.0]]), 0)
     with pytest.raises(InputError, match="no rows"):
         interval(Loss(), np.zeros((0, 2)), 0)
+
+
+def test_the_jackknife_is_that_of_leaving_out_each_row() -> None:
+    table, metric = classes(60, np.random.default_rng(1)), MacroF1("abcde")
+    value = float(metric.aggregate(table.sum(axis=0)))
+    left = np.array([float(metric.aggregate(np.delete(table, i, axis=0).sum(axis=0))) for i in range(60)])
+    pull, bias = influence(metric, table)
+    assert pull == pytest.approx(59 * (left.mean() - left))
+    assert bias == pytest.approx(59 * (left.mean() - value))
+    mean = fields(60, np.random.default_rng(1))
+    pull, bias = influence(FieldAccuracy(), mean)
+    assert pull == pytest.approx(mean[:, 0] - mean[:, 0].mean())
+    assert bias == pytest.approx(0, abs=1e-12)
+
+
+def test_a_mean_of_zeros_and_ones_is_worth_its_rows() -> None:
+    """Fractions that are all or nothing are a rate, whose interval is Wilson's; the variance's own doubt widens it."""
+    table = hits(400, np.random.default_rng(3))
+    assert interval(FieldAccuracy(), table, 0) == pytest.approx(interval(Accuracy(), table, 0), abs=2e-3)
+
+
+def test_rare_classes_are_worth_few_rows() -> None:
+    """All of 1,000 rows right, 10 of them of the second class: what is known of its F1 are 10 rows."""
+    right = np.zeros((1000, 6))
+    right[:990, [0, 2, 4]] = 1
+    right[990:, [1, 3, 5]] = 1
+    _, low, high = interval(MacroF1("ab"), right, 0)
+    assert high == 1.0
+    worth = 4 / (1 / 990 + 1 / 10)
+    assert low == pytest.approx(wilson(worth, worth)[0])

@@ -13,6 +13,7 @@ import pytest
 
 from tunesmith import measuring
 from tunesmith.data.checks import row_keys
+from tunesmith.evaluation.answers import asked_text
 from tunesmith.evaluation.intervals import interval, wilson
 from tunesmith.evaluation.metrics import Accuracy
 from tunesmith.recipe_file import parse_recipe
@@ -75,7 +76,8 @@ def test_groups_are_the_values_of_the_columns_asked_for() -> None:
         record = value(results, "accuracy", f"shop={shop}")
         assert record["n"] == len(inside) == 20
         assert record["value"] == pytest.approx(np.mean([i % 5 != 0 for i in inside]))
-    assert {e["metric"] for e in results["effects"]} == set(METRICS)
+    # Guesses at random beat the majority class in macro-F1, so that is no test of the text having been read.
+    assert {e["metric"] for e in results["effects"]} == set(METRICS) - {"macro_f1"}
 
 
 def test_clusters_widen_the_interval_where_rows_of_one_source_agree() -> None:
@@ -147,8 +149,8 @@ def test_no_predictions_are_written_where_none_are_kept(tmp_path: Path) -> None:
 def test_the_question_of_a_row_is_its_last_user_turn_or_its_text() -> None:
     turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
     said = [*turns, {"role": "user", "content": "three"}, {"role": "assistant", "content": "four"}]
-    assert measuring.asked_text(Row({"messages": said}, "r")) == "three"
-    assert measuring.asked_text(Row({"text": "all of it"}, "r")) == "all of it"
+    assert asked_text(Row({"messages": said}, "r")) == "three"
+    assert asked_text(Row({"text": "all of it"}, "r")) == "all of it"
 
 
 def test_a_second_pass_over_a_set_takes_the_place_of_the_first() -> None:

@@ -1,16 +1,16 @@
-"""Intervals of metrics, and of the difference of two models on the same rows.
+"""Intervals of a metric's value over rows.
 
-Chosen by the coverage of nominal 95% intervals at n = 50, 200 and 1000 (tests/unit/test_intervals.py repeats
-it). Rates: Wilson's score. Ratios: bootstrap-t. All else: percentile bootstrap. Both bootstraps take wider
-quantiles where the rows' influence has heavy tails: plain percentile and BCa limits of a skewed loss, or of a
-macro-F1 with a rare class, held the truth in 86 to 93% of 2,000 trials at n = 50.
-Shape letters: N rows, K statistics, R resamples.
+By `RowMetric.kind`, chosen by the coverage of nominal 95% intervals at n = 50, 200 and 1,000, which
+benchmarks/error_bars.py measures and docs/statistics.md tells. Rates: Wilson's score; means between 0 and 1 too, for as
+many rows as they are worth. Ratios: bootstrap-t. Other smooth functions of sums: the jackknife. All but the first
+use wider quantiles where few rows carry the metric (`degrees_of_freedom`).
+Shape letters: N rows, C clusters, K statistics, R resamples.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from statistics import NormalDist
 
 import numpy as np
@@ -18,13 +18,15 @@ from numpy.typing import NDArray
 from scipy import special
 
 from tunesmith.errors import InputError, RefusedError
-from tunesmith.evaluation.metrics import FloatArray, RowMetric, quotient
+from tunesmith.evaluation.metrics import Biased, FloatArray, MetricKind, RowMetric, Weighed, quotient
 
 # Cells of one block of resampling counts: 2,000,000 rows drawn need about 48 MB, whatever N and R.
 BLOCK = 2_000_000
+ROUNDING = 1e-24  # a variance that is none: what rounding leaves of rows that all agree
 
 IntArray = NDArray[np.int64]
 Aggregate = Callable[[FloatArray], FloatArray]
+Limits = tuple[float, float]
 
 
 def interval(
@@ -37,10 +39,10 @@ def interval(
 ) -> tuple[float, float, float]:
     """(value, low, high) of the metric over the rows; the same for the same seed.
 
-    Rows of one cluster (several of one source) are drawn together; a rate counts as many rows as it is worth.
-    Where every resample gives the same value (one row, or rows all alike) a bootstrap would claim
-    certainty: a metric between 0 and 1 then gets Wilson's interval for n rows, any other its bounds
-    when n is 1 and its value when rows agree. InputError without rows, RefusedError on NaN or infinity.
+    Rows of one cluster (several of one source) are drawn, or left out, together; a rate counts as many rows as it is
+    worth. Where rows have no spread (one row, or all alike) a metric between 0 and 1 gets Wilson's interval for
+    as many rows as it is worth, any other its bounds when n is 1 and its value when rows agree.
+    InputError without rows, RefusedError on NaN or infinity.
     """
     value = value_of(metric, statistics_NK)
     kind = metric.kind
@@ -49,25 +51,61 @@ def interval(
         if kind == "rate":
             worth = effective_rows(statistics_NK)
             return (value, *wilson(value * worth, worth, level))
-        kind = "ratio" if kind == "mean" else kind
     count = len(statistics_NK)
-    if kind == "rate":
-        return (value, *wilson(float(statistics_NK[:, 0].sum()), float(statistics_NK[:, 1].sum()), level))
-    limits = None
-    if count > 1 and kind == "ratio":
-        limits = studentised(statistics_NK, seed, level, resamples)
-        if limits is not None:
-            # Perplexity is a monotone function of a ratio, so its limits are that function of the limits.
-            ends = metric.aggregate(np.array([[limit, 1.0] for limit in limits]))
-            limits = (float(ends.min()), float(ends.max()))
-    if count > 1 and limits is None:
-        limits = percentile(metric.aggregate, statistics_NK, seed, level, resamples)
+    limits: Limits | None = None
+    if kind == "rate" or count > 1:
+        limits = _LIMITS[kind](metric, statistics_NK, seed, level, resamples)
     if limits is None:
         if metric.bounds == (0.0, 1.0):
-            limits = wilson(value * count, count, level)
+            worth = metric.worth(statistics_NK.sum(axis=0)) if isinstance(metric, Weighed) else count
+            limits = wilson(value * min(count, worth), min(count, worth), level)
         else:
             limits = metric.bounds if count == 1 else (value, value)
-    return value, max(limits[0], metric.bounds[0]), min(limits[1], metric.bounds[1])
+    return value, max(min(limits[0], value), metric.bounds[0]), min(max(limits[1], value), metric.bounds[1])
+
+
+def _rate_limits(metric: RowMetric, statistics_N2: FloatArray, seed: int, level: float, resamples: int) -> Limits:
+    return wilson(float(statistics_N2[:, 0].sum()), float(statistics_N2[:, 1].sum()), level)
+
+
+def _mean_limits(
+    metric: RowMetric, statistics_N2: FloatArray, seed: int, level: float, resamples: int
+) -> Limits | None:
+    if metric.bounds != (0.0, 1.0):
+        return _ratio_limits(metric, statistics_N2, seed, level, resamples)
+    share, variance, residual_N = _linearised(statistics_N2)
+    if variance <= ROUNDING:
+        return None
+    widening = special.ndtri((1 + level) / 2) / special.stdtrit(degrees_of_freedom(residual_N), (1 + level) / 2)
+    worth = float(share * (1 - share) / variance * widening**2)
+    return wilson(share * worth, worth, level)
+
+
+def _ratio_limits(
+    metric: RowMetric, statistics_N2: FloatArray, seed: int, level: float, resamples: int
+) -> Limits | None:
+    limits = studentised(statistics_N2, seed, level, resamples)
+    if limits is None:
+        return percentile(metric.aggregate, statistics_N2, seed, level, resamples)
+    # Perplexity is a monotone function of a ratio, so its limits are that function of the limits.
+    ends = metric.aggregate(np.array([[limit, 1.0] for limit in limits]))
+    return float(ends.min()), float(ends.max())
+
+
+def _general_limits(
+    metric: RowMetric, statistics_NK: FloatArray, seed: int, level: float, resamples: int
+) -> Limits | None:
+    if isinstance(metric, Biased):
+        return metric.limits(statistics_NK, seed, level)
+    return jackknifed(metric, statistics_NK, level)
+
+
+_LIMITS: Mapping[MetricKind, Callable[[RowMetric, FloatArray, int, float, int], Limits | None]] = {
+    "rate": _rate_limits,
+    "mean": _mean_limits,
+    "ratio": _ratio_limits,
+    "general": _general_limits,
+}
 
 
 def clustered(statistics_NK: FloatArray, clusters_N: IntArray) -> FloatArray:
@@ -83,16 +121,21 @@ def effective_rows(statistics_C2: FloatArray) -> float:
     Korn and Graubard 1998 (Surv. Methodol. 24(2)): the binomial variance by the clusters' own, with Student's t of
     as many degrees of freedom as there are clusters but one. Clusters that all agree are worth a row each.
     """
-    clusters, (hits, rows) = len(statistics_C2), statistics_C2.sum(axis=0)
+    clusters, rows = len(statistics_C2), float(statistics_C2[:, 1].sum())
     if clusters == 1:
         return 1.0
-    share = hits / rows
-    residual_C = statistics_C2[:, 0] - share * statistics_C2[:, 1]
-    variance = clusters / (clusters - 1) * float(residual_C @ residual_C) / rows**2
-    if share in (0, 1) or variance == 0:
+    share, variance, _ = _linearised(statistics_C2)
+    if share in (0, 1) or variance <= ROUNDING:
         return float(clusters)
     widening = special.stdtrit(max(rows - 1, 1), 0.975) / special.stdtrit(clusters - 1, 0.975)
     return float(min(rows, share * (1 - share) / variance) * widening**2)
+
+
+def _linearised(statistics_N2: FloatArray) -> tuple[float, float, FloatArray]:
+    """A ratio of sums, the variance of that estimate (Cochran 1977, 6.3), and the rows' residuals; two rows or more."""
+    count, (hits, rows) = len(statistics_N2), statistics_N2.sum(axis=0)
+    residual_N = statistics_N2[:, 0] - hits / rows * statistics_N2[:, 1]
+    return float(hits / rows), count / (count - 1) * float(residual_N @ residual_N) / float(rows) ** 2, residual_N
 
 
 def wilson(hits: float, count: float, level: float = 0.95) -> tuple[float, float]:
@@ -132,7 +175,8 @@ def percentile(
     values_R = values_R[np.isfinite(values_R)]
     if not len(values_R) or np.ptp(values_R) == 0:
         return None
-    freedom = _degrees_of_freedom(_jackknife(aggregate, statistics_NK))
+    left_N = _left_out(aggregate, statistics_NK)
+    freedom = degrees_of_freedom(left_N[np.isfinite(left_N)])
     tail = float(special.ndtr(special.stdtrit(freedom, (1 - level) / 2) * math.sqrt(count / (count - 1))))
     low, high = np.quantile(values_R, [tail, 1 - tail])
     return float(low), float(high)
@@ -158,7 +202,7 @@ def studentised(statistics_N2: FloatArray, seed: int, level: float, resamples: i
             shift = residual / base
             # (residual / base) / (sqrt(sum of squared residuals about the resample's ratio) / base)
             pivots.append(residual / np.sqrt(np.maximum(rr - 2 * shift * rb + shift**2 * bb, 0)))
-    freedom = _degrees_of_freedom(residual_N)
+    freedom = degrees_of_freedom(residual_N)
     tail = float(special.ndtr(special.stdtrit(freedom, (1 - level) / 2)))
     pivot_R = np.concatenate(pivots)
     pivot_R = np.sort(pivot_R[~np.isnan(pivot_R)])
@@ -173,13 +217,44 @@ def studentised(statistics_N2: FloatArray, seed: int, level: float, resamples: i
     return limits if all(map(math.isfinite, limits)) else None
 
 
-def _degrees_of_freedom(influence_N: FloatArray) -> float:
+def jackknifed(metric: RowMetric, statistics_NK: FloatArray, level: float) -> Limits | None:
+    """Student's t limits from the value without each row in turn, freed of the bias that this shows; None if all agree.
+
+    Efron and Tibshirani 1993, chapter 11. Between 0 and 1 they are taken on the scale of log odds, which keeps them
+    inside and, near 1, covers where symmetric ones do not.
+    """
+    value, count = value_of(metric, statistics_NK), len(statistics_NK)
+    pull_N, bias = influence(metric, statistics_NK)
+    error = math.sqrt(float(pull_N @ pull_N) / (count * (count - 1)))
+    if error**2 <= ROUNDING * max(1.0, value**2):
+        return None
+    far = float(special.stdtrit(degrees_of_freedom(pull_N), (1 + level) / 2)) * error
+    if metric.bounds != (0.0, 1.0) or not 0 < value < 1:
+        return value - bias - far, value - bias + far
+    centre, slope = float(special.logit(value)), 1 / (value * (1 - value))
+    return float(special.expit(centre - slope * (bias + far))), float(special.expit(centre - slope * (bias - far)))
+
+
+def influence(metric: RowMetric, statistics_NK: FloatArray) -> tuple[FloatArray, float]:
+    """How much each row pulls the metric away from its value [N], and the metric's bias: both of the jackknife.
+
+    The pulls sum to 0; for a mean they are what each row has above it. At least two rows.
+    """
+    count = len(statistics_NK)
+    value = value_of(metric, statistics_NK)
+    left_N = _left_out(metric.aggregate, statistics_NK)
+    left_N = np.where(np.isfinite(left_N), left_N, value)  # a row without which there is no value tells nothing
+    pull_N = (count - 1) * (value - left_N)
+    return pull_N - pull_N.mean(), -float(pull_N.mean())
+
+
+def degrees_of_freedom(pull_N: FloatArray) -> float:
     """Satterthwaite's: a variance estimated from n rows of kurtosis k varies as one with 2n / (k - 1).
 
     A rare class, or few rows that carry most of a loss, leave far fewer than n - 1.
     """
-    count = len(influence_N)
-    squares_N = (influence_N - influence_N.mean()) ** 2
+    count = len(pull_N)
+    squares_N = (pull_N - pull_N.mean()) ** 2
     variance = float(squares_N.mean()) if count else 0.0
     if variance == 0:
         return max(1.5, count - 1.0)
@@ -188,13 +263,12 @@ def _degrees_of_freedom(influence_N: FloatArray) -> float:
     return max(1.5, min(count - 1.0, 2 * count / max(kurtosis - 1, 1e-9)))
 
 
-def _jackknife(aggregate: Aggregate, statistics_NK: FloatArray) -> FloatArray:
-    """The metric without each row in turn; rows whose loss leaves no value are left out."""
+def _left_out(aggregate: Aggregate, statistics_NK: FloatArray) -> FloatArray:
+    """The metric without each row in turn [N]; NaN where that leaves none."""
     total_K = statistics_NK.sum(axis=0)
     size = max(1, BLOCK // statistics_NK.shape[1])
     parts = [aggregate(total_K - statistics_NK[i : i + size]) for i in range(0, len(statistics_NK), size)]
-    values_N = np.concatenate(parts)
-    return values_N[np.isfinite(values_N)]
+    return np.concatenate(parts)
 
 
 def _resampled_sums(statistics_NK: FloatArray, seed: int, resamples: int) -> Iterator[FloatArray]:

@@ -25,7 +25,7 @@ class RowMetric(Protocol):
     """What `METRICS` holds. `kind` chooses the interval.
 
     rate: rows are 0 or 1, statistics (hit, 1). mean: statistics (value, 1). ratio: (numerator, denominator),
-    and the metric is their quotient or a monotone function of it. general: any function of the sums.
+    and the metric is their quotient or a monotone function of it. general: any smooth function of the sums.
     `bounds` are the smallest and largest value the metric can have.
     """
 
@@ -50,6 +50,40 @@ class Joint(Protocol):
     def joint_statistics(self, predictions: Sequence[Prediction]) -> FloatArray:
         """[N, K], a row's statistics as they are among these rows."""
         ...
+
+
+@runtime_checkable
+class Biased(Protocol):
+    """A metric that few rows push away from its true value and that is not smooth: it knows its bias and limits."""
+
+    def bias(self, statistics_NK: FloatArray) -> float:
+        """How much of the value is owed to there being no more rows than these."""
+        ...
+
+    def limits(self, statistics_NK: FloatArray, seed: int, level: float) -> tuple[float, float] | None:
+        """The interval of the true value; None where rows have no spread."""
+        ...
+
+
+@runtime_checkable
+class Weighed(Protocol):
+    """A metric that says how many rows of a rate would tell as much, where all rows are right."""
+
+    def worth(self, sums_K: FloatArray) -> float: ...
+
+
+@runtime_checkable
+class Renamed(Protocol):
+    """A metric that is equal for two models when another is, so that both are one hypothesis."""
+
+    tested_as: ClassVar[str]
+
+
+@runtime_checkable
+class WithoutFloor(Protocol):
+    """A metric by which guesses at random beat the most frequent label: to beat that label by it shows nothing."""
+
+    majority_is_no_floor: ClassVar[bool]
 
 
 @runtime_checkable
@@ -160,6 +194,7 @@ class MacroF1:
     higher_is_better: ClassVar[bool] = True
     kind: ClassVar[MetricKind] = "general"
     bounds: ClassVar[Bounds] = (0.0, 1.0)
+    majority_is_no_floor: ClassVar[bool] = True
 
     def __init__(self, labels: Sequence[str]) -> None:
         self.labels = tuple(labels)
@@ -188,6 +223,12 @@ class MacroF1:
         f1 = np.divide(2 * hits, held, out=np.zeros_like(held), where=held > 0)
         classes = (held > 0).sum(axis=-1).astype(np.float64)
         return np.divide(f1.sum(axis=-1), classes, out=np.full(classes.shape, np.nan), where=classes > 0)
+
+    def worth(self, sums_K: FloatArray) -> float:
+        """A mean over classes is as uncertain as its rarest: the number of classes times the harmonic mean of rows."""
+        actual_L = sums_K[2 * len(self.labels) :]
+        held_L = actual_L[actual_L > 0]
+        return float(len(held_L) ** 2 / (1 / held_L).sum())
 
 
 @METRICS.register("loss")
@@ -220,6 +261,7 @@ class Perplexity(Loss):
     """exp of the loss."""
 
     name: ClassVar[str] = "perplexity"
+    tested_as: ClassVar[str] = "loss"
     bounds: ClassVar[Bounds] = (1.0, float("inf"))
 
     def aggregate(self, sums: FloatArray) -> FloatArray:

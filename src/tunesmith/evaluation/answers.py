@@ -1,0 +1,104 @@
+"""The answers behind a run's numbers, a line a row: written when a set is measured, read to compare and to show."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from tunesmith import rundir
+from tunesmith.data.checks import row_keys
+from tunesmith.errors import InputError
+from tunesmith.types import Prediction, Row
+
+FOLDER = "predictions"
+MAJORITY = "majority"  # the one model whose probabilities are the same for every row: they are left out
+DIGITS = 9  # of a stored probability: what a number of fp32 has
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """One row with what each model answered to it.
+
+    `key` tells the row with its reference, `shown` what of it the models were shown (`data.checks.row_keys`);
+    `copy` counts rows of one key.
+    """
+
+    key: str
+    shown: str
+    copy: int
+    where: str
+    input: str
+    reference: str | None
+    tags: Mapping[str, str]
+    answers: Mapping[str, Prediction]
+
+
+def write(run: Path, name: str, rows: Sequence[Row], found: Mapping[str, Sequence[Prediction]]) -> None:
+    """The answers of each model to rows of the set `name`, beside their references."""
+    lines: list[bytes] = []
+    for index, row in enumerate(rows):
+        shown, key = row_keys(row.value)
+        line = {
+            "key": key.hex(),
+            "shown": shown.hex(),
+            "where": row.where,
+            "input": asked_text(row),
+            "reference": next(iter(found.values()))[index].reference,
+            "tags": row.tags,
+            "answers": {model: _written(model, predictions[index]) for model, predictions in found.items()},
+        }
+        lines.append(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
+    (run / FOLDER).mkdir(exist_ok=True)
+    rundir.write_file(run / FOLDER / f"{name}.jsonl", b"".join(lines))
+
+
+def read(run: Path, name: str) -> Iterator[Answered]:
+    """The rows of the set `name` in their order; a damaged file is refused by name and line."""
+    path = run / FOLDER / f"{name}.jsonl"
+    copies = Counter[str]()
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                found = _read(orjson.loads(line), copies)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise InputError(
+                    f"{path}:{number} is damaged: {error}",
+                    f"measure the set again: `tunesmith evaluate {run} --data F`",
+                ) from error
+            yield found
+
+
+def kept(run: Path) -> list[str]:
+    """The sets whose answers the run has kept, by name."""
+    return sorted(path.stem for path in (run / FOLDER).glob("*.jsonl"))
+
+
+def asked_text(row: Row) -> str:
+    """What a person would call the row's question: the last user turn, or the text."""
+    said = [m["content"] for m in row.value.get("messages", []) if m["role"] in ("user", "tool")]
+    return str(said[-1]) if said else str(row.value.get("text", ""))
+
+
+def _written(model: str, prediction: Prediction) -> dict[str, Any]:
+    shares = prediction.probabilities if model != MAJORITY else None
+    return {
+        "output": prediction.output,
+        "scores": prediction.scores,
+        "probabilities": shares and {label: float(f"{share:.{DIGITS}g}") for label, share in shares.items()},
+        "finished": prediction.finished,
+    }
+
+
+def _read(line: dict[str, Any], copies: Counter[str]) -> Answered:
+    key, where, reference = line["key"], line["where"], line["reference"]
+    copies[key] += 1
+    answers = {
+        model: Prediction(a["output"], reference, where, a["scores"], a["probabilities"], a["finished"])
+        for model, a in line["answers"].items()
+    }
+    return Answered(key, line["shown"], copies[key], where, line["input"], reference, line["tags"], answers)
