@@ -1,4 +1,4 @@
-"""The verbs: plan, train, resume, evaluate, predict, chat, load. What the command line does is done here."""
+"""The verbs: plan, train, resume, evaluate, predict, chat, export, report, load: what the command line does."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tunesmith import exporting, measuring, rundir, session, training
 from tunesmith.chatting import Chat, default_sampling
@@ -25,7 +25,7 @@ from tunesmith.planning import Assets, Plan, make_plan
 from tunesmith.protocols import Method, Objective
 from tunesmith.recipe import Recipe
 from tunesmith.recipe_file import Origin, load_recipe, parse_recipe, resolve_paths, run_name
-from tunesmith.report import notebook
+from tunesmith.report import notebook, write
 from tunesmith.report.live import View
 from tunesmith.rundir import RunDir
 from tunesmith.settings import Placement
@@ -40,7 +40,10 @@ _LOADED: dict[Path, str] = {}  # sha256 of each plugin that this process has run
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A finished run: its folder, and what evaluation.json and comparison.json hold. A notebook shows it as a table."""
+    """A finished run: its folder, and what evaluation.json and comparison.json hold. A notebook shows it as a table.
+
+    `report` is the page to look at; None if it could not be drawn (`tunesmith report` says why).
+    """
 
     path: Path
     records: list[dict[str, Any]]
@@ -64,6 +67,10 @@ class Result:
             f"{self.path} has no {metric} of {model} on {data or 'any data'} ({group})",
             f"measured: {', '.join(known) or 'nothing'}",
         )
+
+    @property
+    def report(self) -> Path | None:
+        return self.path / write.REPORT if write.is_current(self.path) else None
 
     def _repr_html_(self) -> str:
         return notebook.results_html(self.path, self.records, self.effects)
@@ -146,6 +153,7 @@ def train(
             training.begin(run, typed, planned, hashes)
             with tracked(run, typed, planned.hash, tell) as tracking:
                 results = training.execute(run, typed, planned, assets, policy, tracking.listen)
+                write.try_report(folder)
                 tracking.finish("finished", results["records"])
             return _result(run, results)
 
@@ -170,6 +178,8 @@ def resume(
         stored = rundir.read_json(path / "plan.json")
         if (path / "evaluation.json").is_file() and run.model.is_dir():
             tell("phase", {"name": "finished already"})
+            if not write.is_current(path):
+                write.try_report(path)
             results = measuring.read_results(run)
             if unfinished(run):
                 with tracked(run, recipe, stored["hash"], tell, again=True) as tracking:
@@ -185,6 +195,7 @@ def resume(
         policy = training.load_policy(planned, assets, tell)
         with tracked(run, recipe, planned.hash, tell, again=True) as tracking:
             results = training.execute(run, recipe, planned, assets, policy, tracking.listen)
+            write.try_report(path)
             tracking.finish("finished", results["records"])
         return _result(run, results)
 
@@ -314,7 +325,33 @@ def evaluate(
         measuring.merge(results, measuring.score(of, rows, found, loaded.objective, recipe, metrics))
         measuring.write_predictions(run, of, rows, found, recipe.evaluate.keep)
         measuring.write_results(run, results)
+        write.try_report(path)
     return _result(run, results)
+
+
+def report(
+    path: PathLike,
+    *,
+    format: Literal["html", "md"] = "html",
+    out: PathLike | None = None,
+    plugins: Sequence[PathLike] = (),
+) -> Path | str:
+    """Makes the report of a run, finished or not: its path, or the text of a Markdown one that has no `out`.
+
+    Without `out`, a page replaces the run's report.html and renews the card in model/.
+    """
+    path = Path(path)
+    run = RunDir.open(path)
+    load_plugins(plugins)
+    if format == "html" and out is None:
+        with run.hold():
+            write.write_report(path)
+        return path / write.REPORT
+    text = write.FORMATS[format](write.summarise(path))
+    if out is None:
+        return text
+    rundir.write_file(Path(out), text.encode())
+    return Path(out)
 
 
 def load_plugins(paths: Sequence[PathLike]) -> dict[str, str]:

@@ -207,7 +207,7 @@ class RunDir:
                 holder, {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
             )
             with disk_errors(str(self.path)):
-                for parent in (self.path, self.checkpoints):
+                for parent in (self.path, self.checkpoints, self.model):
                     recover(parent)
             yield
         finally:

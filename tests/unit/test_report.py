@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from tunesmith.report.live import Pace, View, duration
+from tunesmith.report.figures import duration
+from tunesmith.report.live import Pace, View
 from tunesmith.report.results import results_tables, weaknesses
 from tunesmith.report.screen import screen
 from tunesmith.report.visible import shortened, visible

@@ -43,6 +43,7 @@ def show_result(result: Result, view: View, call: Call) -> None:
             {
                 "run": str(result.path),
                 "model": str(result.path / "model"),
+                "report": None if result.report is None else str(result.report),
                 "records": result.records,
                 "effects": result.effects,
             }
@@ -50,7 +51,7 @@ def show_result(result: Result, view: View, call: Call) -> None:
         return
     from tunesmith.report.results import show_results
 
-    show_results(result.path, result.records, result.effects, view.console)
+    show_results(result.path, result.report, result.records, result.effects, view.console)
 
 
 VERB = Verb("train", "train what a recipe describes, and measure it against its base", _add, _run)

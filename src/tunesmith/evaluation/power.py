@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import optimize, special
 
 from tunesmith.evaluation.metrics import FloatArray
@@ -80,9 +81,7 @@ def mcnemar_power(gained: float, lost: float, count: int, level: float = LEVEL) 
     if not changing:
         return 0.0
     centre, reach = count * changing, 9 * math.sqrt(count * changing * (1 - changing)) + 30
-    changed_M = np.arange(
-        max(0, math.floor(centre - reach)), min(count, math.ceil(centre + reach)) + 1, dtype=np.float64
-    )
+    changed_M = np.arange(max(0, math.floor(centre - reach)), min(count, math.ceil(centre + reach)) + 1, dtype=np.int64)
     log_M = (
         special.gammaln(count + 1)
         - special.gammaln(changed_M + 1)
@@ -116,7 +115,7 @@ def detectable_rate(changing: float, count: int, level: float = LEVEL) -> float 
     return float(optimize.brentq(gap, 0.0, 1.0, xtol=1e-6)) if gap(1.0) >= 0 else None  # type: ignore[arg-type]
 
 
-def _most_against(changed_M: FloatArray, level: float) -> FloatArray:
+def _most_against(changed_M: NDArray[np.int64], level: float) -> FloatArray:
     """For each number of changed rows the most that may go the other way when McNemar's exact p is at most `level`."""
     limit_M = np.floor(special.bdtrik(level / 2, changed_M, 0.5))
     limit_M = np.where(np.isfinite(limit_M), limit_M, -1.0)

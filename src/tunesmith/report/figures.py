@@ -35,3 +35,14 @@ def large(number: int) -> str:
     if number < 10**6:
         return f"{number:,}"
     return f"{number / 1e6:,.1f} M" if number < 10**9 else f"{number / 1e9:,.1f} G"
+
+
+def duration(seconds: float) -> str:
+    """1:02:03, or 2:03."""
+    whole = round(seconds)
+    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def gibibytes(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB"

@@ -17,6 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from tunesmith.report.figures import duration, gibibytes
 from tunesmith.report.screen import is_terminal, screen
 from tunesmith.report.visible import shortened
 
@@ -189,17 +190,6 @@ class _Terminal:
             live = self._live = Live(console=self._console, auto_refresh=False, transient=True)
             live.start()
         live.update(picture, refresh=True)
-
-
-def duration(seconds: float) -> str:
-    """1:02:03, or 2:03."""
-    whole = round(seconds)
-    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def gibibytes(count: float) -> str:
-    return f"{count / 2**30:.1f} GiB"
 
 
 def step_numbers(data: Mapping[str, Any], pace: Pace) -> str:

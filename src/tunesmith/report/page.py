@@ -5,13 +5,14 @@ How to make a page:
 1. Write its body as `templates/NAME.html`: a `<header class="top">`, then `<section id="x" data-title="X">` ones,
    from which the shell makes the navigation. `{% import "parts.html" as parts %}` has the parts that pages share:
    `pill`, `stats`, `interval`, `axis`, `more`; page.css says beside each class what it is for.
-2. `render("NAME", title=..., context={...}, data={...}, scripts=["NAME.js"])` gives the text of the file.
+2. `render("NAME", title=..., context={...}, data={...}, styles=["NAME.css"], scripts=["NAME.js"])` gives the file.
    `data` is what scripts read: `page.data` in JavaScript. page.js gives every page the switch for light and dark,
    tables that sort by a click on a heading (`<table class="sorts">`), hints on anything with `data-hint`, and copying.
 
 Everything that a template prints is escaped, and characters that could hide or turn text are written out
 (`harmless`). The content security policy lets only the scripts run whose hash it names, and nothing be fetched:
-even a hole in the escaping would not run a line. Numbers go through the filters `num`, `pct`, `p` and `n`.
+even a hole in the escaping would not run a line. Numbers go through the filters `num`, `pct`,
+`p` (values), `n` (counts), `large`, `duration` and `memory`.
 """
 
 from __future__ import annotations
@@ -36,7 +37,15 @@ _WRITTEN = {code: ascii(chr(code))[1:-1] for code in _HIDDEN if chr(code) not in
 _SECTION = re.compile(r'<section id="([\w-]+)" data-title="([^"]*)"')
 
 
-def render(name: str, *, title: str, context: Mapping[str, Any], data: Any = None, scripts: Sequence[str] = ()) -> str:
+def render(
+    name: str,
+    *,
+    title: str,
+    context: Mapping[str, Any],
+    data: Any = None,
+    styles: Sequence[str] = (),
+    scripts: Sequence[str] = (),
+) -> str:
     """The page whose body is `templates/<name>.html`, as one HTML file."""
     environment = _environment()
     body = environment.get_template(f"{name}.html").render(context)
@@ -46,7 +55,7 @@ def render(name: str, *, title: str, context: Mapping[str, Any], data: Any = Non
         title=title,
         body=Markup(body),
         sections=[(at, Markup(heading)) for at, heading in _SECTION.findall(body)],
-        style=Markup(_file("page.css")),
+        style=Markup("".join(_file(file) for file in ("page.css", *styles))),
         head=Markup(head),
         script=Markup(script),
         policy=f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'; "
@@ -93,7 +102,10 @@ def _environment() -> Environment:
         "num": _typeset(figures.figure),
         "pct": _typeset(figures.percent),
         "p": figures.p_value,
-        "n": lambda value: f"{value:,}",
+        "n": "{:,}".format,
+        "large": figures.large,
+        "duration": figures.duration,
+        "memory": figures.gibibytes,
     }
     return environment
 

@@ -10,8 +10,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tunesmith.report.figures import large
-from tunesmith.report.live import duration, gibibytes
+from tunesmith.report.figures import duration, gibibytes, large
 from tunesmith.report.visible import shortened, visible
 
 if TYPE_CHECKING:

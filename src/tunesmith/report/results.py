@@ -20,9 +20,13 @@ OF_A_CLASS = ("precision", "recall")
 
 
 def show_results(
-    path: Path, records: Sequence[Mapping[str, Any]], effects: Sequence[Mapping[str, Any]], console: Console
+    path: Path,
+    report: Path | None,
+    records: Sequence[Mapping[str, Any]],
+    effects: Sequence[Mapping[str, Any]],
+    console: Console,
 ) -> None:
-    """The table of a run, and the next commands."""
+    """The table of a run, where its model and report are, and the next commands."""
     for table in results_tables(records, effects):
         console.print(table)
     if records:
@@ -32,9 +36,11 @@ def show_results(
         console.print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
     run = shlex.quote(str(path))
     for line in (
-        f"model: {path / 'model'}",
-        f"next:  tunesmith predict {run} --input FILE    answers to more rows",
-        f"       tunesmith evaluate {run} --data FILE    measure it on more rows",
+        f"model:  {path / 'model'}",
+        f"report: {report or 'none'}",
+        f"next:   tunesmith report {run} --open           {'look at it' if report else 'why there is none'}",
+        f"        tunesmith predict {run} --input FILE    answers to more rows",
+        f"        tunesmith evaluate {run} --data FILE    measure it on more rows",
     ):
         console.print(Text(line), soft_wrap=True)
 

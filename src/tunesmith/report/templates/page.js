@@ -2,7 +2,7 @@
 // What every page can do; `page` is what the scripts after this one use.
 const page = (() => {
   const root = document.documentElement;
-  const data = JSON.parse(document.getElementById("data").textContent);
+  const data = JSON.parse(document.getElementById("page-data").textContent);
   const hint = document.querySelector(".hint");
 
   /** An element with classes and children; text is only ever text. */

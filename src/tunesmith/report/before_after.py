@@ -1,0 +1,153 @@
+"""Records and paired effects of a run -> lines of before and after, each with what can be said of the difference."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tunesmith.errors import InputError
+from tunesmith.evaluation import METRICS
+from tunesmith.report.plots import Mark, Scale, scale_of
+
+TUNED, MAJORITY = "tuned", "majority"
+OF_A_CLASS = ("precision", "recall")
+LEVEL = 0.05
+# As they are written where they are spoken of; all other words of a metric's name stay as they are.
+_SPELLED = {
+    "f1": "F1",
+    "roc": "ROC",
+    "auc": "AUC",
+    "ece": "ECE",
+    "json": "JSON",
+    "rouge": "ROUGE",
+    "l": "L",
+    "chrf": "chrF",
+}
+_NEAR = 0.3  # numbers that differ by less than this share of the largest are drawn without 0, to be told apart
+Standing = Literal["better", "worse", "no better", ""]
+Json = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class MetricFacts:
+    """What a reader must know of a metric. `higher` is None for a plugin's that is not loaded now."""
+
+    name: str
+    title: str
+    says: str
+    higher: bool | None
+    kind: str
+    bounds: tuple[float, float]
+
+    @property
+    def is_share(self) -> bool:
+        """Whether it is a share of rows, which reads best as percent."""
+        return self.kind == "rate"
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One metric on one data set or group: records of evaluation.json and the effect of comparison.json."""
+
+    metric: MetricFacts
+    before: Json | None
+    after: Json
+    effect: Json | None
+
+    @property
+    def standing(self) -> Standing:
+        """What the paired test says; "" where there was none.
+
+        Better or worse need both the p-value and the interval to say so: they come from different arguments.
+        """
+        if self.effect is None or self.metric.higher is None:
+            return ""
+        low, high = self.effect["low"], self.effect["high"]
+        if self.effect["p"] >= LEVEL or low is None or high is None or low <= 0 <= high:
+            return "no better"
+        return "better" if (self.effect["difference"] > 0) == self.metric.higher else "worse"
+
+    @property
+    def marks(self) -> list[Mark]:
+        found = [(record, tone) for record, tone in ((self.before, "before"), (self.after, "after")) if record]
+        return [Mark(model_title(r["model"]), r["value"], r["low"], r["high"], tone) for r, tone in found]
+
+    @property
+    def scale(self) -> Scale:
+        """From 0 to 1 for what has these bounds, else what holds the numbers."""
+        if self.metric.bounds == (0.0, 1.0):
+            return Scale(0.0, 1.0)
+        numbers = [n for mark in self.marks for n in (mark.value, mark.low, mark.high) if n is not None]
+        near = max(numbers) - min(numbers) < _NEAR * max(abs(n) for n in numbers)
+        return scale_of(numbers, include=() if near or min(numbers) < 0 else (0.0,))
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The lines of one data set, or of one group of its rows. `before` is the model that tuned is compared with."""
+
+    data: str
+    group: str
+    before: str | None
+    lines: tuple[Line, ...]
+
+    @property
+    def n(self) -> int:
+        return int(self.lines[0].after["n"])
+
+
+def tables(records: Sequence[Json], effects: Sequence[Json]) -> list[Table]:
+    """In the order of the records, all rows of a set before its groups; classes of a classifier are not among them."""
+    changes = {(effect["data"], effect["metric"]): effect for effect in effects}
+    found: dict[tuple[str, str], dict[str, dict[str, Json]]] = {}
+    for record in records:
+        if record["metric"] not in OF_A_CLASS:
+            place = found.setdefault((record["data"], record["group"]), {})
+            place.setdefault(record["metric"], {})[record["model"]] = record
+    made: list[Table] = []
+    for (data, group), metrics in found.items():
+        lines = tuple(
+            Line(facts_of(name), _other(models), models[TUNED], changes.get((data, name)) if group == "all" else None)
+            for name, models in metrics.items()
+            if TUNED in models
+        )
+        compared = next((str(line.before["model"]) for line in lines if line.before), None)
+        if lines:
+            made.append(Table(data, group, compared, lines))
+    return made
+
+
+def facts_of(name: str) -> MetricFacts:
+    """What is known of a metric by its name."""
+    title = " ".join(_SPELLED.get(word, word) for word in name.split("_")).replace("ROUGE ", "ROUGE-")
+    try:
+        metric = METRICS.get(name)([])
+    except InputError:
+        return MetricFacts(name, title, "", None, "general", (float("-inf"), float("inf")))
+    says = (inspect.getdoc(type(metric)) or "").split("\n\n")[0].replace("\n", " ")
+    return MetricFacts(name, title, says, metric.higher_is_better, metric.kind, metric.bounds)
+
+
+def model_title(model: str) -> str:
+    return "most frequent label" if model == MAJORITY else model
+
+
+def headline(lines: Iterable[Line]) -> Line | None:
+    """The line that the verdict is about: the first in the recipe's order that can tell the models apart.
+
+    One where both stand at the same end of the scale, as exact match often does for free text, cannot.
+    """
+    known = [line for line in lines if line.metric.higher is not None]
+    return next((line for line in known if not _at_one_end(line)), known[0] if known else None)
+
+
+def _at_one_end(line: Line) -> bool:
+    if line.before is None:
+        return False
+    return line.before["value"] == line.after["value"] and line.after["value"] in line.metric.bounds
+
+
+def _other(models: Mapping[str, Json]) -> Json | None:
+    return next((record for model, record in models.items() if model != TUNED), None)

@@ -1,0 +1,140 @@
+"""MODEL_CARD.md: what a run's model is, in the hub's format, from facts alone.
+
+The card is part of the model's folder, whose bytes repeat: it names no time, and no folder of this machine.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from tunesmith.models.catalog import Entry, entry_named, entry_of_hub_id
+from tunesmith.objectives import OBJECTIVES
+from tunesmith.report.before_after import TUNED, facts_of
+from tunesmith.report.findings import file_name
+from tunesmith.report.markdown import render
+from tunesmith.report.summary import Summary, train_files
+from tunesmith.report.verdict import value
+
+# Licences by the words that the hub has for them; any other is "other" with its name and link.
+HUB_LICENCES = {
+    "Apache-2.0": "apache-2.0",
+    "MIT": "mit",
+    "LicenseRef-Llama-3.1": "llama3.1",
+    "LicenseRef-Llama-3.2": "llama3.2",
+    "LicenseRef-Gemma": "gemma",
+}
+TASKS = {"lm": "text-generation", "pooled": "text-classification"}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_LOCAL = re.compile(r"[/\\]|\.\w{1,8}$")
+WEAKEST = 3  # classes named among the limits
+
+
+def model_card(summary: Summary, adapter: bool) -> str:
+    """The whole of MODEL_CARD.md. `adapter`: the folder holds an adapter, not a whole model."""
+    plan = summary.plan
+    objective, method = str(plan["meaning"]["objective"][0]), str(plan["meaning"]["method"][0])
+    head = str(OBJECTIVES.get(objective).needs.head)
+    entry = _entry(str(plan["base"]["name"]))
+    data = ModelCardData(
+        base_model=_hub_id(summary, entry),
+        base_model_relation="adapter" if adapter else "finetune",
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag=TASKS[head],
+        tags=["tunesmith", objective, method],
+        datasets=_hub_datasets(summary) or None,
+        metrics=list(dict.fromkeys(line.metric.name for table in summary.tables for line in table.lines)) or None,
+        model_name=summary.title,
+        eval_results=_results(summary, TASKS[head]) or None,
+        **_licence(summary),
+    )
+    body = render(
+        "model_card.md",
+        {
+            "run": summary,
+            "plan": plan,
+            "train": plan["meaning"]["train"],
+            "files": train_files(plan),
+            "head": head,
+            "adapter": adapter,
+            "chat": set(plan["audit"]["train"]["formats"]) != {"text"},
+            "labels": (plan["meaning"]["objective"][2] or {}).get("labels"),
+            "base": _base(summary, entry),
+            "weakest": _weakest(summary),
+        },
+    )
+    return str(ModelCard(f"---\n{data.to_yaml(line_break=chr(10))}\n---\n\n{body}", ignore_metadata_errors=False))
+
+
+def _entry(name: str) -> Entry | None:
+    return entry_named(name) or entry_of_hub_id(name)
+
+
+def _hub_id(summary: Summary, entry: Entry | None) -> str | None:
+    """The base's id on the hub, if it has one."""
+    name = str(summary.plan["base"]["name"])
+    if entry is not None:
+        return entry.hub_id
+    return name if _HUB_ID.fullmatch(name) else None
+
+
+def _base(summary: Summary, entry: Entry | None) -> str:
+    """How code that loads the base names it, as Python."""
+    if entry is not None and entry.package is not None and summary.plan["base"]["name"] == entry.name:
+        return f"resolve({entry.name!r}).folder"
+    return repr(_hub_id(summary, entry) or f"path/to/{file_name(str(summary.plan['base']['name']))}")
+
+
+def _licence(summary: Summary) -> dict[str, Any]:
+    """That of the base, which what is made from it inherits; nothing where it is not known."""
+    found = summary.plan["base"]["licence"]
+    if not found:
+        return {}
+    if found in HUB_LICENCES:
+        return {"license": HUB_LICENCES[found]}
+    return {
+        "license": "other",
+        "license_name": str(found).lower(),
+        "license_link": summary.licence.url if summary.licence else None,
+    }
+
+
+def _hub_datasets(summary: Summary) -> list[str]:
+    """Training sets that are read from the hub: an owner and a name, and no path of a file."""
+    names = [str(file["name"]) for file in summary.plan["audit"]["train"]["files"]]
+    return list(dict.fromkeys(n for n in names if _HUB_ID.fullmatch(n) and not _LOCAL.search(n.partition("/")[2])))
+
+
+def _results(summary: Summary, task: str) -> list[EvalResult]:
+    """The tuned model's numbers over all rows of each set; the interval and n stand in the metric's name."""
+    found: list[EvalResult] = []
+    for record in summary.records:
+        if record["model"] != TUNED or record["group"] != "all" or not math.isfinite(record["value"]):
+            continue
+        split = summary.splits.get(record["data"])
+        facts = facts_of(record["metric"])
+        low, high = value(facts, record["low"]), value(facts, record["high"])
+        found.append(
+            EvalResult(
+                task_type=task,
+                dataset_type=file_name(split["files"][0]["name"]) if split and split["files"] else str(record["data"]),
+                dataset_name=str(record["data"]),
+                metric_type=str(record["metric"]),
+                metric_name=f"{facts.title} (95% interval {low} to {high}, n = {record['n']:,})",
+                metric_value=float(f"{record['value']:.6g}"),
+            )
+        )
+    return found
+
+
+def _weakest(summary: Summary) -> list[tuple[str, float, int]]:
+    """Classes of the lowest recall on the first set: label, recall, rows."""
+    if not summary.classes:
+        return []
+    lines = [line for line in summary.classes[0].lines if line.recall is not None]
+    return [
+        (line.label, line.recall.value, line.n) for line in lines[:WEAKEST] if line.recall and line.recall.value < 1
+    ]

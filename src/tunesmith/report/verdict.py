@@ -1,0 +1,139 @@
+"""What a run comes to, in one sentence that claims no more than the test shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tunesmith.report.before_after import MAJORITY, Line, MetricFacts, Table, headline
+from tunesmith.report.figures import figure, p_value, percent
+
+FEW_ROWS = 50
+VALIDATION = "validation"
+_THAN = {MAJORITY: "always answering the most frequent label", "base": "its base"}
+_PILLS = {"better": "Better", "worse": "Worse", "no better": "No better", "": "Not compared"}
+_TONES = {"better": "better", "worse": "worse", "no better": "caution", "": ""}
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """`standing` in a word or two with its tone, the sentence, and what limits it. `line` is what it is about."""
+
+    standing: str
+    tone: str
+    sentence: str
+    caveats: tuple[str, ...] = ()
+    line: Line | None = None
+    data: str = ""
+
+
+def verdicts(
+    tables: Sequence[Table],
+    finished: bool,
+    steps: tuple[int, int],
+    order: Sequence[str],
+    detectable: Mapping[tuple[str, str], float],
+) -> list[Verdict]:
+    """One for each data set, those of `order` (the recipe's) first; `steps` are those done and planned.
+
+    `detectable`: by data set and metric, the smallest difference that its rows could have shown.
+    """
+    whole = [table for table in tables if table.group == "all"]
+    if not finished:
+        done, of = steps
+        text = f"Unfinished: {done:,} of {of:,} steps are done, and nothing has been measured yet."
+        return [Verdict("Unfinished", "caution", text, ("`tunesmith resume` goes on with it.",))]
+    if not whole:
+        text = "Not measured: there is no test set and no validation set, so nothing says whether this model is good."
+        return [Verdict("Not measured", "caution", text, ("Measure it with `tunesmith evaluate RUN --data FILE`.",))]
+    places = {data: place for place, data in enumerate(order)}
+    return [_of(table, detectable) for table in sorted(whole, key=lambda t: places.get(t.data, len(places)))]
+
+
+def _of(table: Table, detectable: Mapping[tuple[str, str], float]) -> Verdict:
+    line = headline(table.lines)
+    if line is None:
+        names = ", ".join(line.metric.name for line in table.lines)
+        text = f"Not judged: what is good is not known of {names}, which a plugin defines."
+        return Verdict("Not judged", "caution", text, ("Give its file with --plugin.",), data=table.data)
+    on_validation = table.data == VALIDATION
+    few = "only " * (line.after["n"] < FEW_ROWS)
+    plural = "s" * (line.after["n"] != 1)
+    named = f"{table.data} row{plural}" if table.data in ("test", VALIDATION) else f"row{plural} of {table.data}"
+    rows = f"{few}{line.after['n']:,} {named}"
+    caveats = _caveats(table, line, on_validation, detectable.get((table.data, line.metric.name)))
+    if on_validation:
+        rows += ", which also chose the checkpoint"
+    standing = line.standing
+    pill = _PILLS[standing] + " on validation rows" * (on_validation and standing == "better")
+    tone = "caution" if on_validation and standing == "better" else _TONES[standing]
+    said = _compared(line, rows) if standing else _alone(line, rows)
+    return Verdict(pill, tone, said, caveats, line, table.data)
+
+
+def _compared(line: Line, rows: str) -> str:
+    assert line.before is not None
+    assert line.effect is not None
+    metric, standing = line.metric, line.standing
+    before, after = line.before["value"], line.after["value"]
+    word = "rose" if after > before else "fell" if after < before else "stayed"
+    opening = f"{_PILLS[standing]} than {_THAN.get(line.before['model'], line.before['model'])}"
+    if word == "stayed":
+        moved = f"{metric.title} stayed at {value(metric, after)} on {rows}"
+    elif standing == "no better":
+        moved = f"{metric.title} is {value(metric, after)}, where it was {value(metric, before)}, on {rows}"
+    else:
+        moved = f"{metric.title} {word} from {value(metric, before)} to {value(metric, after)} on {rows}"
+    by = f"a difference of {difference(metric, line.effect['difference'])}"
+    closing = ", which chance alone would explain" if standing == "no better" else ""
+    return f"{opening}: {moved}, {by} ({evidence(line)}){closing}."
+
+
+def evidence(line: Line) -> str:
+    """Interval and p-value of a difference."""
+    effect = line.effect
+    assert effect is not None
+    low, high = (difference(line.metric, effect[limit], unit=False) for limit in ("low", "high"))
+    p = p_value(effect["p"])
+    return f"95% interval {low} to {high}, p {p.replace('<', '< ') if p.startswith('<') else f'= {p}'}"
+
+
+def _alone(line: Line, rows: str) -> str:
+    low, high = (value(line.metric, line.after[limit]) for limit in ("low", "high"))
+    return (
+        f"Not compared: {line.metric.title} of the tuned model is {value(line.metric, line.after['value'])} on {rows} "
+        f"(95% interval {low} to {high}), and nothing says what its base would have reached."
+    )
+
+
+def _caveats(table: Table, line: Line, on_validation: bool, detectable: float | None) -> tuple[str, ...]:
+    found: list[str] = []
+    if on_validation:
+        found.append("There is no test set (data.test). Rows that chose the checkpoint flatter the model they chose.")
+    if line.after["n"] < FEW_ROWS:
+        found.append(f"{line.after['n']} rows can only show large differences: more test rows would say more.")
+    if line.standing == "no better" and detectable is not None:
+        least = f"{100 * detectable:.1f} points"
+        found.append(f"These rows would have shown a difference of {least} or more in 4 of 5 such tests (power 0.8).")
+    if line.before is not None and line.before["model"] == MAJORITY:
+        found.append(
+            "A base without a trained head gives no labels, so the comparison is with the label that is most frequent "
+            "in the training rows."
+        )
+    passed = [other.metric.title for other in table.lines[: table.lines.index(line)] if other.metric.higher is not None]
+    if passed:
+        found.append(f"Both models stand at the same end of {', '.join(passed)}, which cannot tell them apart.")
+    return tuple(found)
+
+
+def value(metric: MetricFacts, number: Any) -> str:
+    return (percent(number) if metric.is_share else figure(number)).replace("-", "\N{MINUS SIGN}")
+
+
+def difference(metric: MetricFacts, number: Any, *, unit: bool = True) -> str:
+    """A difference of shares is one of percentage points."""
+    if number is None:
+        return "unknown"
+    text = f"{100 * number:+.1f}" + " points" * unit if metric.is_share else figure(number, "+")
+    return text.replace("-", "\N{MINUS SIGN}")
