@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import sys
@@ -22,6 +21,7 @@ from tunesmith.exporting import Exported
 from tunesmith.models.cache import cache_dir
 from tunesmith.models.policy import Policy
 from tunesmith.planning import Assets, Plan, make_plan
+from tunesmith.plugins import load_plugins
 from tunesmith.protocols import Method, Objective
 from tunesmith.recipe import Recipe
 from tunesmith.recipe_file import Origin, load_recipe, parse_recipe, resolve_paths, run_name
@@ -33,9 +33,6 @@ from tunesmith.tracking import tracked, unfinished
 from tunesmith.types import Prediction, SampleSpec
 
 Listeners = Listen | Sequence[Listen]
-
-CHECKED_ROWS = 50  # of a run's test rows, that a merged model must answer as the run's does
-_LOADED: dict[Path, str] = {}  # sha256 of each plugin that this process has run
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +54,8 @@ class Result:
         Raises InputError that names what was measured, where there is no such record.
         """
         for found in self.records:
-            if (found["metric"], found["model"], found["group"]) == (metric, model, group) and data in (
-                None,
-                found["data"],
-            ):
+            asked = (metric, model, group, data or found["data"])
+            if asked == (found["metric"], found["model"], found["group"], found["data"]):
                 return found
         known = sorted({f"{r['metric']} of {r['model']} on {r['data']}" for r in self.records if r["group"] == "all"})
         raise InputError(
@@ -271,11 +266,8 @@ def export(
         return exporting.copy(run.model, to)
     recipe, _ = load_recipe(path / "recipe.yaml")
     prepared = _planned(recipe, Origin(), Together([]))[1].prepared
-    stores = [*prepared.tests.values(), *([prepared.validation] if prepared.validation else []), prepared.train]
-    rows = [stores[0].row(i) for i in range(min(CHECKED_ROWS, len(stores[0])))]
-    return exporting.merge(
-        (loaded.policy, loaded.objective, loaded.method, loaded.renderer, loaded.card), rows, to, dtype or "fp32"
-    )
+    parts = (loaded.policy, loaded.objective, loaded.method, loaded.renderer, loaded.card)
+    return exporting.merge(parts, exporting.rows_to_check(prepared), to, dtype or "fp32")
 
 
 def evaluate(
@@ -352,24 +344,6 @@ def report(
         return text
     rundir.write_file(Path(out), text.encode())
     return Path(out)
-
-
-def load_plugins(paths: Sequence[PathLike]) -> dict[str, str]:
-    """Runs the user's files, which register names that recipes use; their sha256 by name."""
-    hashes: dict[str, str] = {}
-    for path in map(Path, paths):
-        spec = importlib.util.spec_from_file_location(f"tunesmith_plugin_{path.stem}", path)
-        if not path.is_file() or spec is None or spec.loader is None:
-            raise InputError(f"--plugin {path} is not a Python file", "give the path of a .py file")
-        hashes[path.name] = rundir.sha256_file(path)
-        if _LOADED.get(path.resolve()) == hashes[path.name]:
-            continue  # what it registers is there since an earlier call of this process
-        try:
-            spec.loader.exec_module(importlib.util.module_from_spec(spec))
-        except Exception as error:
-            raise InputError(f"--plugin {path} fails: {type(error).__name__}: {error}", "mend the file") from error
-        _LOADED[path.resolve()] = hashes[path.name]
-    return hashes
 
 
 @contextmanager

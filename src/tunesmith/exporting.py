@@ -17,9 +17,11 @@ from tunesmith.types import Prediction, Row, SampleSpec
 
 if TYPE_CHECKING:
     from tunesmith.data.chat import Renderer
+    from tunesmith.data.prepare import Prepared
     from tunesmith.models.policy import Policy
     from tunesmith.protocols import Method, Objective
 
+CHECKED_ROWS = 50
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Nats a token, the mean over a row: what rounding of the weights costs was 1e-5 (fp32) to 2e-2 (bf16) on tiny models.
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.02}
@@ -82,6 +84,13 @@ def merge(
                 "export at --dtype fp32, or without --merge",
             )
     return Exported(to, check)
+
+
+def rows_to_check(prepared: Prepared) -> list[Row]:
+    """The run's first test rows; of validation or train where there is no test set."""
+    held = [*prepared.tests.values(), *([prepared.validation] if prepared.validation is not None else [])]
+    store = held[0] if held else prepared.train
+    return [store.row(i) for i in range(min(CHECKED_ROWS, len(store)))]
 
 
 def compared(before: Sequence[Prediction], after: Sequence[Prediction]) -> Check:

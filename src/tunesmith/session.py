@@ -76,9 +76,8 @@ def save(folder: Path, policy: Policy, recipe: Recipe, plan: Plan, assets: Asset
         "templates": dict(assets.renderer.templates),
         "sequence_length": plan.training.sequence_length,
         "max_new_tokens": plan.training.max_new_tokens,
-        "files": {path.name: rundir.sha256_file(path) for path in sorted(folder.iterdir()) if path.is_file()},
     }
-    rundir.write_json(folder / CARD, card)
+    _write_card(folder, card)
 
 
 def save_merged(folder: Path, policy: Policy, renderer: Renderer, card: Mapping[str, Any], dtype: torch.dtype) -> None:
@@ -89,7 +88,13 @@ def save_merged(folder: Path, policy: Policy, renderer: Renderer, card: Mapping[
     policy.model.save_pretrained(folder)
     _save_heads(folder, policy)
     renderer.tokenizer.save_pretrained(folder)
-    rundir.write_json(folder / CARD, {**card, "method": {"name": "full", "options": {}}, "merged": card["method"]})
+    _write_card(folder, {**card, "method": {"name": "full", "options": {}}, "merged": card["method"]})
+
+
+def _write_card(folder: Path, card: Mapping[str, Any]) -> None:
+    """The last file of a model: what it is, and the sha256 of all others."""
+    hashes = {path.name: rundir.sha256_file(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    rundir.write_json(folder / CARD, {**card, "files": hashes})
 
 
 def load(folder: Path, device: str) -> tuple[Policy, Objective, Method, Renderer, dict[str, Any]]:

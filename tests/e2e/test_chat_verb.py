@@ -100,7 +100,7 @@ def test_an_answer_is_predicts_answer(chat: Chat, loaded: api.Loaded) -> None:
     pieces: list[str] = []
     reply = chat.ask("colour 3?", pieces.append)
     row = Row({"messages": ROWS[3]["messages"][:2]}, "row")
-    (expected,) = loaded.predict([row], 24)
+    (expected,) = loaded.predict([row.value], 24)
     assert reply.text == expected.output == "red"
     assert (reply.finished, reply.tokens) == (True, 3)
     assert "".join(pieces) == "red"
@@ -254,7 +254,7 @@ def test_an_answer_has_what_the_context_leaves_and_a_message_that_leaves_nothing
 def test_a_chat_may_be_longer_than_the_rows_of_training(loaded: api.Loaded) -> None:
     narrow = replace(loaded, renderer=Renderer(loaded.renderer.tokenizer, sequence_length=40))
     with pytest.raises(InputError, match="more than the sequence length of 40"):
-        narrow.predict([Row({"messages": [{"role": "user", "content": "x" * 100}]}, "row")])
+        narrow.predict([{"messages": [{"role": "user", "content": "x" * 100}]}])
     assert Chat(narrow, sampling=Sampling(max_new_tokens=8)).ask("x" * 100).tokens > 0
 
 

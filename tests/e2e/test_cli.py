@@ -164,7 +164,7 @@ def test_train_prints_plain_lines_and_ends_with_results_and_the_next_commands(tr
     for text in ("step 1/4", "step 4/4", "smoothed", "tokens/s", "GiB", "expected", "answered", "validation after"):
         assert text in trained.out
     assert "measured on test" in trained.out
-    assert f"model: {run / 'model'}" in trained.out
+    assert f"model:  {run / 'model'}" in trained.out
     assert f"tunesmith predict {run}" in trained.out
     recipe = (run / "recipe.yaml").read_text()
     assert "rank: 4" in recipe

@@ -9,6 +9,8 @@ import nbclient
 import nbformat
 import pytest
 
+from tunesmith.methods import METHODS
+
 CELLS = (
     """
 import tunesmith
@@ -80,4 +82,4 @@ def test_predictions_come_back_as_values_and_a_listener_hears_beside_the_picture
 def test_an_error_ends_in_its_cause_and_remedy(outputs: list[list[Output]]) -> None:
     (error,) = (o for o in outputs[6] if o["output_type"] == "error")
     assert error["ename"] == "InputError"
-    assert error["evalue"] == "unknown method 'lorra' (did you mean 'lora'? known: head, lora)"
+    assert error["evalue"] == f"unknown method 'lorra' (did you mean 'lora'? known: {', '.join(METHODS)})"

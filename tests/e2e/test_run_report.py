@@ -154,7 +154,7 @@ def test_what_was_asked_measured_and_used_is_on_the_page(classified: Path) -> No
         "60 rows",
         "gradient norm",
         "train.learning_rate",
-        "the method's",
+        "train.sequence_length",
         "3 labels",
     ):
         assert shown in page.text, shown
