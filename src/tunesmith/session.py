@@ -19,7 +19,7 @@ from tunesmith.kernels.accelerate import LAYERS, accelerate
 from tunesmith.methods import METHODS
 from tunesmith.models.fetch import LocalModel, resolve
 from tunesmith.models.heads import Head
-from tunesmith.models.layers import set_dropout
+from tunesmith.models.layers import set_dropout, whole_state
 from tunesmith.models.load import context_length, load_backbone, load_tokenizer
 from tunesmith.models.policy import Policy, Tokens
 from tunesmith.models.saved import CARD, read_card
@@ -85,7 +85,7 @@ def save_merged(folder: Path, policy: Policy, renderer: Renderer, card: Mapping[
     for parameter in policy.model.parameters():
         parameter.data = parameter.data.to(dtype)
     policy.model.config.dtype = dtype
-    policy.model.save_pretrained(folder)
+    policy.model.save_pretrained(folder, state_dict=whole_state(policy.model))
     _save_heads(folder, policy)
     renderer.tokenizer.save_pretrained(folder)
     _write_card(folder, {**card, "method": {"name": "full", "options": {}}, "merged": card["method"]})

@@ -314,3 +314,18 @@ def test_padded_families_are_those_whose_attention_cannot_be_held(tmp_path: Path
             module = model_of(family)
         meta = MetaModel(module, family, kind, 0, 0, None, False, 97, 32, 3, ())
         assert is_packable(meta) == (family not in PADDED), family
+
+
+def test_weights_that_are_stretches_of_larger_ones_are_saved_whole(tmp_path: Path) -> None:
+    """As frozen weights are on CUDA, where the last columns of the larger matrix hold an adapter's."""
+    policy, method = attached(Case("partial", {"only": "norms"}), "llama")
+    expected = {name: value.clone() for name, value in policy.model.state_dict().items()}
+    for parameter in policy.model.parameters():
+        if parameter.ndim == 2:
+            wide = torch.zeros(parameter.shape[0], parameter.shape[1] + 3)
+            wide[:, :-3] = parameter.data
+            parameter.data = wide[:, :-3]
+    method.export(policy, tmp_path)
+    again = upstream("llama", tmp_path).state_dict()
+    assert again.keys() == expected.keys()
+    assert all(torch.equal(value, again[name]) for name, value in expected.items())

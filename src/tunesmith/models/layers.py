@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 _RATES = ("attention_dropout", "dropout", "dropout_prob", "activation_dropout")  # where a rate is a plain attribute
 
@@ -52,6 +52,12 @@ def norm_parameters(model: nn.Module) -> set[str]:
 def bias_parameters(model: nn.Module) -> set[str]:
     """Parameters called bias, those of norms included."""
     return {name for name, _ in model.named_parameters() if name.rpartition(".")[2] == "bias"}
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state as files hold it: no tensor a stretch of a larger one (as on CUDA), tied ones still one."""
+    made: dict[int, Tensor] = {}
+    return {name: made.setdefault(value.data_ptr(), value.contiguous()) for name, value in model.state_dict().items()}
 
 
 def set_dropout(model: nn.Module, rate: float) -> None:
