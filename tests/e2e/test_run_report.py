@@ -358,6 +358,15 @@ def test_the_code_of_an_adapters_card_gives_its_answers(chatting: Path, tiny_lla
     assert outcome(alone, "colour 3?") == expected
 
 
+def test_the_code_of_a_whole_models_card_gives_its_answers(tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = {"model": str(tiny_llama), "objective": "sft", "method": "full", "precision": "fp32"}
+    rows = [{"prompt": f"colour {i}?", "completion": "red"} for i in range(12)]
+    more = {"train": {"max_steps": 4, "learning_rate": 0.01}, "evaluate": {"max_new_tokens": 4}}
+    run = api.train({**recipe, **more}, data={"train": rows}, out=tmp_path / "run").path
+    expected = api.predict(run, [{"prompt": "colour 3?"}])[0].output.strip()
+    assert [outcome(block, "colour 3?") for block in blocks(run, tiny_llama)] == [expected] * 2
+
+
 def test_the_code_of_a_classifier_by_adapter_gives_its_answers(tiny_llama: Path, tmp_path: Path) -> None:
     recipe = classifier(tiny_llama, method={"name": "lora", "rank": 2}, train={"max_steps": 6, "learning_rate": 0.01})
     run = api.train(recipe, data={"train": labelled(30, 1), "test": labelled(6, 2)}, out=tmp_path / "run").path

@@ -14,7 +14,7 @@ import orjson
 from tunesmith.report.plots import Scale, path, scale_of
 
 POINTS = 600  # of a curve; more steps are averaged in equal stretches
-REACH = 40  # a smooth curve is the mean over a twentieth of the steps
+REACH = 20  # a smooth curve is the mean over a tenth of the steps
 LOGARITHMIC = 20.0  # a curve whose largest value is this many times its smallest gets a logarithmic scale
 HEIGHT = 100.0
 _COUNTERS = ("step", "epoch", "tokens", "skipped")

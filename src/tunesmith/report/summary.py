@@ -179,10 +179,15 @@ def train_files(plan: Json) -> str:
 
 
 def method_text(plan: Json) -> str:
-    """The method with its options: lora (rank 16, targets all-linear)."""
+    """The method with its rank, if it has one, and what else is not as it is by default: lora (rank 16, plus 16)."""
     name, options = plan["meaning"]["method"]
-    told = [f"{key} {', '.join(v) if isinstance(v, list) else v}" for key, v in options.items() if v is not None]
-    return f"{name} ({', '.join(told)})" if told else str(name)
+    try:
+        usual: Json = METHODS.get(name).Options().model_dump(mode="json")
+    except (InputError, ValueError):  # a plugin's that is not loaded now, or one that must be told something
+        usual = {}
+    told = {key: value for key, value in options.items() if key == "rank" or value != usual.get(key)}
+    texts = [f"{key} {', '.join(map(str, v)) if isinstance(v, list) else v}" for key, v in told.items()]
+    return f"{name} ({', '.join(texts)})" if texts else str(name)
 
 
 def _title(plan: Json) -> str:
