@@ -18,6 +18,8 @@ from typing import Any
 # same rule. transformers 5.23 does not know them and falls back to GPT-2's pattern alone, which
 # joins two spaces before a digit differently.
 GGUF_SINGLE_DIGITS = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"})
+# They fill their masks with fp32's smallest number, which bf16 does not hold.
+FP32_ONLY = frozenset({"deberta", "deberta-v2"})
 GGUF_PLAIN_GPT2 = frozenset({"gpt-2", "mpt", "olmo", "jais", "phi-2"})
 
 

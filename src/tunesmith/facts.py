@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tunesmith.compat import values_unread
+from tunesmith.compat import FP32_ONLY, values_unread
 from tunesmith.data.pack import collate
 from tunesmith.engine.precision import choose_device, is_served, probe, serves_fp8
 from tunesmith.models.cache import cache_dir
@@ -29,7 +29,7 @@ DEFAULT_POOLING: dict[ModelKind, str] = {"encoder": "mean", "decoder": "last", "
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """A base by its config alone. `packable`: its attention can be held inside segments."""
+    """A base by its config alone. `packable`: its attention stays inside segments; `autocasts`: it runs in bf16."""
 
     name: str
     model_type: str
@@ -45,6 +45,7 @@ class ModelFacts:
     packable: bool
     pooling: str
     has_template: bool
+    autocasts: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +106,7 @@ def gather_model(
         packable=is_packable(meta),
         pooling=pooling or usual or DEFAULT_POOLING[meta.kind],
         has_template=has_template,
+        autocasts=meta.model_type not in FP32_ONLY,
     )
     return facts, meta
 

@@ -110,6 +110,12 @@ RULES: tuple[Rule, ...] = (
         "set train.dropout to 0, or precision to bf16",
     ),
     Rule(
+        ("precision", "model"),
+        lambda f: f.recipe.precision not in ("auto", "fp32") and not f.model.autocasts,
+        "{f.model.model_type} models mask with numbers that {f.recipe.precision} does not hold",
+        "set precision to fp32 or auto",
+    ),
+    Rule(
         ("train.early_stopping", "data.validation"),
         lambda f: f.recipe.train.early_stopping is not None and f.recipe.data.validation is None,
         "train.early_stopping needs a validation set to watch",

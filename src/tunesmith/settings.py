@@ -252,6 +252,9 @@ def as_json(value: Meaning | Placement | Prediction | Default) -> dict[str, Any]
 def _precision(facts: Facts, speed: Speed, defaults: list[Default]) -> str:
     if facts.recipe.precision != "auto":
         return facts.recipe.precision
+    if not facts.model.autocasts:
+        defaults.append(Default("precision", "fp32", f"{facts.model.model_type} models do not run in bf16"))
+        return "fp32"
     rates = f"fp32 {speed.fp32 / 1e9:.0f}, bf16 {speed.bf16 / 1e9:.0f} GFLOP/s measured here"
     defaults.append(Default("precision", speed.best, rates))
     return speed.best

@@ -33,6 +33,7 @@ from tunesmith.types import ModelKind
 
 TIED = ("llama", "gemma3", "falcon", "gpt2", "t5", "bart")
 EXAMPLES = 4
+FP32_ONLY = ("deberta",)  # the plan refuses bf16
 
 
 @dataclass(frozen=True)
@@ -280,17 +281,15 @@ def test_micro_batches_packing_and_recomputation_leave_the_gradient_alone(case: 
         assert distance(whole, gradient(policy, method, family, [EXAMPLES])) < 2e-5
 
 
-@pytest.mark.parametrize(("case", "family"), CELLS)
-def test_bf16_trains_near_fp32(case: Case, family: str) -> None:
-    exact, method = attached(case, family)
-    rough, rough_method = attached(case, family)
-    rough.autocast = torch.bfloat16
-    for policy, own in ((exact, method), (rough, rough_method)):
-        Training(policy, own, family).steps(2)
-    objective, examples = objective_of(family), examples_of(family, EXAMPLES)
-    near, far = outputs(rough, objective, examples), outputs(exact, objective, examples)
-    assert torch.isfinite(near).all()
-    assert float((near.mean() - far.mean()).abs()) < 0.3
+@pytest.mark.parametrize(("case", "family"), [cell for cell in CELLS if cell.values[1] not in FP32_ONLY])
+def test_in_bf16_the_gradient_is_nearly_that_of_fp32(case: Case, family: str) -> None:
+    policy, method = attached(case, family)
+    Training(policy, method, family).steps(1)
+    exact = gradient(policy, method, family, [EXAMPLES])
+    policy.autocast = torch.bfloat16
+    rough = gradient(policy, method, family, [EXAMPLES])
+    assert rough.keys() == exact.keys()
+    assert distance(exact, rough) < (0.6 if family == "mixtral" else 0.2)  # another expert may be chosen
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.counted is not None], ids=str)

@@ -233,6 +233,8 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, where: str, number: signal.Signals)
 
     sent: list[int] = []
     shown = View.listen
+    if number == signal.SIGINT:  # a job in the background of a script is started with it ignored
+        signal.signal(number, signal.default_int_handler)
 
     def listen(self: View, event: str, data: Mapping[str, Any]) -> None:
         shown(self, event, data)

@@ -36,6 +36,7 @@ CONDITIONS: dict[str, dict[str, Any]] = {
     "bf16, unserved": {"precision": "bf16"},
     "fp8, unserved": {"precision": "fp8"},
     "unpackable": {},
+    "bf16, a model of fp32": {"precision": "bf16"},
 }
 COLOURS = ("red", "green")
 ROWS: dict[str, list[dict[str, Any]]] = {
@@ -85,6 +86,7 @@ class Cell:
             packable=self.kind != "encoder-decoder" and self.condition != "unpackable",
             pooling=DEFAULT_POOLING[self.kind],
             has_template=True,
+            autocasts=self.condition != "bf16, a model of fp32",
         )
         return Facts(
             recipe=parse_recipe(self.recipe(model.name)),
@@ -110,6 +112,8 @@ class Cell:
             axes.add(("train.recompute", "method"))
         if self.condition == "early stopping, unwatched":
             axes.add(("train.early_stopping", "data.validation"))
+        if self.condition == "bf16, a model of fp32":
+            axes.add(("precision", "model"))
         if self.condition == "bf16, unserved":
             axes.add(("precision", "hardware"))
         if self.condition == "fp8, unserved":
