@@ -33,7 +33,7 @@ class AdaLora(PeftAdapter):
         reference="switch",
         mergeable=True,
         learning_rate=1e-3,
-        learning_rate_source="Zhang et al. 2023, appendix: 5e-4 to 2e-3",
+        learning_rate_source="within the rates that Zhang et al. 2023 use",
     )
 
     class Options(LowRankOptions):

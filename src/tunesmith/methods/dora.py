@@ -21,7 +21,7 @@ class Dora(Lora):
     facts: MethodFacts = replace(
         Lora.facts,
         summary="LoRA with the weights' magnitudes trained apart: often better at low rank, slower",
-        learning_rate_source="Liu et al. 2024, table 9: that of LoRA or half of it",
+        learning_rate_source="LoRA's, as Liu et al. 2024 compare the two",
     )
 
     def config(self, policy: Policy) -> LoraConfig:

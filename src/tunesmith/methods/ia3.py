@@ -34,7 +34,7 @@ class Ia3(PeftAdapter):
         reference="switch",
         mergeable=True,
         learning_rate=3e-3,
-        learning_rate_source="Liu et al. 2022, section 3.3",
+        learning_rate_source="Liu et al. 2022, who use it for every task",
     )
 
     class Options(Strict):

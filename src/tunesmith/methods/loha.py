@@ -24,7 +24,7 @@ class Loha(PeftAdapter):
         reference="switch",
         mergeable=True,
         learning_rate=1e-3,
-        learning_rate_source="five times LoRA's: its first factor starts at 0 beside a smaller update",
+        learning_rate_source="five times LoRA's: its update starts smaller; not tuned on a task yet",
     )
 
     class Options(LowRankOptions):

@@ -27,7 +27,7 @@ class Oft(PeftAdapter):
         reference="switch",
         mergeable=True,
         learning_rate=1e-3,
-        learning_rate_source="chosen on the demo's task among 2e-4, 1e-3 and 5e-3",
+        learning_rate_source="five times LoRA's: a rotation starts at none at all; not tuned on a task yet",
     )
 
     class Options(Strict):

@@ -27,7 +27,7 @@ class Vera(PeftAdapter):
         reference="switch",
         mergeable=True,
         learning_rate=4e-3,
-        learning_rate_source="Kopiczko et al. 2024, table 10",
+        learning_rate_source="Kopiczko et al. 2024, who train it with rates ten times LoRA's and more",
     )
 
     class Options(Strict):
