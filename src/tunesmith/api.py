@@ -13,9 +13,10 @@ from typing import Any, Literal
 
 from tunesmith import exporting, measuring, rundir, session, training
 from tunesmith.chatting import Chat, default_sampling
-from tunesmith.data.given import PathLike, Rows, check_name, paths, questions
+from tunesmith.data.given import PathLike, Rows, check_kinds, check_name, paths, questions, to_answer
 from tunesmith.engine.precision import choose_device
 from tunesmith.errors import InputError, StoppedError
+from tunesmith.evaluation.preflight import check_metrics
 from tunesmith.events import Listen, StopRun, Together
 from tunesmith.exporting import Exported
 from tunesmith.models.cache import cache_dir
@@ -24,7 +25,7 @@ from tunesmith.planning import Assets, Plan, make_plan
 from tunesmith.plugins import load_plugins
 from tunesmith.protocols import Method, Objective
 from tunesmith.recipe import Recipe
-from tunesmith.recipe_file import Origin, load_recipe, parse_recipe, resolve_paths, run_name
+from tunesmith.recipe_file import Origin, leaves, load_recipe, parse_recipe, resolve_paths, run_name
 from tunesmith.report import notebook, write
 from tunesmith.report.live import View
 from tunesmith.rundir import RunDir
@@ -84,7 +85,9 @@ class Loaded:
     def predict(self, rows: PathLike | Rows, max_new_tokens: int | None = None) -> list[Prediction]:
         """Answers to rows of a file or in memory, in their order; labels and answers in them are optional."""
         spec = SampleSpec(max_new_tokens or int(self.card["max_new_tokens"]))
-        return self.objective.predict(self.policy, questions(rows), self.renderer, spec)
+        asked = to_answer(rows, self.card.get("columns", {}))
+        check_kinds(asked, self.objective.needs.head, asking=True)
+        return self.objective.predict(self.policy, asked, self.renderer, spec)
 
 
 def plan(
@@ -302,6 +305,9 @@ def evaluate(
     with run.hold(), _listening(listen, progress) as tell:
         loaded = load(path, device)
         rows = questions(data, recipe.data.format, recipe.data.columns, recipe.evaluate.tags)
+        check_kinds(rows, loaded.objective.needs.head, asking=False)
+        counts = planned["audit"]["train"]["labels"]
+        check_metrics(metrics or recipe.evaluate.metrics or [], loaded.objective.needs.metrics, of, rows, counts)
         found = measuring.measure_rows(
             of,
             rows,
@@ -311,7 +317,7 @@ def evaluate(
             loaded.renderer,
             SampleSpec(int(loaded.card["max_new_tokens"])),
             base,
-            planned["audit"]["train"]["labels"],
+            counts,
             tell,
         )
         measuring.merge(results, measuring.score(of, rows, found, loaded.objective, recipe, metrics))
@@ -385,7 +391,8 @@ def _recipe(
         keys = dict(recipe) if isinstance(recipe, Mapping) else recipe.model_dump(mode="json")
         own: Any = keys.get("data") or {}
         typed = parse_recipe({**keys, "data": {**own, **held}} if held else keys)
-    return resolve_paths(typed, Path.cwd()), Origin()
+    origin = Origin(given=frozenset(leaves(typed.model_dump(mode="json", exclude_unset=True))))
+    return resolve_paths(typed, Path.cwd()), origin
 
 
 def free_folder(name: str) -> Path:

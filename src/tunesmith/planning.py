@@ -30,8 +30,10 @@ from tunesmith.settings import Default
 
 if TYPE_CHECKING:
     from tunesmith.data.chat import Renderer
+    from tunesmith.data.store import TokenStore
     from tunesmith.protocols import Method, Objective
     from tunesmith.recipe import Recipe
+    from tunesmith.types import Row
 
 Memory = Mapping[str, Sequence[Mapping[str, Any]]]
 Progress = Callable[[str, int, int | None], None]
@@ -125,14 +127,14 @@ def make_plan(
     conflicts, substitutions = rules.judge(facts)
     _refuse(conflicts)
     assert speed is not None
-    metrics = metric_names(objective.needs.metrics, recipe.evaluate.metrics)
+    metric_names(objective.needs.metrics, recipe.evaluate.metrics)  # a typing error is told before data are read
     defaults: list[Default] = []
     length = settings.length_limit(facts, defaults)
     renderer = Renderer(tokenizer, template=_template(recipe, base), sequence_length=length)
     workers, tags = recipe.place.workers, recipe.evaluate.tags
     prepared = prepare(recipe.data, base, objective, renderer, recipe.seed, cache_dir(), workers, memory, tell, tags)
     _check_labels(objective, previous)
-    _check_metrics(recipe, prepared)
+    measured = _measured(recipe, objective, prepared)
     trainable, total = _count(meta, facts, method, objective)
     training = settings.resolve_meaning(
         facts, length, prepared.train.lengths, prepared.repeats, _longest_answer(prepared), defaults
@@ -147,7 +149,7 @@ def make_plan(
         base=_describe_base(local, facts),
         audit=prepared.audit.to_json(),
         parameters={"trainable": trainable, "total": total},
-        metrics=metrics,
+        metrics=measured,
         defaults=_all_defaults(recipe, origin, defaults),
         substitutions=substitutions,
         warnings=_warnings(recipe, prepared),
@@ -215,16 +217,20 @@ def _check_labels(objective: Objective, previous: Previous | None) -> None:
         )
 
 
-def _check_metrics(recipe: Recipe, prepared: Prepared) -> None:
-    """Refuses a metric that could not be measured once the model is trained."""
+def _measured(recipe: Recipe, objective: Objective, prepared: Prepared) -> list[str]:
+    """The metrics that the rows will be measured by; refuses what could not be measured once the model is trained."""
+    usual, counts = objective.needs.metrics, prepared.audit.train.labels
     stopping = recipe.train.early_stopping
-    watched = [stopping.metric] if stopping is not None and stopping.metric not in (None, "loss") else []
-    held = {"validation": prepared.validation} if prepared.validation is not None else {}
-    for name, store in {**held, **prepared.tests}.items():
-        judged = name != "validation" or not prepared.tests
-        names = [*(recipe.evaluate.metrics or [] if judged else []), *(watched if name == "validation" else [])]
-        rows = [store.row(i) for i in range(len(store))]
-        check_metrics(names, name, rows, prepared.audit.train.labels)
+    if prepared.validation is not None and stopping is not None and stopping.metric not in (None, "loss"):
+        check_metrics([stopping.metric], usual, "validation", _rows(prepared.validation), counts)
+    sets = prepared.tests or ({"validation": prepared.validation} if prepared.validation is not None else {})
+    asked = recipe.evaluate.metrics or []
+    found = [name for n, store in sets.items() for name in check_metrics(asked, usual, n, _rows(store), counts)]
+    return list(dict.fromkeys(found))
+
+
+def _rows(store: TokenStore) -> list[Row]:
+    return [store.row(i) for i in range(len(store))]
 
 
 def _count(meta: MetaModel, facts: Facts, method: Method, objective: Objective) -> tuple[int, int]:

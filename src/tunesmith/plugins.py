@@ -25,7 +25,7 @@ def load_plugins(paths: Sequence[str | os.PathLike[str]]) -> dict[str, str]:
             continue  # what it registers is there since an earlier call of this process
         try:
             spec.loader.exec_module(importlib.util.module_from_spec(spec))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise InputError(f"--plugin {path} fails: {type(error).__name__}: {error}", "mend the file") from error
         _LOADED[path.resolve()] = hashes[path.name]
     return hashes

@@ -73,6 +73,7 @@ def save(folder: Path, policy: Policy, recipe: Recipe, plan: Plan, assets: Asset
         "pooling": assets.facts.model.pooling,
         "packed": plan.placement.packed,
         "precision": plan.placement.precision,
+        "columns": dict(recipe.data.columns),
         "templates": dict(assets.renderer.templates),
         "sequence_length": plan.training.sequence_length,
         "max_new_tokens": plan.training.max_new_tokens,

@@ -350,3 +350,9 @@ def test_two_runs_in_one_process_equal_two_processes(
     asked = json.dumps([recipe, data, str(tmp_path / "alone")])
     subprocess.run([sys.executable, "-c", code], input=asked, capture_output=True, text=True, check=True)
     assert hashes(tmp_path / "alone") == hashes(result.path)
+
+
+def test_what_a_mapping_gives_is_no_default(plain: dict[str, Any], data: dict[str, Any]) -> None:
+    taken = {default.key for default in tunesmith.plan(plain, data={"train": data["train"]}).defaults}
+    assert {"train.schedule", "method.alpha", "seed"} & taken
+    assert not {"model", "data.train", "method.name", "method.rank", "train.max_steps", "precision"} & taken

@@ -177,3 +177,55 @@ def test_answers_end_where_the_context_does(project: Path, run: Path) -> None:
     code, error = told(call("predict", run, "--input", project / "longer.jsonl"))
     assert code == 2
     assert "longer.jsonl:2: a prompt has" in error
+
+
+def test_rows_to_answer_may_have_the_columns_of_the_recipe_or_the_usual_ones(project: Path, run: Path) -> None:
+    outputs: list[str] = []
+    for name, row in (("own", {"question": "q 1?"}), ("usual", {"prompt": "q 1?"})):
+        write_rows(project / f"{name}.jsonl", [row])
+        done = call("predict", run, "--input", project / f"{name}.jsonl")
+        assert done.code == 0, done.err
+        outputs.append(json.loads(done.out)["output"])
+    assert outputs[0] == outputs[1]
+
+
+@pytest.fixture(scope="module")
+def classifier(project: Path) -> Path:
+    done = call("train", project / "labels.yaml", "--out", project / "classifier")
+    assert done.code == 0, done.err
+    return project / "classifier"
+
+
+MISMATCHED: dict[str, tuple[list[str], str]] = {
+    "text to a model that answers": (["predict", "{run}", "--input", "text-test.jsonl"], "asks nothing of a model"),
+    "labels to a model that answers": (["evaluate", "{run}", "--data", "labels.jsonl"], "no column 'question'"),
+    "a question to a classifier": (["predict", "{classifier}", "--input", "ask.jsonl"], "no text to be labelled"),
+    "questions to a classifier": (["evaluate", "{classifier}", "--data", "chat-test.jsonl"], "no known format"),
+    "no labels to measure by": (["evaluate", "{classifier}", "--data", "text.jsonl"], "accuracy needs a reference"),
+    "unknown metric": (
+        ["evaluate", "{classifier}", "--data", "labels.jsonl", "--metrics", "f2"],
+        "unknown metric 'f2'",
+    ),
+    "no metric": (["evaluate", "{classifier}", "--data", "labels.jsonl", "--metrics", ","], "names no metric"),
+}
+
+
+@pytest.mark.parametrize("case", MISMATCHED)
+def test_rows_that_a_model_cannot_read_are_refused_before_it_runs(
+    case: str, project: Path, run: Path, classifier: Path
+) -> None:
+    words, cause = MISMATCHED[case]
+    write_rows(project / "ask.jsonl", [{"prompt": "q?"}])
+    given = [str(project / word) if word.endswith(".jsonl") else word for word in words]
+    done = call(*(word.format(run=run, classifier=classifier) for word in given))
+    code, error = told(done)
+    assert code == 2
+    assert cause in error
+    assert "evaluating" not in done.out
+
+
+def test_a_plugin_that_ends_the_program_does_not_end_ours(project: Path) -> None:
+    (project / "leaves.py").write_text("raise SystemExit(7)\n")
+    code, error = told(call("plan", project / "chat.yaml", "--plugin", project / "leaves.py"))
+    assert code == 2
+    assert "fails: SystemExit" in error

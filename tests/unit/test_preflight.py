@@ -23,10 +23,12 @@ def label(name: str) -> Row:
 
 
 def test_what_can_be_measured_passes() -> None:
-    check_metrics(["exact_match", "rouge_l", "macro_f1", "loss", "json_valid"], "test", [chat("a"), chat("b")], None)
-    check_metrics(["loss", "perplexity"], "test", [text()], None)
-    check_metrics(["accuracy", "roc_auc", "ece"], "test", [label("a"), label("b")], {"a": 2, "b": 1})
-    check_metrics([], "test", [text()], None)
+    check_metrics(
+        ["exact_match", "rouge_l", "macro_f1", "loss", "json_valid"], [], "test", [chat("a"), chat("b")], None
+    )
+    check_metrics(["loss", "perplexity"], [], "test", [text()], None)
+    check_metrics(["accuracy", "roc_auc", "ece"], [], "test", [label("a"), label("b")], {"a": 2, "b": 1})
+    assert check_metrics([], ["exact_match", "loss"], "test", [text()], None) == ["loss"]
 
 
 @pytest.mark.parametrize(
@@ -40,10 +42,10 @@ def test_what_can_be_measured_passes() -> None:
 )
 def test_what_cannot_is_refused(metric: str, row: Row, cause: str) -> None:
     with pytest.raises(InputError) as caught:
-        check_metrics([metric], "test", [row], None)
+        check_metrics([metric], [], "test", [row], None)
     assert caught.value.cause.startswith(cause)
 
 
 def test_a_row_without_an_answer_among_others_is_named_even_if_no_metric_is() -> None:
     with pytest.raises(InputError, match=r"1 of 3 rows of hard have no answer to compare with, such as f:2"):
-        check_metrics([], "hard", [chat("a", "f:1"), chat(None, "f:2"), chat("b", "f:3")], None)
+        check_metrics([], [], "hard", [chat("a", "f:1"), chat(None, "f:2"), chat("b", "f:3")], None)

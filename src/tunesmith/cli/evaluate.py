@@ -20,7 +20,10 @@ def _add(parser: argparse.ArgumentParser) -> None:
 
 
 def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError("it names no metric")
+    return names
 
 
 def _run(options: argparse.Namespace, call: Call) -> int:

@@ -40,7 +40,7 @@ def _run(options: argparse.Namespace, call: Call) -> int:
 
 
 def _size(parameters: int) -> str:
-    return f"{parameters / 1e9:.1f}B" if parameters >= 1e9 else f"{parameters / 1e6:.0f}M"
+    return f"{parameters / 1e9:.1f}B" if parameters >= 999.5e6 else f"{parameters / 1e6:.0f}M"
 
 
 VERB = Verb("models", "list the bases that a recipe can name", _add, _run)

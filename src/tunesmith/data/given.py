@@ -98,13 +98,42 @@ def questions(
     columns: Mapping[str, str] | None = None,
     tags: Sequence[str] = (),
 ) -> list[Row]:
-    """Rows to be answered or measured, of a file or in memory; a prompt may lack its answer."""
+    """Rows to be measured, of a file or in memory; a prompt may lack its answer."""
+    return list(rows(_askable(_raw(given)), format, columns or {}, tags)[1])
+
+
+def to_answer(given: PathLike | Rows, columns: Mapping[str, str]) -> list[Row]:
+    """Rows to be answered, of a file or in memory: their answers and labels may lack.
+
+    `columns` are those that the model was trained on; rows may have the usual names all the same.
+    """
+    return list(rows(_askable(_renamed(_raw(given), columns)), None, {})[1])
+
+
+def check_kinds(given: Sequence[Row], head: str, *, asking: bool) -> None:
+    """Refuses rows that a model with this head cannot read, and with `asking` those that ask it nothing."""
+    for row in given:
+        if head == "lm" and (asking or "label" in row.value or "labels" in row.value) and "messages" not in row.value:
+            raise InputError(
+                f"{row.where}: a row of plain text asks nothing of a model that writes answers",
+                'give {"prompt": ...} or {"messages": [...]}',
+            )
+        if head == "pooled" and "text" not in row.value:
+            raise InputError(f"{row.where}: a conversation is no text to be labelled", 'give {"text": ...}')
+
+
+def _raw(given: PathLike | Rows) -> Iterator[Raw]:
     if isinstance(given, str | os.PathLike):
         path = Path(given)
-        found = read(path.name, path.resolve().parent, "test")
-    else:
-        found = read_memory(records(given), "rows")
-    return list(rows(_askable(found), format, columns or {}, tags)[1])
+        return read(path.name, path.resolve().parent, "test")
+    return read_memory(records(given), "rows")
+
+
+def _renamed(found: Iterator[Raw], columns: Mapping[str, str]) -> Iterator[Raw]:
+    for raw, where in found:
+        here = {usual: own for usual, own in columns.items() if own in raw}
+        kept = {name: value for name, value in raw.items() if name not in here.values()}
+        yield {**kept, **{usual: raw[own] for usual, own in here.items()}}, where
 
 
 def _askable(found: Iterator[Raw]) -> Iterator[Raw]:

@@ -143,7 +143,7 @@ def _absent(source: str, path: Path) -> InputError:
         return InputError(f"{source}: there is no folder {path.parent}", "check the path; it is relative to the recipe")
     near = difflib.get_close_matches(path.name, beside, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return InputError(f"{source}: no such file or folder", f"{hint}paths are relative to the recipe: {path.absolute()}")
+    return InputError(f"{source}: no such file or folder", f"{hint}it was looked for at {path.absolute()}")
 
 
 # ---------------------------------------------------------------- one reader a kind

@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from tunesmith.errors import InputError
-from tunesmith.evaluation.metrics import build, statistics
+from tunesmith.evaluation.metrics import applicable, build, statistics
 from tunesmith.evaluation.run import majority
 from tunesmith.types import Prediction, Row
 
+SEEN = 100  # rows by which a metric that nobody asked for is judged
 
-def check_metrics(names: Sequence[str], data: str, rows: Sequence[Row], label_counts: Mapping[str, int] | None) -> None:
-    """Measures the `names` on answers such as a model will give to `rows`: the majority's label, or an empty text.
 
-    Raises InputError for an unknown metric, for one that such answers or references cannot have, and where some
-    rows of the set called `data` have an answer to compare with and others have none.
+def check_metrics(
+    asked: Sequence[str], usual: Sequence[str], data: str, rows: Sequence[Row], label_counts: Mapping[str, int] | None
+) -> list[str]:
+    """The metrics that will be measured: those `asked` for, else the `usual` ones that the rows can have.
+
+    Measures them on answers such as a model will give: the majority's label, or an empty text. Raises InputError
+    for an unknown metric, for one that such answers or references cannot have, and where some rows of the set
+    called `data` have an answer to compare with and others have none.
     """
     answers = majority(label_counts, rows) if label_counts else [_unanswered(row) for row in rows]
     lacking = [answer.where for answer in answers if answer.reference is None]
@@ -23,8 +28,11 @@ def check_metrics(names: Sequence[str], data: str, rows: Sequence[Row], label_co
             f"{len(lacking)} of {len(answers)} rows of {data} have no answer to compare with, such as {lacking[0]}",
             "end these rows with the answer that is expected, or take them out",
         )
+    names = list(asked) or applicable(usual, answers)
+    tried = answers if asked else answers[:SEEN]
     for metric in build(names, answers):
-        statistics(metric, answers)
+        statistics(metric, tried)
+    return names
 
 
 def _unanswered(row: Row) -> Prediction:

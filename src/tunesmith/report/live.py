@@ -135,7 +135,7 @@ class _Plain:
         now = time.monotonic()
         if now - self._last_wait >= QUIET_SECONDS:
             self._last_wait = now
-            self.line(Text(f"{what}: {share_done(done, of)}"))
+            self.line(Text(": ".join(filter(None, (what, share_done(done, of))))))
 
     def step(self, data: Mapping[str, Any], pace: Pace) -> None:
         number, total = int(data["step"]), int(data["total_steps"])

@@ -161,7 +161,7 @@ def _training(plan: Plan) -> list[Line]:
     training, placement, cost = plan.training, plan.placement, plan.prediction
     trainable, total = plan.parameters["trainable"], plan.parameters["total"]
     step = f"{training.batch_size} examples" if training.batch_size else f"{training.batch_tokens:,} tokens"
-    length = f"{training.epochs:g} epochs, " if training.epochs else ""
+    length = f"{training.epochs:g} epoch{'s' * (training.epochs != 1)}, " if training.epochs else ""
     micro = (
         f"{placement.micro_batch_size} examples"
         if placement.micro_batch_size
