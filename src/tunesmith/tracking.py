@@ -26,7 +26,7 @@ from tunesmith.types import Outcome, TrackedRun
 log = logging.getLogger("tunesmith.tracking")
 
 FILE = "trackers.json"
-KEPT = ("report.html", "MODEL_CARD.md", "evaluation.json", "comparison.json")
+KEPT = ("report.html", "model/MODEL_CARD.md", "evaluation.json", "comparison.json")
 UNPLOTTED = ("step", "total_steps", "skipped", "best")
 KINDS = {"step": "train", "validation": "validation"}  # events whose numbers are points
 

@@ -130,8 +130,9 @@ class Bench:
         self.same(out, str(case))
 
     def same(self, out: Path, what: str) -> None:
-        """The same bits as the uninterrupted run, and nothing half made."""
+        """The same bits as the uninterrupted run, its report, and nothing half made."""
         assert bits(out) == self.expected, what
+        assert (out / "report.html").is_file(), what
         left = [str(p) for p in out.rglob(".*") if p.suffix in (".part", ".gone", ".old")]
         assert not left, f"{what}: {left}"
         shutil.rmtree(out)
@@ -173,6 +174,7 @@ def test_the_reference_saves_validates_and_measures(bench: Bench) -> None:
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))
     assert [line["step"] for line in lines if "validation" in line] == [4, 8, 12]
     assert "model/adapter_model.safetensors" in bench.expected
+    assert "model/MODEL_CARD.md" in bench.expected
     assert "predictions/test.jsonl" in bench.expected
     assert {name for save, name in bench.trace if save == SAVES} == {
         "write_bytes",

@@ -76,7 +76,7 @@ class PeftAdapter(ABC):
                 config.target_modules = sorted(config.target_modules)
         with _peft_speaks():
             self._peft.save_pretrained(to, save_embedding_layers=False)
-        (to / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours is MODEL_CARD.md
+        (to / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours comes when the model is measured
 
     def merge(self, policy: Policy) -> None:
         with _peft_speaks():

@@ -37,6 +37,15 @@ def large(number: int) -> str:
     return f"{number / 1e6:,.1f} M" if number < 10**9 else f"{number / 1e9:,.1f} G"
 
 
+def plain(value: Any) -> str:
+    """A value as a recipe would have it."""
+    if isinstance(value, list):
+        return ", ".join(map(plain, value))
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def duration(seconds: float) -> str:
     """1:02:03, or 2:03."""
     whole = round(seconds)

@@ -12,7 +12,7 @@ How to make a page:
 Everything that a template prints is escaped, and characters that could hide or turn text are written out
 (`harmless`). The content security policy lets only the scripts run whose hash it names, and nothing be fetched:
 even a hole in the escaping would not run a line. Numbers go through the filters `num`, `pct`,
-`p` (values), `n` (counts), `large`, `duration` and `memory`.
+`p` (values), `n` (counts), `plain` (values of a recipe), `large`, `duration` and `memory`.
 """
 
 from __future__ import annotations
@@ -103,6 +103,7 @@ def _environment() -> Environment:
         "pct": _typeset(figures.percent),
         "p": figures.p_value,
         "n": "{:,}".format,
+        "plain": figures.plain,
         "large": figures.large,
         "duration": figures.duration,
         "memory": figures.gibibytes,

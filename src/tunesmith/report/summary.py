@@ -22,7 +22,7 @@ from tunesmith.report.answers import BUDGET, Answers, gather
 from tunesmith.report.before_after import Table, tables
 from tunesmith.report.classes import Classes, classes_of
 from tunesmith.report.curves import Training, last_by_step, read_training
-from tunesmith.report.figures import large, percent
+from tunesmith.report.figures import large, percent, plain
 from tunesmith.report.findings import Finding, file_name, findings, splits
 from tunesmith.report.verdict import Verdict, verdicts
 
@@ -186,7 +186,7 @@ def method_text(plan: Json) -> str:
     except (InputError, ValueError):  # a plugin's that is not loaded now, or one that must be told something
         usual = {}
     told = {key: value for key, value in options.items() if key == "rank" or value != usual.get(key)}
-    texts = [f"{key} {', '.join(map(str, v)) if isinstance(v, list) else v}" for key, v in told.items()]
+    texts = [f"{key} {plain(value)}" for key, value in told.items()]
     return f"{name} ({', '.join(texts)})" if texts else str(name)
 
 

@@ -40,8 +40,8 @@
       tell(nearest, event.clientY);
     });
     field.addEventListener("pointerleave", leave);
-    chart.addEventListener("blur", leave);
-    chart.addEventListener("keydown", (event) => {
+    field.addEventListener("blur", leave);
+    field.addEventListener("keydown", (event) => {
       const by = { ArrowLeft: -1, ArrowRight: 1, PageUp: -20, PageDown: 20, Home: -Infinity, End: Infinity }[event.key];
       if (by === undefined) return;
       event.preventDefault();
@@ -157,6 +157,7 @@
       const first = state.page * size;
       const shown = matching.slice(first, first + size);
       list.replaceChildren(...shown.map(row));
+      for (const box of list.querySelectorAll(".asked, .given .text")) if (box.scrollHeight > box.clientHeight) box.tabIndex = 0;
       for (const button of chips.children) button.setAttribute("aria-pressed", String(button.dataset.value === String(state.outcome)));
       for (const select of filters.querySelectorAll("select[data-name='truth'], select[data-name='given']")) select.value = String(state[select.dataset.name]);
       const judged = set.judge ? ` · judged by ${set.judge}` : "";
@@ -191,7 +192,7 @@
       body.dir = "auto";
       body.append(...[content ?? ""].flat());
       if (!body.textContent) body.replaceChildren(make("span", "none", "nothing"));
-      return make("div", "", make("h4", "", title + graded), body, top.length ? tops(top) : null);
+      return make("div", "", make("p", "who", title + graded), body, top.length ? tops(top) : null);
     }
 
     function tops(top) {
