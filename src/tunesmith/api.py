@@ -377,7 +377,7 @@ def _planned(recipe: Recipe, origin: Origin, listen: Listen) -> tuple[Plan, Asse
 def _recipe(
     recipe: Recipe | Mapping[str, Any] | PathLike, overrides: Sequence[str], data: Mapping[str, Rows] | None
 ) -> tuple[Recipe, Origin]:
-    """The recipe with absolute paths, and where its keys stand."""
+    """The recipe with absolute paths, and which of its keys were given, where."""
     held = {} if data is None else paths(data, cache_dir())
     if isinstance(recipe, str | os.PathLike):
         recipe = Path(recipe)
@@ -388,7 +388,7 @@ def _recipe(
         raise InputError("overrides belong to a recipe file", "change the mapping itself")
     typed = recipe if isinstance(recipe, Recipe) else None
     if typed is None or held:
-        keys = dict(recipe) if isinstance(recipe, Mapping) else recipe.model_dump(mode="json")
+        keys = dict(recipe) if isinstance(recipe, Mapping) else recipe.model_dump(mode="json", exclude_unset=True)
         own: Any = keys.get("data") or {}
         typed = parse_recipe({**keys, "data": {**own, **held}} if held else keys)
     origin = Origin(given=frozenset(leaves(typed.model_dump(mode="json", exclude_unset=True))))

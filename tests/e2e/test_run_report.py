@@ -163,6 +163,12 @@ def test_what_was_asked_measured_and_used_is_on_the_page(classified: Path) -> No
         assert digest in page.text
 
 
+def test_what_was_given_is_not_told_as_a_default(classified: Path) -> None:
+    told = {default["key"] for default in json.loads((classified / "plan.json").read_text())["defaults"]}
+    assert not {"model", "data.train", "data.test.test", "method.name", "train.epochs", "evaluate.by"} & told
+    assert {"train.learning_rate", "seed"} <= told
+
+
 def test_what_is_trained_is_marked(chatting: Path) -> None:
     html = (chatting / "report.html").read_text(encoding="utf-8")
     shown = re.search(r'<pre class="shown.*?</pre>', html, re.DOTALL)
