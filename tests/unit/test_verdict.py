@@ -52,7 +52,7 @@ def test_better_and_worse_need_the_test_and_the_interval(
     assert found.standing == standing
     assert found.sentence.startswith(f"{standing} than its base: {metric}")
     assert "400 test rows" in found.sentence
-    assert ("chance alone would explain" in found.sentence) == (standing == "No better")
+    assert ("chance alone could explain" in found.sentence) == (standing == "No better")
 
 
 def test_effect_interval_p_and_n_are_in_the_sentence() -> None:

@@ -82,11 +82,11 @@ def _compared(line: Line, rows: str) -> str:
     if word == "stayed":
         moved = f"{metric.title} stayed at {value(metric, after)} on {rows}"
     elif standing == "no better":
-        moved = f"{metric.title} is {value(metric, after)}, where it was {value(metric, before)}, on {rows}"
+        moved = f"{metric.title} is {value(metric, after)} against {value(metric, before)} on {rows}"
     else:
         moved = f"{metric.title} {word} from {value(metric, before)} to {value(metric, after)} on {rows}"
     by = f"a difference of {difference(metric, line.effect['difference'])}"
-    closing = ", which chance alone would explain" if standing == "no better" else ""
+    closing = ", which chance alone could explain" if standing == "no better" else ""
     return f"{opening}: {moved}, {by} ({evidence(line)}){closing}."
 
 
