@@ -22,6 +22,7 @@ import pytest
 from tunesmith import api, demo
 from tunesmith.cli import main
 from tunesmith.report import write
+from tunesmith.report.markdown import escaped
 from tunesmith.report.summary import summarise
 
 HOSTILE = '</script><img src=x onerror="document.title=1"> | `x` *y* \u202e{{ 7*7 }} &amp; <!--'
@@ -193,7 +194,10 @@ def test_shuffled_labels_are_no_better_than_the_most_frequent_one(tiny_bert: Pat
         standings.append(verdict.standing)
         assert verdict.sentence in page_of(result.path).text
         assert verdict.sentence.startswith(f"{verdict.standing} than always answering the most frequent label")
-        assert f"**{verdict.standing}.**" in (result.path / "model" / "MODEL_CARD.md").read_text()
+        assert (
+            f"**{verdict.standing}.** {escaped(verdict.sentence)}"
+            in (result.path / "model" / "MODEL_CARD.md").read_text()
+        )
     assert standings == ["Better", "No better"]
 
 
@@ -218,7 +222,7 @@ def test_the_verb_prints_the_path_the_markdown_or_json(run: Path, tmp_path: Path
     code, text, _ = call("report", run, "--format", "md")
     assert code == 0
     assert text.startswith("# tiny-")
-    assert summarise(run).verdicts[0].standing in text
+    assert escaped(summarise(run).verdicts[0].sentence) in text
     assert "<img" not in text
     assert json.loads(call("report", run, "--format", "md", "--json")[1])["text"] == text
     assert call("report", run, "--format", "md", "--out", tmp_path / "r.md") == (0, f"{tmp_path / 'r.md'}\n", "")

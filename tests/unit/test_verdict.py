@@ -128,6 +128,18 @@ def test_groups_have_no_test_and_classes_are_no_lines() -> None:
     ]
 
 
+def test_in_a_table_only_the_verdicts_metric_keeps_its_own_p() -> None:
+    records = pair("accuracy", 0.5, 0.6) + pair("loss", 1.0, 0.9)
+    found = [
+        effect(metric, moved, *sorted((moved / 2, 2 * moved)), 0.04) | {"p_holm": 0.08}
+        for metric, moved in (("accuracy", 0.1), ("loss", -0.1))
+    ]
+    (table,) = tables(records, found)
+    assert [line.standing for line in table.lines] == ["better", "better"]
+    assert [line.corrected for line in table.lines] == ["no better", "no better"]
+    assert [table.said(line) for line in table.lines] == ["better", "no better"]
+
+
 def test_numbers_are_written_as_their_metric_is_spoken_of() -> None:
     accuracy, loss = facts_of("accuracy"), facts_of("loss")
     assert value(accuracy, 0.5) == "50.0%"

@@ -62,10 +62,18 @@ class Line:
 
         Better or worse need both the p-value and the interval to say so: they come from different arguments.
         """
+        return self._standing("p")
+
+    @property
+    def corrected(self) -> Standing:
+        """`standing` by the p-value that is adjusted for all metrics of the set (Holm), where there is one."""
+        return self._standing("p_holm" if self.effect is not None and "p_holm" in self.effect else "p")
+
+    def _standing(self, key: str) -> Standing:
         if self.effect is None or self.metric.higher is None:
             return ""
-        low, high = self.effect["low"], self.effect["high"]
-        if self.effect["p"] >= LEVEL or low is None or high is None or low <= 0 <= high:
+        p, low, high = (self.effect[name] for name in (key, "low", "high"))
+        if p is None or p >= LEVEL or low is None or high is None or low <= 0 <= high:
             return "no better"
         return "better" if (self.effect["difference"] > 0) == self.metric.higher else "worse"
 
@@ -96,6 +104,10 @@ class Table:
     @property
     def n(self) -> int:
         return int(self.lines[0].after["n"])
+
+    def said(self, line: Line) -> Standing:
+        """What a table says of a line: the verdict's was chosen beforehand, the others share the risk of chance."""
+        return line.standing if line is headline(self.lines) else line.corrected
 
 
 def tables(records: Sequence[Json], effects: Sequence[Json]) -> list[Table]:

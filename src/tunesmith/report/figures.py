@@ -26,7 +26,9 @@ def percent(share: Any, sign: str = "") -> str:
     return f"{text}%"
 
 
-def p_value(p: float) -> str:
+def p_value(p: float | None) -> str:
+    if p is None:
+        return "unknown"
     return "<0.001" if p < 0.001 else f"{p:.2g}"
 
 

@@ -32,7 +32,7 @@ def run_markdown(summary: Summary) -> str:
 
 
 def render(template: str, context: Mapping[str, Any]) -> str:
-    """A template of Markdown; text of others goes through the filters `md` (a line) or `code` (between backticks)."""
+    """A template of Markdown; text of others goes through the filters `md`, `brief` (lines) or `code` (a code span)."""
     known = {"value": verdict.value, "difference": verdict.difference, "model_title": model_title}
     text = _environment().get_template(template).render({**known, "file_name": file_name, **context})
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
@@ -41,9 +41,14 @@ def render(template: str, context: Mapping[str, Any]) -> str:
 def escaped(text: Any) -> str:
     """Text on one line in which no character is Markdown or HTML."""
     line = " ".join(harmless(str(text)).split())
-    line = line if len(line) <= LONGEST else f"{line[: LONGEST - 1]}…"
     line = _ACTIVE.sub(r"\\\1", line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
     return _NUMBERED.sub(r"\1\\\2", line)
+
+
+def brief(text: Any) -> str:
+    """`escaped`, of at most LONGEST characters."""
+    line = " ".join(str(text).split())
+    return escaped(line if len(line) <= LONGEST else f"{line[: LONGEST - 1]}…")
 
 
 def code(text: Any) -> str:
@@ -67,6 +72,7 @@ def _environment() -> Environment:
     )
     environment.filters |= {
         "md": escaped,
+        "brief": brief,
         "code": code,
         "fenced": fenced,
         "num": figures.figure,
