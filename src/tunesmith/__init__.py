@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tunesmith.api import Loaded, Result, chat, evaluate, export, load, plan, predict, resume, train
+    from tunesmith.api import Result, chat, evaluate, export, plan, predict, resume, train
     from tunesmith.events import Callback, StopRun
+    from tunesmith.loaded import Loaded, load
     from tunesmith.recipe import Recipe
 
 __version__ = "0.1.0"
@@ -25,7 +26,13 @@ __all__ = [
     "resume",
     "train",
 ]
-_ELSEWHERE = {"Recipe": "recipe", "Callback": "events", "StopRun": "events"}  # the rest are the verbs of the API
+_ELSEWHERE = {  # the rest are the verbs of the API
+    "Recipe": "recipe",
+    "Callback": "events",
+    "StopRun": "events",
+    "Loaded": "loaded",
+    "load": "loaded",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The verbs: plan, train, resume, evaluate, predict, chat, export, report, load: what the command line does."""
+"""The verbs: plan, train, resume, evaluate, predict, chat, export, report: what the command line does."""
 
 from __future__ import annotations
 
@@ -11,19 +11,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from tunesmith import exporting, measuring, rundir, session, training
+from tunesmith import exporting, measuring, rundir, training
 from tunesmith.chatting import Chat, default_sampling
-from tunesmith.data.given import PathLike, Rows, check_kinds, check_name, paths, questions, to_answer
-from tunesmith.engine.precision import choose_device
+from tunesmith.data.given import PathLike, Rows, check_kinds, check_name, paths, questions
 from tunesmith.errors import InputError, StoppedError
 from tunesmith.evaluation.preflight import check_metrics
 from tunesmith.events import Listen, StopRun, Together
 from tunesmith.exporting import Exported
+from tunesmith.loaded import load
 from tunesmith.models.cache import cache_dir
-from tunesmith.models.policy import Policy
 from tunesmith.planning import Assets, Plan, make_plan
 from tunesmith.plugins import load_plugins
-from tunesmith.protocols import Method, Objective
 from tunesmith.recipe import Recipe
 from tunesmith.recipe_file import Origin, leaves, load_recipe, parse_recipe, resolve_paths, run_name
 from tunesmith.report import notebook, write
@@ -70,24 +68,6 @@ class Result:
 
     def _repr_html_(self) -> str:
         return notebook.results_html(self.path, self.records, self.effects)
-
-
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """A run's model, ready to answer."""
-
-    policy: Policy
-    objective: Objective
-    method: Method
-    renderer: Any
-    card: dict[str, Any]
-
-    def predict(self, rows: PathLike | Rows, max_new_tokens: int | None = None) -> list[Prediction]:
-        """Answers to rows of a file or in memory, in their order; labels and answers in them are optional."""
-        spec = SampleSpec(max_new_tokens or int(self.card["max_new_tokens"]))
-        asked = to_answer(rows, self.card.get("columns", {}))
-        check_kinds(asked, self.objective.needs.head, asking=True)
-        return self.objective.predict(self.policy, asked, self.renderer, spec)
 
 
 def plan(
@@ -196,19 +176,6 @@ def resume(
             write.try_report(path)
             tracking.finish("finished", results["records"])
         return _result(run, results)
-
-
-def load(path: PathLike, device: str = "auto") -> Loaded:
-    """The model of a run (or an exported model folder), ready to predict.
-
-    Raises InputError where there is none (yet), RefusedError where its base has other bytes than at training.
-    """
-    path = Path(path)
-    folder = path / "model" if (path / "model" / session.CARD).is_file() else path
-    if not (folder / session.CARD).is_file():
-        hint = "finish it with `tunesmith resume`" if (path / "manifest.json").is_file() else "give a run's folder"
-        raise InputError(f"{path} holds no model of tunesmith", hint)
-    return Loaded(*session.load(folder, str(choose_device(device))))
 
 
 def predict(

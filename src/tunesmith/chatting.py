@@ -19,7 +19,7 @@ from tunesmith.recipe import Positive, Strict
 from tunesmith.types import Row, SampleSpec
 
 if TYPE_CHECKING:
-    from tunesmith.api import Loaded
+    from tunesmith.loaded import Loaded
 
 ANSWER_TOKENS = 512  # an answer may have so many, or as many as the run's evaluation allowed if that is more
 ROOM = 4  # turns are left out until the answer has what it may have, or this part of the context

@@ -11,8 +11,8 @@ from tunesmith.cli.verb import Call, Verb, add_plugins, add_run
 from tunesmith.errors import InputError
 
 if TYPE_CHECKING:
-    from tunesmith.api import Loaded
     from tunesmith.chatting import Chat
+    from tunesmith.loaded import Loaded
 
 DRAWN = ("top_p", "top_k", "seed")  # what changes nothing at temperature 0
 SAMPLING = ("temperature", *DRAWN, "max_new_tokens")

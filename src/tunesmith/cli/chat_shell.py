@@ -17,8 +17,8 @@ from tunesmith.errors import InputError
 from tunesmith.monitor import stoppable
 
 if TYPE_CHECKING:
-    from tunesmith.api import Loaded
     from tunesmith.chatting import Chat, OnText, Reply, Stop
+    from tunesmith.loaded import Loaded
     from tunesmith.report.talk import Talk
 
 COMMAND = re.compile(r"/([a-z]+)(?:\s+(.*))?", re.DOTALL)
