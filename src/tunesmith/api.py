@@ -220,24 +220,29 @@ def export(
     device: str = "auto",
     plugins: Sequence[PathLike] = (),
 ) -> Exported:
-    """Writes a run's model to a new folder; `merge` makes adapter and base one model, checked on the run's own rows.
+    """Writes a run's model to a new folder, or to a new file where `to` ends in .gguf.
 
-    `dtype` (fp32, bf16, fp16) is of a merged model's weights.
+    `merge` makes adapter and base one model, checked on the run's own rows; a GGUF file always is one model.
+    `dtype` (fp32, bf16, fp16; q8_0 in GGUF) is of a merged model's or GGUF file's weights.
     """
     path, to = Path(path), Path(to)
     run = RunDir.open(path)
     load_plugins(plugins)
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise InputError(f"{to} exists and is not empty", "give another folder, or empty it")
-    if dtype is not None and not merge:
+    gguf = to.suffix == ".gguf"
+    if to.exists() and (gguf or not to.is_dir() or any(to.iterdir())):
+        raise InputError(f"{to} exists and is not empty", "give another name, or empty it")
+    if dtype is not None and not (merge or gguf):
         raise InputError("dtype is of a merged model, and merge is not asked for", "add --merge, or leave --dtype out")
+    if dtype is not None and dtype not in (known := exporting.dtypes(gguf)):
+        raise InputError(f"no {'GGUF file' if gguf else 'folder'} has weights of {dtype}", f"one of {', '.join(known)}")
     loaded = load(path, device)
-    if not merge:
+    if not merge and not gguf:
         return exporting.copy(run.model, to)
     recipe, _ = load_recipe(path / "recipe.yaml")
     prepared = _planned(recipe, Origin(), Together([]))[1].prepared
     parts = (loaded.policy, loaded.objective, loaded.method, loaded.renderer, loaded.card)
-    return exporting.merge(parts, exporting.rows_to_check(prepared), to, dtype or "fp32")
+    write = exporting.to_gguf if gguf else exporting.merge
+    return write(parts, exporting.rows_to_check(prepared), to, dtype or "fp32")
 
 
 def evaluate(

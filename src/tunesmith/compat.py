@@ -101,13 +101,13 @@ def gguf_progress(report: Callable[[int, int], None]) -> Generator[None]:
         setattr(reader, "tqdm", bar)  # noqa: B010
 
 
-def gguf_known_splits() -> frozenset[str]:
-    """Names of byte-level pre-tokenizers that transformers itself converts from GGUF."""
+def gguf_splits() -> dict[str, str]:
+    """Names of byte-level pre-tokenizers that transformers itself converts from GGUF, with their patterns."""
     with suppress(ImportError):
         from transformers.integrations.gguf import gguf_tokenizer_mapping as mapping
 
-        return frozenset(getattr(mapping, "GGUF_PRE_TOKENIZER_SPLITS", {}))
-    return frozenset()
+        return dict(getattr(mapping, "GGUF_PRE_TOKENIZER_SPLITS", {}))
+    return {}
 
 
 def model_types() -> frozenset[str]:

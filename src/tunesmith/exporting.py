@@ -1,8 +1,9 @@
-"""A run's model as a folder for others; a merged one leaves only if it answers as what was measured."""
+"""A run's model as a folder or GGUF file for others; a merged one leaves only if it answers as what was measured."""
 
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from tunesmith import rundir, session
 from tunesmith.errors import InputError, RefusedError
+from tunesmith.models import gguf_write
 from tunesmith.protocols import Mergeable
 from tunesmith.types import Prediction, Row, SampleSpec
 
@@ -24,8 +26,8 @@ if TYPE_CHECKING:
 CHECKED_ROWS = 50
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Nats a token, the mean over a row: a sum in another order costs next to nothing, 8 bits of mantissa some hundredths.
-TOLERANCE = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.02}
-AGREEMENT = {"fp32": 0.98, "bf16": 0.8, "fp16": 0.9}  # of the answers: near ties fall the other way
+TOLERANCE = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.02, "q8_0": 0.1}
+AGREEMENT = {"fp32": 0.98, "bf16": 0.8, "fp16": 0.9, "q8_0": 0.8}  # of the answers: near ties fall the other way
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.md")
 
 
@@ -44,6 +46,11 @@ class Exported:
 
     path: Path
     check: Check | None = None
+
+
+def dtypes(gguf: bool) -> list[str]:
+    """What the weights of a merged folder, or of a GGUF file, can be."""
+    return list(gguf_write.TYPES if gguf else DTYPES)
 
 
 def copy(model: Path, to: Path) -> Exported:
@@ -75,15 +82,58 @@ def merge(
     with rundir.replace_folder(to) as folder:
         session.save_merged(folder, policy, renderer, card, DTYPES[dtype])
         merged, *_ = session.load(folder, str(policy.device))
-        check = compared(before, objective.predict(merged, rows, renderer, spec))
-        if check.largest > TOLERANCE[dtype] or check.agreement < AGREEMENT[dtype]:
-            raise RefusedError(
-                f"the merged model is not the one that was measured: over {check.rows} rows its log-probabilities "
-                f"differ by up to {check.largest:.3g} nats a token (at most {TOLERANCE[dtype]:g} may be), "
-                f"and {check.agreement:.1%} of its answers are equal (at least {AGREEMENT[dtype]:.0%} must be)",
-                "export at --dtype fp32, or without --merge",
-            )
+        check = _passed(before, objective.predict(merged, rows, renderer, spec), dtype)
     return Exported(to, check)
+
+
+def to_gguf(
+    loaded: tuple[Policy, Objective, Method, Renderer, dict[str, Any]], rows: Sequence[Row], to: Path, dtype: str
+) -> Exported:
+    """Writes the file `to`, its adapter merged if there is one, reads it back and compares answers to `rows`.
+
+    InputError for what GGUF cannot hold, RefusedError where the file does not answer as the run's model.
+    """
+    policy, objective, method, renderer, card = loaded
+    if card["head"] != "lm":
+        raise InputError(
+            f"objective {card['objective']['name']} has a head of its own, which GGUF has no place for",
+            "export a folder instead",
+        )
+    gguf_write.check_model(policy.model)
+    adapter = method.facts.reference == "switch"
+    if adapter and not (method.facts.mergeable and isinstance(method, Mergeable)):
+        raise InputError(
+            f"a GGUF file is one whole model, and method {card['method']['name']} cannot be merged into its base",
+            "export a folder instead",
+        )
+    spec = SampleSpec(int(card["max_new_tokens"]))
+    before = objective.predict(policy, rows, renderer, spec)
+    if adapter and isinstance(method, Mergeable):
+        method.merge(policy)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    with rundir.disk_errors(str(to)), tempfile.TemporaryDirectory(prefix=f".{to.name}.", dir=to.parent) as aside:
+        made = Path(aside) / to.name
+        template = renderer.templates.get("default")
+        gguf_write.write_gguf(policy.model, renderer.tokenizer, template, renderer.end_ids, made, dtype)
+        back, reader = session.load_gguf(made, Path(aside) / "back", policy, objective, card)
+        check = _passed(before, objective.predict(back, rows, reader, spec), dtype)
+        with open(made, "rb+") as handle:
+            rundir.sync_file(handle)
+        rundir.rename(made, to)
+        rundir.sync_folder(to.parent)
+    return Exported(to, check)
+
+
+def _passed(before: Sequence[Prediction], after: Sequence[Prediction], dtype: str) -> Check:
+    check = compared(before, after)
+    if check.largest > TOLERANCE[dtype] or check.agreement < AGREEMENT[dtype]:
+        raise RefusedError(
+            f"what was exported is not the model that was measured: over {check.rows} rows its log-probabilities "
+            f"differ by up to {check.largest:.3g} nats a token (at most {TOLERANCE[dtype]:g} may be), "
+            f"and {check.agreement:.1%} of its answers are equal (at least {AGREEMENT[dtype]:.0%} must be)",
+            "export at --dtype fp32, or as a folder without --merge",
+        )
+    return check
 
 
 def rows_to_check(prepared: Prepared) -> list[Row]:

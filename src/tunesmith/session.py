@@ -17,6 +17,7 @@ from tunesmith.engine.precision import serves_fp8
 from tunesmith.errors import InputError, RefusedError
 from tunesmith.kernels.accelerate import LAYERS, accelerate
 from tunesmith.methods import METHODS
+from tunesmith.models.convert import convert_gguf
 from tunesmith.models.fetch import LocalModel, resolve
 from tunesmith.models.heads import Head
 from tunesmith.models.layers import set_dropout, whole_state
@@ -123,6 +124,26 @@ def load(folder: Path, device: str) -> tuple[Policy, Objective, Method, Renderer
     _accelerate(policy, precision)
     policy.eval()
     return policy, objective, method, renderer, card | {"context_length": context_length(policy.config, local)}
+
+
+def load_gguf(
+    file: Path, aside: Path, like: Policy, objective: Objective, card: Mapping[str, Any]
+) -> tuple[Policy, Renderer]:
+    """What is in a GGUF file, read as anybody's and ready to answer as `like` does; `aside` is a free folder."""
+    convert_gguf(file, aside)
+    rope = getattr(like.config, "rope_parameters", None) or {}
+    if rope.get("rope_type", "default") != "default":  # transformers reads no frequency factors from a GGUF file
+        found = rundir.read_json(aside / "config.json")
+        rundir.write_json(aside / "config.json", {**found, "rope_parameters": rope})
+    local = resolve(str(aside))
+    renderer = Renderer(load_tokenizer(local), None, card["sequence_length"])
+    whole = METHODS.get("full")
+    placement = Placement(
+        str(like.device), torch.get_num_threads(), 1, card["precision"], card["packed"], None, 4096, False, 1
+    )
+    policy = _policy(local, renderer, objective, whole(whole.Options(), 0.0), placement, card["pooling"])
+    policy.eval()
+    return policy, renderer
 
 
 def _load_trained(policy: Policy, method: Method, folder: Path, placement: Placement) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +86,52 @@ def test_what_cannot_be_exported_is_said(run: Path, tiny_llama: Path, tmp_path: 
     full = run_of(tiny_llama, tmp_path / "full", "full")
     with pytest.raises(InputError, match="no adapter"):
         api.export(full, tmp_path / "other", merge=True)
+
+
+@pytest.fixture(scope="module")
+def nameable(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama, its tokenizer splitting text as GPT-2's, which GGUF has a name for, and joining two letters."""
+    folder = tmp_path_factory.mktemp("nameable") / "model"
+    shutil.copytree(tiny_llama, folder)
+    described = json.loads((folder / "tokenizer.json").read_text())
+    described["pre_tokenizer"]["use_regex"] = True
+    described["model"]["vocab"]["re"] = described["model"]["vocab"].pop("Ā")  # the byte 0, which no text here has
+    described["model"]["merges"] = [["r", "e"]]
+    (folder / "tokenizer.json").write_text(json.dumps(described))
+    return folder
+
+
+@pytest.mark.parametrize(("method", "dtype"), [("lora", None), ("full", "q8_0")])
+def test_a_gguf_file_answers_as_the_run_does(
+    method: str, dtype: str | None, nameable: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_of(nameable, tmp_path / "run", method)
+    to = tmp_path / "out" / "tiny.gguf"
+    assert main(["export", str(run), "--to", str(to), "--json", *(["--dtype", dtype] if dtype else [])]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["path"] == str(to)
+    assert told["rows"] == 4
+    assert told["largest"] < (1e-4 if dtype is None else 0.1)
+    assert [path.name for path in to.parent.iterdir()] == ["tiny.gguf"]
+    recipe = {"model": str(to), "objective": "sft", "method": "lora", "train": {"max_steps": 1}}
+    api.plan(recipe, data={"train": ROWS})  # what was written is a base for others
+
+
+def test_a_gguf_file_that_answers_otherwise_is_refused_and_leaves_nothing(
+    nameable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_of(nameable, tmp_path / "run", "lora")
+    monkeypatch.setitem(exporting.TOLERANCE, "q8_0", 1e-9)
+    with pytest.raises(RefusedError, match="nats a token"):
+        api.export(run, tmp_path / "out" / "tiny.gguf", dtype="q8_0")
+    assert not list((tmp_path / "out").iterdir())
+    with pytest.raises(InputError, match="no folder has weights of q8_0"):
+        api.export(run, tmp_path / "merged", merge=True, dtype="q8_0")
+
+
+def test_no_gguf_is_made_of_a_classifier(tiny_bert: Path, tmp_path: Path) -> None:
+    rows = [{"text": f"{word} {i}", "label": word} for i in range(4) for word in ("red", "blue")]
+    recipe = {"model": str(tiny_bert), "objective": "classify", "method": "head", "train": {"max_steps": 1}}
+    run = api.train(recipe, data={"train": rows}, out=tmp_path / "run").path
+    with pytest.raises(InputError, match="a head of its own"):
+        api.export(run, tmp_path / "tiny.gguf")

@@ -192,8 +192,8 @@ def test_a_damaged_file_is_refused(damage: Callable[[Path], object], cause: str,
 
 
 def test_known_splits_are_found_in_transformers() -> None:
-    assert {"llama-bpe", "qwen2"} <= compat.gguf_known_splits()
-    assert not compat.gguf_known_splits() & compat.GGUF_SINGLE_DIGITS
+    assert {"llama-bpe", "qwen2"} <= compat.gguf_splits().keys()
+    assert not compat.gguf_splits().keys() & compat.GGUF_SINGLE_DIGITS
 
 
 @pytest.mark.slow

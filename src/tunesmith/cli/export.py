@@ -1,4 +1,4 @@
-"""`tunesmith export`: a run's model as a folder that other programs load."""
+"""`tunesmith export`: a run's model as a folder, or GGUF file, that other programs load."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ from tunesmith.cli.verb import Call, Verb, add_plugins, add_run
 
 def _add(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
-    parser.add_argument("--to", metavar="DIR", type=Path, required=True, help="where the folder goes; it must be free")
+    parser.add_argument(
+        "--to", metavar="PATH", type=Path, required=True, help="a new folder, or a new file where it ends in .gguf"
+    )
     parser.add_argument("--merge", action="store_true", help="the adapter becomes part of its base: one whole model")
     parser.add_argument(
-        "--dtype", choices=("fp32", "bf16", "fp16"), help="of a merged model's weights; fp32 if left out"
+        "--dtype",
+        choices=("fp32", "bf16", "fp16", "q8_0"),
+        help="of a merged model's weights; q8_0 in GGUF only; fp32 if left out",
     )
     add_plugins(parser)
 
@@ -38,4 +42,6 @@ def _run(options: argparse.Namespace, call: Call) -> int:
     return 0
 
 
-VERB = Verb("export", "write a run's model as a folder that other programs load, merged or not", _add, _run)
+VERB = Verb(
+    "export", "write a run's model, merged or not, as a folder or GGUF file that other programs load", _add, _run
+)

@@ -114,7 +114,7 @@ def _tokenizer(source: Path, fields: dict[str, Any]) -> PreTrainedTokenizerFast:
                     pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
                 ]
             )
-        elif split not in compat.gguf_known_splits() | compat.GGUF_PLAIN_GPT2:
+        elif split not in compat.gguf_splits().keys() | compat.GGUF_PLAIN_GPT2:
             # Another split would still give tokens, only not those the model was trained on.
             raise InputError(
                 f"{source.name} splits text by the rule {split!r}, which this version cannot reproduce",
