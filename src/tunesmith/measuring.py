@@ -184,7 +184,7 @@ def _effects(
     """
     effects = [compare(before, tuned, metric, seed, clusters_N=clusters_N) for metric in metrics]
     family = {hypothesis(metric): effect.p for metric, effect in zip(metrics, effects, strict=True)}
-    adjusted = dict(zip(family, holm(list(family.values()))[0], strict=True))
+    adjusted = dict(zip(family, holm(list(family.values())), strict=True))
     return [
         {"data": name, "metric": metric.name}
         | {key: value if math.isfinite(value) else None for key, value in asdict(effect).items()}

@@ -250,18 +250,18 @@ def mcnemar(gained: int, lost: int) -> float:
     return min(1.0, 2 * float(special.bdtr(min(gained, lost), changed, 0.5))) if changed else 1.0
 
 
-def holm(p_values: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Adjusted p-values, and the level at which each test of the family is judged for 5% in all. Holm 1979.
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusted p-values of a family of tests: where they are below 5%, so is the chance of any false alarm. Holm 1979.
 
     The smallest p-value is multiplied by the number of tests, the next by one less, and so on; none becomes smaller
     than one before it.
     """
     tests = len(p_values)
-    adjusted, levels, highest = [1.0] * tests, [1 - LEVEL] * tests, 0.0
+    adjusted, highest = [1.0] * tests, 0.0
     for rank, index in enumerate(sorted(range(tests), key=lambda i: p_values[i])):
         highest = max(highest, min(1.0, p_values[index] * (tests - rank)))
-        adjusted[index], levels[index] = highest, (1 - LEVEL) / (tests - rank)
-    return adjusted, levels
+        adjusted[index] = highest
+    return adjusted
 
 
 def hypothesis(metric: RowMetric) -> str:
