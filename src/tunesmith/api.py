@@ -251,6 +251,7 @@ def evaluate(
     *,
     name: str | None = None,
     metrics: Sequence[str] | None = None,
+    keep: int | Literal["all"] | None = None,
     base: bool = True,
     device: str = "auto",
     plugins: Sequence[PathLike] = (),
@@ -260,7 +261,8 @@ def evaluate(
     """Measures a run's model on more rows and adds the records to its evaluation.json, under `name`.
 
     `name`: of these rows in the results; left out, the file's own without its ending, or "rows" for rows in memory.
-    `metrics`: in place of the recipe's. `base`: whether the base (or the majority class) is measured beside it.
+    `metrics`, `keep` (answers, or "all"): in place of the recipe's.
+    `base`: whether the base (or the majority class) is measured beside it.
     Without `data`, returns what the run has measured.
     """
     path = Path(path)
@@ -280,6 +282,7 @@ def evaluate(
         check_kinds(rows, loaded.objective.needs.head, asking=False)
         counts = planned["audit"]["train"]["labels"]
         check_metrics(metrics or recipe.evaluate.metrics or [], loaded.objective.needs.metrics, of, rows, counts)
+        measuring.check_same_set(run, of, rows)
         found = measuring.measure_rows(
             of,
             rows,
@@ -293,7 +296,8 @@ def evaluate(
             tell,
         )
         measuring.merge(results, measuring.score(of, rows, found, loaded.objective, recipe, metrics))
-        measuring.write_predictions(run, of, rows, found, recipe.evaluate.keep)
+        kept = recipe.evaluate.keep if keep is None else None if keep == "all" else keep
+        measuring.write_predictions(run, of, rows, found, kept)
         measuring.write_results(run, results)
         write.try_report(path)
     return _result(run, results)

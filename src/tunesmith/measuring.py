@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith import rundir
+from tunesmith.data.checks import row_keys
+from tunesmith.errors import InputError
 from tunesmith.evaluation import answers
 from tunesmith.evaluation.answers import MAJORITY
 from tunesmith.evaluation.class_metrics import by_class
@@ -153,11 +155,26 @@ def write_results(run: RunDir, results: Mapping[str, Any]) -> None:
         rundir.write_json(run.path / name, results[key])
 
 
+def check_same_set(run: RunDir, name: str, rows: Sequence[Row]) -> None:
+    """Raises InputError where the set called `name` was measured on rows of which these are neither part nor whole."""
+    if name not in answers.kept(run.path):
+        return
+    before = {row.key for row in answers.read(run.path, name)}
+    now = {row_keys(row.value)[1].hex() for row in rows}
+    if not (before <= now or now <= before):
+        raise InputError(
+            f"{run.path} was measured on other rows under the name {name!r}, and those results would be lost",
+            "give these rows another name: --name NAME",
+        )
+
+
 def write_predictions(
     run: RunDir, name: str, rows: Sequence[Row], found: Mapping[str, Sequence[Prediction]], keep: int | None
 ) -> None:
-    """The answers to the first `keep` rows (None: to all)."""
-    if keep != 0:
+    """The answers to the first `keep` rows (None: to all); those of an earlier pass over the set give way."""
+    if keep == 0:
+        answers.remove(run.path, name)
+    else:
         answers.write(run.path, name, rows[:keep], found)
 
 

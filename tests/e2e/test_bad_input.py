@@ -206,7 +206,7 @@ MISMATCHED: dict[str, tuple[list[str], str]] = {
         ["evaluate", "{classifier}", "--data", "labels.jsonl", "--metrics", "f2"],
         "unknown metric 'f2'",
     ),
-    "no metric": (["evaluate", "{classifier}", "--data", "labels.jsonl", "--metrics", ","], "names no metric"),
+    "no metric": (["evaluate", "{classifier}", "--data", "labels.jsonl", "--metrics", ","], "it names none"),
 }
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from tunesmith.cli import main
+from tunesmith.cli.arguments import VERBS
 
 COLOURS = ("red", "green", "blue", "black", "white", "brown")
 METRIC = """
@@ -126,11 +127,11 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert time.perf_counter() - begun < 2.0
     assert done.stderr.strip() == "[]"
-    for verb in ("demo", "plan", "train", "resume", "evaluate", "predict", "models", "schema"):
+    for verb in VERBS:
         assert f"\n  {verb} " in done.stdout
 
 
-@pytest.mark.parametrize("verb", ["demo", "plan", "train", "resume", "evaluate", "predict", "models", "schema"])
+@pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help_with_json_and_debug(verb: str) -> None:
     done = call(verb, "--help")
     assert done.code == 0
@@ -290,6 +291,39 @@ def test_evaluate_on_one_row_knows_no_spread_and_says_so(project: Path, run: Pat
     assert "unknown" in done.out
 
 
+def contents(run: Path, *besides: str) -> dict[str, bytes]:
+    """The files of a run but those that measuring writes."""
+    paths = [path for path in run.rglob("*") if path.is_file() and path.relative_to(run).parts[0] not in besides]
+    return {str(path.relative_to(run)): path.read_bytes() for path in paths}
+
+
+def test_evaluate_leaves_the_training_as_it_was(project: Path, run: Path) -> None:
+    copy = project / "untouched"
+    shutil.copytree(run, copy)
+    write_rows(project / "later.jsonl", [{"prompt": f"later {i}?", "completion": "red"} for i in range(3)])
+    measured = ("evaluation.json", "comparison.json", "details.json", "predictions", "report.html")
+    before, records = contents(copy, *measured), json.loads((copy / "evaluation.json").read_text())
+    words = ["evaluate", copy, "--data", project / "later.jsonl", "--name", "week-2"]
+    assert call(*words, "--keep", "2").code == 0
+    after = contents(copy, *measured)
+    cards = {"model/MODEL_CARD.md", "model/README.md"}  # they list what was measured
+    assert {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)} == cards
+    added = json.loads((copy / "evaluation.json").read_text())
+    assert [record for record in added if record["data"] != "week-2"] == records
+    assert {record["n"] for record in added if record["data"] == "week-2"} == {3}
+    kept = copy / "predictions" / "week-2.jsonl"
+    assert len(kept.read_text().splitlines()) == 2
+    assert call(*words, "--keep", "all").code == 0
+    assert len(kept.read_text().splitlines()) == 3
+    write_rows(project / "later.jsonl", [{"prompt": f"others {i}?", "completion": "red"} for i in range(3)])
+    refused = call(*words)
+    assert refused.code == 2
+    assert "was measured on other rows under the name 'week-2'" in refused.err
+    assert len(kept.read_text().splitlines()) == 3
+    assert call(*words[:-1], "week-3", "--keep", "0").code == 0
+    assert not (copy / "predictions" / "week-3.jsonl").exists()
+
+
 def test_models_lists_the_catalog() -> None:
     found = {model["name"]: model for model in call("models", "--json").json}
     assert found["smollm2-135m-instruct"]["licence"] == "Apache-2.0"
@@ -352,6 +386,8 @@ WRONG: dict[str, tuple[int, str, list[str]]] = {
     "no number": (2, "at least 1", ["predict", "{run}", "--input", "{project}/ask.jsonl", "--max-new-tokens", "x"]),
     "no plugin": (2, "--plugin", ["plan", "{project}/chat.yaml", "--plugin", "{project}/none.py"]),
     "broken plugin": (2, "ZeroDivisionError", ["schema", "--plugin", "{project}/broken.py"]),
+    "answers to keep of nothing": (2, "--keep", ["evaluate", "{run}", "--keep", "3"]),
+    "some answers to keep": (2, "`all`", ["evaluate", "{run}", "--data", "{project}/ask.jsonl", "--keep", "some"]),
     "metrics of nothing": (2, "--data", ["evaluate", "{run}", "--metrics", "loss"]),
     "unknown verb": (2, "did you mean train?", ["trian"]),
     "unknown flag": (2, "did you mean --json?", ["models", "--jsn"]),

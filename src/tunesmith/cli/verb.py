@@ -50,6 +50,14 @@ class Verb:
     run: Callable[[argparse.Namespace, Call], int]
 
 
+def names(text: str) -> list[str]:
+    """Words between commas, at least one."""
+    found = [name.strip() for name in text.split(",") if name.strip()]
+    if not found:
+        raise argparse.ArgumentTypeError("it names none")
+    return found
+
+
 def add_plugins(parser: argparse.ArgumentParser) -> None:
     """--plugin, which only the command line may give: a recipe that names code to run would be unsafe to share."""
     parser.add_argument(

@@ -73,6 +73,11 @@ def read(run: Path, name: str) -> Iterator[Answered]:
             yield found
 
 
+def remove(run: Path, name: str) -> None:
+    """Takes away what an earlier measurement of the set `name` kept: its numbers are no more."""
+    (run / FOLDER / f"{name}.jsonl").unlink(missing_ok=True)
+
+
 def kept(run: Path) -> list[str]:
     """The sets whose answers the run has kept, by name."""
     return sorted(path.stem for path in (run / FOLDER).glob("*.jsonl"))
