@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tunesmith.api import Result, chat, evaluate, export, plan, predict, resume, train
+    from tunesmith.comparing import Comparison, compare
     from tunesmith.events import Callback, StopRun
     from tunesmith.loaded import Loaded, load
     from tunesmith.recipe import Recipe
@@ -13,11 +14,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Callback",
+    "Comparison",
     "Loaded",
     "Recipe",
     "Result",
     "StopRun",
     "chat",
+    "compare",
     "evaluate",
     "export",
     "load",
@@ -27,10 +30,12 @@ __all__ = [
     "train",
 ]
 _ELSEWHERE = {  # the rest are the verbs of the API
-    "Recipe": "recipe",
     "Callback": "events",
-    "StopRun": "events",
+    "Comparison": "comparing",
     "Loaded": "loaded",
+    "Recipe": "recipe",
+    "StopRun": "events",
+    "compare": "comparing",
     "load": "loaded",
 }
 

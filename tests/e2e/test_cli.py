@@ -324,6 +324,42 @@ def test_evaluate_leaves_the_training_as_it_was(project: Path, run: Path) -> Non
     assert not (copy / "predictions" / "week-3.jsonl").exists()
 
 
+@pytest.fixture(scope="module")
+def rival(project: Path) -> Path:
+    done = call("train", project / "chat.yaml", "train.learning_rate=0.02", "--out", project / "rival-run", "seed=3")
+    assert done.code == 0, done.err
+    return project / "rival-run"
+
+
+def test_compare_tests_two_runs_on_the_rows_that_both_answered(
+    project: Path, run: Path, rival: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = [contents(path) for path in (run, rival)]
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", lambda url: not opened.append(url))
+    done = call("compare", run, rival)
+    assert done.code == 0, done.err
+    assert "rival-run against chat-run" in done.out
+    assert "test: 6 rows that all answered" in done.out
+    page = project / "compared.html"
+    found = call("compare", run, rival, "--metrics", "loss", "--base", "--out", page, "--json").json
+    assert found["page"] == str(page)
+    stored = {
+        (path.name, record["metric"]): record["value"]
+        for path in (run, rival)
+        for record in json.loads((path / "evaluation.json").read_text())
+        if record["model"] == "tuned"
+    }
+    tests = {(test["before"], test["after"]): test for test in found["tests"]}
+    assert set(tests) == {("chat-run", "rival-run"), ("base", "chat-run"), ("base", "rival-run")}
+    gap = stored["rival-run", "loss"] - stored["chat-run", "loss"]
+    assert tests["chat-run", "rival-run"]["difference"] == pytest.approx(gap, rel=1e-6)
+    assert "rival-run against chat-run on test" in page.read_text()
+    done = call("compare", run, rival, "--open")
+    assert opened == [Path(done.out.splitlines()[-1].removeprefix("page: ")).resolve().as_uri()]
+    assert [contents(path) for path in (run, rival)] == before
+
+
 def test_models_lists_the_catalog() -> None:
     found = {model["name"]: model for model in call("models", "--json").json}
     assert found["smollm2-135m-instruct"]["licence"] == "Apache-2.0"
@@ -386,6 +422,12 @@ WRONG: dict[str, tuple[int, str, list[str]]] = {
     "no number": (2, "at least 1", ["predict", "{run}", "--input", "{project}/ask.jsonl", "--max-new-tokens", "x"]),
     "no plugin": (2, "--plugin", ["plan", "{project}/chat.yaml", "--plugin", "{project}/none.py"]),
     "broken plugin": (2, "ZeroDivisionError", ["schema", "--plugin", "{project}/broken.py"]),
+    "nothing to compare": (2, "RUN", ["compare"]),
+    "no run to compare": (2, "not a run", ["compare", "{run}", "{project}/nowhere"]),
+    "itself to compare": (2, "given twice", ["compare", "{run}", "{run}"]),
+    "no set of both": (2, "was not measured on 'late'", ["compare", "{run}", "--data", "late"]),
+    "a page into a folder": (2, "is a folder", ["compare", "{run}", "--out", "{project}"]),
+    "a page into no folder": (2, "no folder /no for --out", ["compare", "{run}", "--out", "/no/page.html"]),
     "answers to keep of nothing": (2, "--keep", ["evaluate", "{run}", "--keep", "3"]),
     "some answers to keep": (2, "`all`", ["evaluate", "{run}", "--data", "{project}/ask.jsonl", "--keep", "some"]),
     "metrics of nothing": (2, "--data", ["evaluate", "{run}", "--metrics", "loss"]),

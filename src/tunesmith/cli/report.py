@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from tunesmith.cli.verb import Call, Verb, add_plugins, add_run
+from tunesmith.cli.verb import Call, Verb, add_plugins, add_run, show_page
 from tunesmith.errors import InputError
 
 
@@ -29,21 +29,14 @@ def _run(options: argparse.Namespace, call: Call) -> int:
     from tunesmith import api
 
     made = api.report(options.path, format=options.format, out=options.out, plugins=options.plugins)
-    shown = _opened(made) if options.open and isinstance(made, Path) else None
     if call.json:
         key = "path" if isinstance(made, Path) else "text"
         call.print_json({"run": str(options.path), "format": options.format, key: str(made)})
     else:
         sys.stdout.write(f"{made}\n" if isinstance(made, Path) else made)
-    if shown is False:
-        sys.stderr.write("no browser could be started: open the file yourself\n")
+    if options.open and isinstance(made, Path):
+        show_page(made)
     return 0
-
-
-def _opened(page: Path) -> bool:
-    import webbrowser
-
-    return webbrowser.open(page.resolve().as_uri())
 
 
 VERB = Verb("report", "make a run's report again, and show it", _add, _run)

@@ -58,6 +58,14 @@ def names(text: str) -> list[str]:
     return found
 
 
+def show_page(page: Path) -> None:
+    """Asks the browser to show a page; says so where there is none to ask."""
+    import webbrowser
+
+    if not webbrowser.open(page.resolve().as_uri()):
+        sys.stderr.write("no browser could be started: open the file yourself\n")
+
+
 def add_plugins(parser: argparse.ArgumentParser) -> None:
     """--plugin, which only the command line may give: a recipe that names code to run would be unsafe to share."""
     parser.add_argument(

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
@@ -14,7 +14,11 @@ from tunesmith.errors import InputError
 from tunesmith.evaluation import METRICS
 from tunesmith.evaluation.metrics import Joint, RowMetric
 from tunesmith.report.before_after import TUNED
+from tunesmith.report.findings import file_name
 from tunesmith.types import Prediction
+
+if TYPE_CHECKING:
+    from tunesmith.comparable import SharedRow
 
 OUTCOMES = ("better", "worse", "wrong", "right", "same")  # same: unchanged, where right and wrong have no meaning
 BUDGET = 1_800_000  # bytes of all answers in a page, so that it stays below 3 MB and opens at once
@@ -44,10 +48,14 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """Those of one data set that were kept: `shown` of `kept` rows of the `measured`, judged by the metric `judge`."""
+    """Those of one data set that were kept: `shown` of `kept` rows of the `measured`, judged by the metric `judge`.
+
+    `before` and `after` are the names of the models.
+    """
 
     data: str
     before: str | None
+    after: str
     judge: str | None
     measured: int
     kept: int
@@ -70,14 +78,21 @@ def gather(path: Path, data: str, metrics: Sequence[str], measured: int, budget:
     """The answers of a file of predictions; None if none were kept. A sample of each outcome where all are too much."""
     if not path.is_file():
         return None
-    judge = next((m for m in map(_judge, metrics) if m is not None), None)
+    judge = _judge(metrics)
     found = list(_read(path, judge))
     if not found:
         return None
-    counts = Counter(answer.outcome for answer in found)
     before = next((model for model in _models(path) if model != TUNED), None)
-    shown = tuple(_fitting(found, counts, budget))
-    return Answers(data, before, None if judge is None else judge.name, measured, len(found), counts, shown)
+    return _sample(data, before, TUNED, judge, measured, found, budget)
+
+
+def gather_pair(
+    rows: Sequence[SharedRow], data: str, before: str, after: str, metrics: Sequence[str], budget: int = BUDGET
+) -> Answers:
+    """The answers of two of the models that are compared, as `gather`."""
+    judge = _judge(metrics)
+    found = [_judged(judge, r.row.where, r.row.input, r.answers[before], r.answers[after], r.row.tags) for r in rows]
+    return _sample(data, before, after, judge, len(rows), found, budget)
 
 
 def compact(answers: Answers) -> dict[str, Any]:
@@ -107,6 +122,7 @@ def compact(answers: Answers) -> dict[str, Any]:
     return {
         "data": answers.data,
         "before": answers.before,
+        "after": answers.after,
         "judge": answers.judge,
         "counts": [answers.counts.get(outcome, 0) for outcome in OUTCOMES],
         "texts": list(texts),
@@ -117,19 +133,50 @@ def compact(answers: Answers) -> dict[str, Any]:
 def _read(path: Path, judge: RowMetric | None) -> Iterator[Answer]:
     for line in path.read_bytes().splitlines():
         row = orjson.loads(line)
-        after, before = row["answers"][TUNED], next((a for m, a in row["answers"].items() if m != TUNED), None)
-        scores = tuple(None if a is None else _score(judge, a, row) for a in (before, after))
-        yield Answer(
-            where=row["where"].rsplit("/", 1)[-1].rsplit("\\", 1)[-1],
-            asked=row["input"],
-            reference=row["reference"],
-            before=before and before["output"],
-            after=after["output"],
-            outcome=_outcome(judge, scores[0], scores[1], before is not None),
-            scores=(scores[0], scores[1]),
-            top=_top(after["probabilities"] or {}),
-            tags=row["tags"],
-        )
+        answers = {
+            model: Prediction(
+                a["output"], row["reference"], row["where"], a["scores"], a["probabilities"], a["finished"]
+            )
+            for model, a in row["answers"].items()
+        }
+        before = next((answer for model, answer in answers.items() if model != TUNED), None)
+        yield _judged(judge, row["where"], row["input"], before, answers[TUNED], row["tags"])
+
+
+def _judged(
+    judge: RowMetric | None,
+    where: str,
+    asked: str,
+    before: Prediction | None,
+    after: Prediction,
+    tags: Mapping[str, str],
+) -> Answer:
+    scores = (None if before is None else _score(judge, before), _score(judge, after))
+    return Answer(
+        where=file_name(where),
+        asked=asked,
+        reference=after.reference,
+        before=before and before.output,
+        after=after.output,
+        outcome=_outcome(judge, *scores, before is not None),
+        scores=scores,
+        top=_top(after.probabilities or {}),
+        tags=tags,
+    )
+
+
+def _sample(
+    data: str,
+    before: str | None,
+    after: str,
+    judge: RowMetric | None,
+    measured: int,
+    found: Sequence[Answer],
+    budget: int,
+) -> Answers:
+    counts = Counter(answer.outcome for answer in found)
+    shown = tuple(_fitting(found, counts, budget))
+    return Answers(data, before, after, None if judge is None else judge.name, measured, len(found), counts, shown)
 
 
 def _models(path: Path) -> list[str]:
@@ -137,20 +184,15 @@ def _models(path: Path) -> list[str]:
         return list(orjson.loads(lines.readline())["answers"])
 
 
-def _judge(name: str) -> RowMetric | None:
-    try:
-        metric = METRICS.get(name)([])
-    except InputError:
-        return None
-    return metric if metric.kind in JUDGES and not isinstance(metric, Joint) else None
+def _judge(names: Sequence[str]) -> RowMetric | None:
+    """The first metric that has a number for one row; a plugin's that is not loaded has none."""
+    built = (METRICS.get(name)([]) for name in names if name in METRICS)
+    return next((metric for metric in built if metric.kind in JUDGES and not isinstance(metric, Joint)), None)
 
 
-def _score(judge: RowMetric | None, answer: Mapping[str, Any], row: Mapping[str, Any]) -> float | None:
+def _score(judge: RowMetric | None, prediction: Prediction) -> float | None:
     if judge is None:
         return None
-    prediction = Prediction(
-        answer["output"], row["reference"], row["where"], answer["scores"], answer["probabilities"], answer["finished"]
-    )
     try:
         value, weight = judge.statistics(prediction)[:2]
     except InputError:  # a row without a reference

@@ -32,6 +32,12 @@ def p_value(p: float | None) -> str:
     return "<0.001" if p < 0.001 else f"{p:.2g}"
 
 
+def p_told(p: float | None) -> str:
+    """A p-value within a sentence: p = 0.04, p < 0.001."""
+    text = p_value(p)
+    return f"p {text.replace('<', '< ')}" if text.startswith("<") else f"p = {text}"
+
+
 def large(number: int) -> str:
     """A number in at most seven columns."""
     if number < 10**6:

@@ -8,13 +8,17 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
 
+from tunesmith.report.comparison_view import LEGEND, comparison_tables
 from tunesmith.report.live import Pace, View, share_done, step_numbers
 from tunesmith.report.results import results_tables, weaknesses
+
+if TYPE_CHECKING:
+    from tunesmith.comparing import Comparison
 
 FRAME_SECONDS = 0.3
 WIDTH = 110
@@ -52,6 +56,17 @@ def results_html(path: Path, records: Sequence[Mapping[str, Any]], effects: Sequ
     for warning in weaknesses(records):
         console.print(Text(f"warning: {warning}"))
     return f"{_exported(console)}<div>run: <code>{html.escape(str(path))}</code></div>"
+
+
+def comparison_html(comparison: Comparison) -> str:
+    """The tables of compared runs, as HTML."""
+    console = _recording()
+    for table in comparison_tables(comparison):
+        console.print(table)
+    console.print(Text(f"\n{LEGEND}"))
+    for note in comparison.notes:
+        console.print(Text(f"note: {note}"))
+    return _exported(console)
 
 
 def _recording() -> Console:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tunesmith.report.before_after import MAJORITY, Line, MetricFacts, Table, headline
-from tunesmith.report.figures import figure, p_value, percent
+from tunesmith.report.figures import figure, p_told, percent
 
 FEW_ROWS = 50
 VALIDATION = "validation"
@@ -95,8 +95,7 @@ def evidence(line: Line) -> str:
     effect = line.effect
     assert effect is not None
     low, high = (difference(line.metric, effect[limit], unit=False) for limit in ("low", "high"))
-    p = p_value(effect["p"])
-    return f"95% interval {low} to {high}, p {p.replace('<', '< ') if p.startswith('<') else f'= {p}'}"
+    return f"95% interval {low} to {high}, {p_told(effect['p'])}"
 
 
 def _alone(line: Line, rows: str) -> str:

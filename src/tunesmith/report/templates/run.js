@@ -60,7 +60,7 @@
   const LABELS = 400; // more different answers than this are text, not labels
 
   const root = document.querySelector(".answers");
-  const state = { set: 0, outcome: null, text: "", truth: -1, given: -1, tags: new Map(), order: "file", page: 0 };
+  const state = { set: 0, outcome: null, text: "", truth: -1, given: -1, tags: new Map(), order: data.order ?? "file", page: 0 };
   let draw = () => {};
 
   function answers() {
@@ -181,7 +181,7 @@
       const given = make("div", "given",
         reference === null ? null : block("expected", expected),
         set.before && set.before !== "majority" ? block(set.before, before === null || set.labelled || reference === null ? before : difference(reference, before)[1], one[SCORES][0]) : null,
-        block("tuned", answered, one[SCORES][1], one[TOP]));
+        block(set.after, answered, one[SCORES][1], one[TOP]));
       const item = make("li", set.labelled ? "label" : "prose", head, make("p", "asked text", textOf(one[ASKED])), given);
       return item;
     }

@@ -1,0 +1,95 @@
+"""What compared runs come to, in sentences that claim no more than the tests show."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from tunesmith.report.before_after import TUNED, facts_of
+from tunesmith.report.figures import p_told
+from tunesmith.report.verdict import Verdict, difference, value
+
+if TYPE_CHECKING:
+    from tunesmith.comparing import Comparison, Contrast, Shared
+
+_TONES = {"better": "better", "worse": "worse", "undecided": "caution"}
+
+
+def heading(comparison: Comparison) -> str:
+    """Who is compared."""
+    if len(comparison.pairs) == 1:
+        before, after = comparison.pairs[0]
+        return f"{after} against {before}"
+    *first, last = [name for name, entrant in comparison.models.items() if entrant.model == TUNED]
+    return f"{', '.join(first)} and {last}"
+
+
+def verdict(comparison: Comparison, shared: Shared, before: str, after: str) -> Verdict:
+    """On one pair and set, by the first metric that can tell the models apart."""
+    tests = tests_of(comparison, shared, before, after)
+    if not tests:
+        said = f"{after} is not tested against {before}: by these metrics guesses at random beat it too."
+        return Verdict("Not tested", "caution", said)
+    test = next((test for test in tests if test.difference), tests[0])
+    facts = facts_of(test.metric)
+    records = [r for r in comparison.records if (r.data, r.metric) == (shared.data, test.metric)]
+    values = {record.model: value(facts, record.value) for record in records}
+    gap = difference(facts, test.difference)
+    low, high = (difference(facts, known(limit), unit=False) for limit in (test.low, test.high))
+    evidence = f"95% interval {low} to {high}, {p_told(test.p_holm)}"
+    told = f"{facts.title} {values[after]} against {values[before]}, {gap} ({evidence})"
+    if test.standing != "undecided":
+        sentence = f"{after} is {test.standing} than {before}: {told}."
+    else:
+        sentence = f"{shared.rows:,} rows do not tell {after} from {before}: {told}. {_outlook(test, shared)}"
+    against = [t for t in tests if t.standing not in (test.standing, "undecided")]
+    also = tuple(f"By {facts_of(t.metric).title}, {after} is {t.standing}." for t in against)
+    return Verdict(test.standing.capitalize(), _TONES[test.standing], sentence, also)
+
+
+def tests_of(comparison: Comparison, shared: Shared, before: str, after: str) -> Sequence[Contrast]:
+    return [t for t in comparison.tests if (t.data, t.before, t.after) == (shared.data, before, after)]
+
+
+def on_rows(shared: Shared) -> str:
+    """On what a set is compared."""
+    left = ", ".join(f"{count:,} of {name}" for name, count in shared.left_out.items() if count)
+    return (
+        f"{shared.data}: {shared.rows:,} rows that all answered"
+        + (f" ({left} left out)" if left else "")
+        + (f", clustered by {shared.cluster}" if shared.cluster else "")
+        + f"; {shared.tests} test{'s' * (shared.tests != 1)}"
+    )
+
+
+def known(limit: float) -> float | None:
+    """A limit of an interval, or None where it is infinite: nothing is known."""
+    return limit if math.isfinite(limit) else None
+
+
+def more_rows(test: Contrast, shared: Shared) -> str:
+    """How many more rows would settle an undecided test."""
+    if not test.difference:
+        return "no gap seen"
+    if test.rows_needed is None:
+        return "+∞ rows"
+    return f"+{_about(test.rows_needed - shared.rows)} rows"
+
+
+def _outlook(test: Contrast, shared: Shared) -> str:
+    least = None if test.detectable is None else difference(facts_of(test.metric), test.detectable).lstrip("+")
+    shows = "They are too few to show any difference"
+    if least is not None:
+        shows = f"They would show one of {least} or more in 4 of 5 such tests"
+    if not test.difference:
+        return f"{shows}."
+    if test.rows_needed is None:
+        return f"{shows}; no number of rows would settle one like this."
+    return f"{shows}; to settle one like this takes about {_about(test.rows_needed - shared.rows)} more."
+
+
+def _about(rows: int) -> str:
+    """Two digits, rounded up: the number is as uncertain as the difference that it is for."""
+    step = 10 ** max(0, len(str(rows)) - 2)
+    return f"{max(1, -(-rows // step) * step):,}"
