@@ -229,8 +229,9 @@ class StepStats:
 class MethodFacts:
     """What the plan must know of a method; of an instance, as its options have it.
 
-    `reference`: how the base is had back: an adapter is switched off, changed weights are read from the base
-    again, or not at all. `frozen_backbone`: nothing below the heads or the output projection trains.
+    `when`: in one line, when to choose the method. `reference`: how the base is had back: an adapter is switched
+    off, changed weights are read from the base again, or not at all. `frozen_backbone`: nothing below the heads or
+    the output projection trains.
     `moves_output`: the output projection trains and the embeddings do not, so a tied one must be untied, which
     `unties` does. `packs`, `recomputes`: segments may share a row, layers may run again in the backward.
     `learning_rate_source` says where the default rate is from.
@@ -242,6 +243,7 @@ class MethodFacts:
     reference: Literal["switch", "snapshot", "none"]
     learning_rate: float
     learning_rate_source: str
+    when: str = ""
     frozen_backbone: bool = False
     mergeable: bool = False
     moves_output: bool = False

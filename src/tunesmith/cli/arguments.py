@@ -8,13 +8,27 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from tunesmith import __version__
-from tunesmith.cli import chat, compare, demo, evaluate, export, models, plan, predict, report, resume, schema, train
+from tunesmith.cli import (
+    chat,
+    compare,
+    demo,
+    evaluate,
+    export,
+    methods,
+    models,
+    plan,
+    predict,
+    report,
+    resume,
+    schema,
+    train,
+)
 from tunesmith.cli.verb import Verb
 from tunesmith.errors import InputError
 
 VERBS: dict[str, Verb] = {
     module.VERB.name: module.VERB
-    for module in (demo, plan, train, resume, evaluate, predict, compare, chat, report, export, models, schema)
+    for module in (demo, plan, train, resume, evaluate, predict, compare, chat, report, export, methods, models, schema)
 }
 
 

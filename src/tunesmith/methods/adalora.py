@@ -28,6 +28,7 @@ class AdaLora(PeftAdapter):
 
     facts: MethodFacts = MethodFacts(
         summary="LoRA whose ranks fall where they matter least while it trains",
+        when="a small budget of parameters and more steps than usual: ranks go to the layers that need them",
         kinds=frozenset({"decoder", "encoder", "encoder-decoder"}),
         heads=frozenset({"lm", "pooled"}),
         reference="switch",

@@ -23,6 +23,7 @@ class HeadOnly(OwnWeights):
 
     facts: MethodFacts = MethodFacts(
         summary="the head alone, on cached vectors of the frozen base: seconds of training",
+        when="few rows or little time: the base's vectors are good already; also the first baseline to beat",
         kinds=frozenset({"decoder", "encoder"}),
         heads=frozenset({"pooled", "lm"}),
         reference="snapshot",

@@ -29,6 +29,7 @@ class Ia3(PeftAdapter):
 
     facts: MethodFacts = MethodFacts(
         summary="three scaling vectors a layer: the fewest parameters, for few examples",
+        when="a few dozen rows, or very many adapters to keep",
         kinds=frozenset({"decoder", "encoder", "encoder-decoder"}),
         heads=frozenset({"lm", "pooled"}),
         reference="switch",

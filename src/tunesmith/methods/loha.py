@@ -19,6 +19,7 @@ class Loha(PeftAdapter):
 
     facts: MethodFacts = MethodFacts(
         summary="the product of two low-rank updates: rank squared for twice the parameters",
+        when="a higher rank than LoRA for the same number of parameters",
         kinds=frozenset({"decoder", "encoder", "encoder-decoder"}),
         heads=frozenset({"lm", "pooled"}),
         reference="switch",

@@ -19,6 +19,7 @@ class Lokr(PeftAdapter):
 
     facts: MethodFacts = MethodFacts(
         summary="a Kronecker product of small matrices: full rank for few parameters",
+        when="the smallest adapter files that can still be of full rank",
         kinds=frozenset({"decoder", "encoder", "encoder-decoder"}),
         heads=frozenset({"lm", "pooled"}),
         reference="switch",

@@ -22,6 +22,7 @@ class Oft(PeftAdapter):
 
     facts: MethodFacts = MethodFacts(
         summary="rotations of each layer's inputs: norms and angles of the base are kept",
+        when="the base must keep what it knows: its neurons turn together and keep their lengths",
         kinds=frozenset({"decoder", "encoder", "encoder-decoder"}),
         heads=frozenset({"lm", "pooled"}),
         reference="switch",

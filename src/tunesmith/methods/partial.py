@@ -28,6 +28,7 @@ class Partial(OwnWeights):
 
     facts: MethodFacts = MethodFacts(
         summary="the top layers, or any layers, norms, biases or parameters by pattern: less memory than full",
+        when="full is too much: the top layers, the norms or the biases alone (BitFit)",
         kinds=frozenset({"decoder", "encoder", "encoder-decoder"}),
         heads=frozenset({"lm", "pooled"}),
         reference="snapshot",

@@ -22,6 +22,7 @@ class Vera(PeftAdapter):
 
     facts: MethodFacts = MethodFacts(
         summary="two vectors a layer over shared random projections: a tenth of LoRA's parameters",
+        when="hundreds of adapters on one base: each is a tenth of LoRA's",
         kinds=frozenset({"decoder", "encoder", "encoder-decoder"}),
         heads=frozenset({"lm", "pooled"}),
         reference="switch",
