@@ -83,6 +83,15 @@ class Mergeable(Protocol):
 
 
 @runtime_checkable
+class Fitted(Protocol):
+    """A method whose start may depend on what the base makes of training examples."""
+
+    def fit(self, policy: Policy, batches: Iterable[Batch]) -> None:
+        """Called once, after `attach`, with a few batches that hold no padding; the base's outputs stay as they are."""
+        ...
+
+
+@runtime_checkable
 class Ruled(Protocol):
     """A method with gradient rules of its own: which layers move yet, how ranks are spent."""
 

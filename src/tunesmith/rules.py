@@ -99,9 +99,9 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         ("precision", "method"),
-        lambda f: f.recipe.precision == "fp8" and f.method_name != "lora",
-        "precision is fp8, which holds frozen weights beside low-rank updates, and the method is {f.method_name}",
-        "use method lora, or set precision to bf16",
+        lambda f: f.recipe.precision == "fp8" and not f.method.fp8_base,
+        "precision is fp8, which holds frozen weights beside small low-rank updates, and the method is {method}",
+        "use method lora as it starts by default, or set precision to bf16",
     ),
     Rule(
         ("precision", "train.dropout"),
@@ -203,10 +203,17 @@ RULES: tuple[Rule, ...] = (
 )
 
 
+def _as_asked(facts: Facts) -> str:
+    """The method, with the options that the recipe gives it."""
+    options = ", ".join(f"{key}: {value}" for key, value in facts.recipe.method.options.items())
+    return f"{facts.method_name} ({options})" if options else facts.method_name
+
+
 def judge(facts: Facts) -> tuple[list[Conflict], list[str]]:
     """Conflicts that refuse the run, and substitutions that the plan states."""
     words = {
         "f": facts,
+        "method": _as_asked(facts),
         "kinds_of_objective": " or ".join(sorted(facts.needs.kinds)),
         "kinds_of_method": " or ".join(sorted(facts.method.kinds)),
         "heads_of_method": " or ".join(sorted(facts.method.heads)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from tunesmith import __version__, rundir
 from tunesmith.data.chat import Renderer
+from tunesmith.data.source import first_batches
 from tunesmith.engine.native import seed_step
 from tunesmith.engine.precision import serves_fp8
 from tunesmith.errors import InputError, RefusedError
@@ -26,13 +27,15 @@ from tunesmith.models.policy import Policy, Tokens
 from tunesmith.models.saved import CARD, read_card
 from tunesmith.objectives import OBJECTIVES
 from tunesmith.planning import Assets, Plan
-from tunesmith.protocols import Method, Objective
+from tunesmith.protocols import Fitted, Method, Objective
 from tunesmith.settings import Placement
+from tunesmith.types import Batch
 
 if TYPE_CHECKING:
     from tunesmith.recipe import Recipe
 
 HEADS = "heads.safetensors"
+FIT_TOKENS = 2048  # of training examples that a method may look at before it trains
 
 
 def build(plan: Plan, assets: Assets) -> Policy:
@@ -46,6 +49,8 @@ def build(plan: Plan, assets: Assets) -> Policy:
     seed_step(plan.training.seed, 0)  # the fresh parameters' draw
     if assets.previous is None:
         assets.method.attach(policy)
+        if isinstance(assets.method, Fitted):
+            assets.method.fit(policy, _first_batches(plan, assets, policy))
         _settle(policy, placement)
     else:
         _load_trained(policy, assets.method, assets.previous / "model", placement)
@@ -144,6 +149,13 @@ def load_gguf(
     policy = _policy(local, renderer, objective, whole(whole.Options(), 0.0), placement, card["pooling"])
     policy.eval()
     return policy, renderer
+
+
+def _first_batches(plan: Plan, assets: Assets, policy: Policy) -> Iterator[Batch]:
+    prepared, seed = assets.prepared, plan.training.seed
+    yield from first_batches(
+        prepared.train, prepared.repeats, seed, FIT_TOKENS, packed=policy.packed, pad_id=policy.tokens.pad
+    )
 
 
 def _load_trained(policy: Policy, method: Method, folder: Path, placement: Placement) -> None:

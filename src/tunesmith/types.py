@@ -234,7 +234,7 @@ class MethodFacts:
     the output projection trains.
     `moves_output`: the output projection trains and the embeddings do not, so a tied one must be untied, which
     `unties` does. `packs`, `recomputes`: segments may share a row, layers may run again in the backward.
-    `learning_rate_source` says where the default rate is from.
+    `fp8_base`: its frozen weights may be held in fp8. `learning_rate_source` says where the default rate is from.
     """
 
     summary: str
@@ -250,6 +250,7 @@ class MethodFacts:
     unties: bool = False
     packs: bool = True
     recomputes: bool = True
+    fp8_base: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ from tunesmith.engine import checkpoint
 from tunesmith.engine.native import NativeEngine, Optimization, seed_step
 from tunesmith.methods import METHODS
 from tunesmith.models.policy import Policy
-from tunesmith.protocols import Method, Ruled
+from tunesmith.protocols import Fitted, Method, Ruled
 from tunesmith.types import ModelKind
 
 TIED = ("llama", "gemma3", "falcon", "gpt2", "t5", "bart")
@@ -97,6 +97,10 @@ CASES += [
     Case("dora", families=NO_EXPERTS),
     Case("ia3", families=NO_EXPERTS),
     Case("lora", {"rank": 4, "rslora": True, "plus": 16.0, "ranks": {"k_proj|key": 2}}),
+    Case("lora", {"rank": 4, "init": "pissa"}, families=NO_EXPERTS, tolerance=1e-5),
+    Case("lora", {"rank": 4, "init": "olora", "rslora": True, "ranks": {"k_proj|key": 2}}, families=NO_EXPERTS),
+    Case("lora", {"rank": 4, "init": "eva"}, families=NO_EXPERTS),
+    Case("lora", {"rank": 4, "init": "gaussian"}, families=("llama", "bert", "t5")),
     Case("adalora", {"rank": 2}, tolerance=1e-5),  # what it has pruned is not saved, so sums are shorter
     Case("vera", {"rank": 8}),
     Case("loha", {"rank": 2}, families=NO_TRANSPOSED),
@@ -113,6 +117,8 @@ def attached(case: Case, family: str, **given: Any) -> tuple[Policy, Method]:
     policy, method = policy_of(family, **given), case.method(family)
     seed_step(0, 0)
     method.attach(policy)
+    if isinstance(method, Fitted):
+        method.fit(policy, batches_of(policy, examples_of(family, EXAMPLES), [1] * EXAMPLES))
     return policy, method
 
 

@@ -15,7 +15,8 @@ from tunesmith.cli import main
 from tunesmith.errors import InputError, RefusedError
 
 ROWS: list[dict[str, Any]] = [{"prompt": f"colour {i}?", "completion": ("red", "green")[i % 2]} for i in range(12)]
-METHODS = ["lora", "dora", "adalora", "vera", "ia3", "loha", "lokr", {"name": "oft", "block_size": 8}]
+STARTS = [{"name": "lora", "init": init, "rank": 4} for init in ("pissa", "eva")]
+METHODS = [*STARTS, "lora", "dora", "adalora", "vera", "ia3", "loha", "lokr", {"name": "oft", "block_size": 8}]
 
 
 def run_of(tiny_llama: Path, to: Path, method: Any) -> Path:
@@ -36,7 +37,7 @@ def run(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_of(tiny_llama, tmp_path_factory.mktemp("export") / "run", "lora")
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda m: m if isinstance(m, str) else m["name"])
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m if isinstance(m, str) else m.get("init", m["name"]))
 def test_a_merged_model_answers_as_the_run_does(method: Any, tiny_llama: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 

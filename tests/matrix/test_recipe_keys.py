@@ -92,6 +92,8 @@ CHANGES: dict[str, Change] = {
     "method.dora.rslora": Change(True, {"method": {"name": "dora"}}),
     "method.dora.ranks": Change({"q_proj": 2}, {"method": {"name": "dora"}}),
     "method.dora.plus": Change(16.0, {"method": {"name": "dora"}}),
+    "method.dora.init": Change("gaussian", {"method": {"name": "dora"}}),
+    "method.lora.init": Change("pissa"),
     "method.ia3.targets": Change(["q_proj"], {"method": {"name": "ia3"}}),
     "method.ia3.feedforward": Change(["up_proj"], {"method": {"name": "ia3"}}),
     "method.loha.rank": Change(8, {"method": {"name": "loha"}}),

@@ -75,6 +75,26 @@ def test_results_and_gradients_are_those_of_base_and_update(targets: list[str]) 
         assert _error(ours, theirs) < 0.015
 
 
+def test_two_adapters_of_a_layer_lie_beside_each_other() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model: Any = Projections()
+    peft: Any = get_peft_model(model, LoraConfig(r=4, lora_alpha=12, target_modules=["second"]))
+    peft.add_adapter("other", LoraConfig(r=2, lora_alpha=8, target_modules=["second"]))
+    peft.base_model.set_adapter(["default", "other"])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora" in name)
+        parameter.data = (torch.randn_like(parameter, dtype=torch.float32) * 0.2).to(parameter.dtype)
+    weight = Bordered([model.first, model.second])
+    weight.refresh()
+    x, linear = torch.randn(N, INPUTS).bfloat16().float(), model.second
+    second = _apart(linear, x) + 4.0 * (x @ linear.lora_A["other"].weight.T) @ linear.lora_B["other"].weight.T
+    out = torch.empty(N, sum(OUTPUTS), dtype=torch.bfloat16)
+    weight.project(_wide(x, weight.border), out=out)  # type: ignore[arg-type]
+    assert len(weight.parameters) == 4
+    assert _error(out, torch.cat([_apart(model.first, x), second], dim=1)) < 0.01
+
+
 def test_the_border_follows_a_fused_optimizer() -> None:
     """Version counters do not tell: fused AdamW moves parameters and leaves their versions as they were."""
     linears = _linears(["first", "second"])

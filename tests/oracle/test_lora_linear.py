@@ -90,10 +90,24 @@ def test_disabled_and_merged_adapters_stay_pefts() -> None:
     torch.testing.assert_close(lora(x), with_adapter, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", ["dora", "two adapters", "trained base", "autocast"])
+def test_two_adapters_of_one_scaling_are_one_update() -> None:
+    peft, lora = layer()
+    peft.add_adapter("second", LoraConfig(r=4, lora_alpha=12, target_modules=["0"]))
+    peft.base_model.set_adapter(["default", "second"])
+    nn.init.normal_(lora.lora_B["second"].weight)
+    lora.lora_A["second"].requires_grad_(False)
+    x = torch.randn(2, 7, 24)
+    expected = passes(lora, x)
+    assert fuse(lora)
+    found = passes(lora, x)
+    assert len(found) == 5  # out, x, both factors of the first and one of the second
+    assert_equal(found, expected)
+
+
+@pytest.mark.parametrize("case", ["dora", "two scalings", "trained base", "autocast"])
 def test_what_it_does_not_cover_goes_to_peft(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     peft, lora = layer(use_dora=case == "dora")
-    if case == "two adapters":
+    if case == "two scalings":
         peft.add_adapter("second", LoraConfig(r=2, target_modules=["0"]))
         peft.base_model.set_adapter(["default", "second"])
     if case == "trained base":

@@ -116,6 +116,16 @@ def _spans(lengths: NDArray[np.int64], size: int | None, tokens: int) -> Iterato
         yield start, len(lengths)
 
 
+def first_batches(
+    examples: Examples, repeats_N: NDArray[np.float64], seed: int, tokens: int, *, packed: bool, pad_id: int
+) -> Iterator[Batch]:
+    """What a run sees first, up to so many tokens (one example at least), laid out without padding."""
+    order = epoch_order(repeats_N, 0, seed)
+    count = int((np.cumsum(examples.lengths[order]) <= tokens).sum())
+    chosen = ExampleList([examples.example(int(i)) for i in order[: max(1, count)]])
+    return batches(chosen, tokens if packed else 1, packed=packed, pad_id=pad_id)
+
+
 class DataSource:
     """Steps over tokenised examples, made ahead by `workers` threads and handed out in order.
 

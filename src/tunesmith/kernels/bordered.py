@@ -191,16 +191,22 @@ def base_of(linear: Any) -> nn.Linear:
     return linear.get_base_layer() if hasattr(linear, "get_base_layer") else linear
 
 
-def active_adapter(linear: Any) -> str | None:
-    """The one plain LoRA adapter of a PEFT layer that is in use and does not drop out now; None if there is none."""
-    active = linear.active_adapters
-    if linear.disable_adapters or linear.merged or len(active) != 1:
-        return None
-    name = active[0]
-    if name not in linear.lora_A or name in linear.lora_variant or linear.lora_bias[name]:
-        return None
-    dropout = linear.lora_dropout[name]
-    return None if dropout.training and getattr(dropout, "p", 0.0) > 0 else name
+def active_adapters(linear: Any) -> list[str]:
+    """The adapters of a PEFT layer in use; none where one is no plain LoRA or drops out now."""
+    active: list[str] = linear.active_adapters
+    if linear.disable_adapters or linear.merged:
+        return []
+    return active if all(is_plain(linear, name) and not drops(linear.lora_dropout[name]) for name in active) else []
+
+
+def is_plain(linear: Any, name: str) -> bool:
+    """Whether an adapter of a PEFT layer is an update s B A and nothing more."""
+    return name in linear.lora_A and name not in linear.lora_variant and not linear.lora_bias[name]
+
+
+def drops(dropout: Any) -> bool:
+    """Whether PEFT's dropout of an adapter changes what it is given now."""
+    return dropout.training and getattr(dropout, "p", 0.0) > 0
 
 
 def _adapters(linears: list[Any]) -> list[Adapter]:
@@ -209,13 +215,11 @@ def _adapters(linears: list[Any]) -> list[Adapter]:
     for linear in linears:
         outputs = slice(output, output + base_of(linear).out_features)
         output = outputs.stop
-        name = active_adapter(linear) if hasattr(linear, "lora_A") else None
-        if name is None:
-            continue
-        down, up = linear.lora_A[name].weight, linear.lora_B[name].weight
-        ranks = slice(rank, rank + down.shape[0])
-        rank = ranks.stop
-        found.append(Adapter(down, up, float(linear.scaling[name]), outputs, ranks))
+        for name in active_adapters(linear) if hasattr(linear, "lora_A") else ():
+            down, up = linear.lora_A[name].weight, linear.lora_B[name].weight
+            ranks = slice(rank, rank + down.shape[0])
+            rank = ranks.stop
+            found.append(Adapter(down, up, float(linear.scaling[name]), outputs, ranks))
     return found
 
 

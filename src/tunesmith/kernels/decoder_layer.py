@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from tunesmith.errors import RefusedError
 from tunesmith.kernels import cuda_attention
 from tunesmith.kernels.attention import KEYWORD, Bounds, segment_attention
-from tunesmith.kernels.bordered import Bordered, BorderedFp8, active_adapter, base_of
+from tunesmith.kernels.bordered import Bordered, BorderedFp8, active_adapters, base_of, is_plain
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -51,11 +51,8 @@ class FastLayer:
 
     def still_serves(self) -> bool:
         """Adapters as they were when this was built, in use, and not dropping out."""
-        return all(
-            active_adapter(linear) is not None if hasattr(linear, "lora_A") else True
-            for weight in self.weights
-            for linear in weight.linears
-        )
+        linears = [linear for weight in self.weights for linear in weight.linears]
+        return all(not hasattr(linear, "lora_A") or active_adapters(linear) for linear in linears)
 
 
 class _Project(torch.autograd.Function):
@@ -239,13 +236,12 @@ def _is_frozen_linear(linear: Any) -> bool:
     plain = type(base) is nn.Linear and getattr(base, "bias", None) is None and not base.weight.requires_grad
     if not plain or base.weight.dtype != torch.bfloat16:
         return False
-    return linear is base or (type(linear) is PeftLinear and not linear.fan_in_fan_out and _has_one_adapter(linear))
+    return linear is base or (type(linear) is PeftLinear and not linear.fan_in_fan_out and _is_served(linear))
 
 
-def _has_one_adapter(linear: Any) -> bool:
+def _is_served(linear: Any) -> bool:
     """Dropout is seen at each call; here it is enough that nothing else is in the way."""
-    name = linear.active_adapters[0] if len(linear.active_adapters) == 1 else None
-    return name in linear.lora_A and name not in linear.lora_variant and not linear.lora_bias[name]
+    return bool(linear.active_adapters) and all(is_plain(linear, name) for name in linear.active_adapters)
 
 
 def _is_power_of_two(value: int) -> bool:

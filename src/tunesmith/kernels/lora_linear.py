@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from tunesmith.kernels.bordered import drops, is_plain
 from tunesmith.kernels.gemm import times, times_transposed
 
 
@@ -78,7 +79,7 @@ class _LoraLinear(torch.autograd.Function):
 def fuse(module: nn.Module) -> bool:
     """Puts `lora_linear` in place of the forward of PEFT's LoRA over an nn.Linear; False for any other module.
 
-    What it does not cover (several adapters, DoRA and other variants, a trained or quantised base,
+    What it does not cover (adapters of several scalings, DoRA and other variants, a trained or quantised base,
     merged or disabled adapters, autocast, a device that is not a CPU) is seen at each call and left
     to PEFT's own forward.
     """
@@ -92,24 +93,30 @@ def fuse(module: nn.Module) -> bool:
 
 def _forward(self: Any, x: Tensor, *args: Any, **keywords: Any) -> Tensor:
     base = self.base_layer
-    adapter = _adapter(self, x, base.weight) if not args and not keywords else None
-    if adapter is None:
+    adapters = _adapters(self, x, base.weight) if not args and not keywords else []
+    if not adapters:
         return type(self).forward(self, x, *args, **keywords)
-    dropout = self.lora_dropout[adapter]
-    dropped = dropout(x) if dropout.training and getattr(dropout, "p", 0.0) > 0 else None
-    down, up = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-    return lora_linear(x, base.weight, base.bias, down, up, self.scaling[adapter], dropped)
+    dropout = self.lora_dropout[adapters[0]]
+    dropped = dropout(x) if drops(dropout) else None
+    down = _beside([self.lora_A[name].weight for name in adapters], 0)
+    up = _beside([self.lora_B[name].weight for name in adapters], 1)
+    return lora_linear(x, base.weight, base.bias, down, up, self.scaling[adapters[0]], dropped)
 
 
-def _adapter(module: Any, x: Tensor, weight_OI: Tensor) -> str | None:
-    """The one adapter of a vanilla LoRA layer that is in use on this input, or None."""
-    active = module.active_adapters
-    if module.disable_adapters or module.merged or len(active) != 1:
-        return None
-    name = active[0]
-    if name not in module.lora_A or name in module.lora_variant or module.lora_bias[name]:
-        return None
+def _adapters(module: Any, x: Tensor, weight_OI: Tensor) -> list[str]:
+    """The adapters of a vanilla LoRA layer that are in use on this input; none where the kernel does not serve."""
+    active: list[str] = module.active_adapters
+    if module.disable_adapters or module.merged or not all(is_plain(module, name) for name in active):
+        return []
+    several = len(active) > 1
+    if several and (any(drops(module.lora_dropout[n]) for n in active) or len({module.scaling[n] for n in active}) > 1):
+        return []
     bias = module.base_layer.bias
     frozen = not weight_OI.requires_grad and (bias is None or not bias.requires_grad)
-    plain = x.device.type == "cpu" and x.dtype == weight_OI.dtype == module.lora_A[name].weight.dtype
-    return name if frozen and plain and not torch.is_autocast_enabled("cpu") else None
+    dtypes = {x.dtype, weight_OI.dtype, *(module.lora_A[name].weight.dtype for name in active)}
+    plain = x.device.type == "cpu" and len(dtypes) == 1
+    return active if frozen and plain and not torch.is_autocast_enabled("cpu") else []
+
+
+def _beside(factors: list[Tensor], dimension: int) -> Tensor:
+    return factors[0] if len(factors) == 1 else torch.cat(factors, dimension)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from tunesmith.methods import METHODS
+from pydantic import field_validator
+
+from tunesmith.methods import METHODS, starts
 from tunesmith.methods.lora import Lora
 from tunesmith.models.policy import Policy
 from tunesmith.types import MethodFacts
@@ -23,7 +25,18 @@ class Dora(Lora):
         summary="LoRA with the weights' magnitudes trained apart: often better at low rank, slower",
         when="LoRA at rank 8 or less is not good enough, and a slower step is no matter",
         learning_rate_source="LoRA's, as Liu et al. 2024 compare the two",
+        fp8_base=False,
     )
+
+    class Options(Lora.Options):
+        """LoRA's, without the starts that need a second adapter: the magnitudes belong to one update."""
+
+        @field_validator("init")
+        @classmethod
+        def _starts_at_no_update(cls, init: str) -> str:
+            if init in starts.STARTS:
+                raise ValueError(f"dora cannot start at {init}; use default, gaussian or eva")
+            return init
 
     def config(self, policy: Policy) -> LoraConfig:
         config = super().config(policy)

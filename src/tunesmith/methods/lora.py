@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from tunesmith.methods import METHODS
+from tunesmith.methods import METHODS, starts
 from tunesmith.methods.peft_adapter import LowRankOptions, PeftAdapter, has_transposed_linears, task_type
 from tunesmith.models.policy import Policy
 from tunesmith.recipe import Positive
-from tunesmith.types import MethodFacts
+from tunesmith.types import Batch, MethodFacts
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -29,6 +33,7 @@ class Lora(PeftAdapter):
         mergeable=True,
         learning_rate=2e-4,
         learning_rate_source="Hu et al. 2021 (table 11) for GPT-2, and Dettmers et al. 2023 (QLoRA) up to 13B",
+        fp8_base=True,
     )
 
     class Options(LowRankOptions):
@@ -43,8 +48,47 @@ class Lora(PeftAdapter):
         plus: Annotated[float, Field(ge=1)] = Field(
             1.0, description="how much faster B learns than A; 16 is LoRA+ (Hayou et al. 2024, 2402.12354)"
         )
+        init: Literal["default", "gaussian", "pissa", "olora", "eva"] = Field(
+            "default",
+            description="where A and B start: B at 0 beside a random A (default: uniform), at leading directions of "
+            "the weights (pissa, olora), or B at 0 beside those of what the layer reads in training rows (eva)",
+        )
 
     options: Options
+
+    def __init__(self, options: Any, dropout: float) -> None:
+        super().__init__(options, dropout)
+        self._is_offset = options.init in starts.STARTS
+        self.facts = replace(self.facts, fp8_base=self.facts.fp8_base and not self._is_offset)
+
+    def attach(self, policy: Policy) -> None:
+        super().attach(policy)
+        if self._is_offset:
+            starts.offset(self._peft, self.config(policy), starts.STARTS[self.options.init])
+
+    def fit(self, policy: Policy, batches: Iterable[Batch]) -> None:
+        if self.options.init == "eva":
+            starts.observe(policy, self._peft, batches)
+
+    @contextmanager
+    def reference(self, policy: Policy) -> Generator[None]:
+        with super().reference(policy):
+            yield
+        if self._is_offset:
+            starts.hold(self._peft)
+
+    def export(self, policy: Policy, to: Path) -> None:
+        super().export(policy, to)
+        if self._is_offset:
+            starts.join(self._peft, to)
+
+    def load(self, policy: Policy, source: Path) -> None:
+        if not self._is_offset:
+            super().load(policy, source)
+            return
+        super().attach(policy)
+        starts.offset(self._peft, self.config(policy), None)
+        starts.split(self._peft, source)
 
     def config(self, policy: Policy) -> LoraConfig:
         from peft import LoraConfig
@@ -56,6 +100,7 @@ class Lora(PeftAdapter):
             target_modules=self.options.targets,
             use_rslora=self.options.rslora,
             rank_pattern=dict(self.options.ranks),
+            init_lora_weights="gaussian" if self.options.init == "gaussian" else True,
             fan_in_fan_out=has_transposed_linears(policy),
             task_type=task_type(policy),  # type: ignore[arg-type]
         )

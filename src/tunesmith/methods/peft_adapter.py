@@ -52,7 +52,7 @@ class PeftAdapter(ABC):
     def attach(self, policy: Policy) -> None:
         from peft import get_peft_model
 
-        with _peft_speaks():
+        with peft_speaks():
             try:
                 self._peft = get_peft_model(policy.model, self.config(policy))
             except ValueError as error:
@@ -74,23 +74,23 @@ class PeftAdapter(ABC):
         for config in self._peft.peft_config.values():
             if isinstance(config.target_modules, set):  # in an order that each process draws anew
                 config.target_modules = sorted(config.target_modules)
-        with _peft_speaks():
-            self._peft.save_pretrained(to, save_embedding_layers=False)
+        with peft_speaks():
+            self._peft.save_pretrained(to, save_embedding_layers=False, selected_adapters=["default"])
         (to / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours comes when the model is measured
 
     def merge(self, policy: Policy) -> None:
-        with _peft_speaks():
+        with peft_speaks():
             policy.model = self._peft.merge_and_unload()
 
     def load(self, policy: Policy, source: Path) -> None:
         from peft import PeftModel
 
-        with _peft_speaks():
+        with peft_speaks():
             self._peft = PeftModel.from_pretrained(policy.model, str(source), is_trainable=True)
 
 
 @contextmanager
-def _peft_speaks() -> Generator[None]:
+def peft_speaks() -> Generator[None]:
     """Without what PEFT says of its own conversion of experts and of layers whose rank has fallen to 0."""
     with quiet_transformers(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
