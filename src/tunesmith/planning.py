@@ -24,6 +24,7 @@ from tunesmith.models.heads import Head
 from tunesmith.models.load import MetaModel, load_tokenizer
 from tunesmith.models.policy import Policy, Tokens
 from tunesmith.models.saved import CARD, read_card
+from tunesmith.models.vocabulary import add_tokens, widen
 from tunesmith.objectives import OBJECTIVES
 from tunesmith.recipe_file import Origin, check_options, defaults_taken
 from tunesmith.settings import Default
@@ -121,6 +122,7 @@ def make_plan(
     local = resolve(_base_name(recipe.model, base, previous_run), tell)
     objective, method = _chosen(recipe, origin, previous)
     tokenizer = load_tokenizer(local)
+    tokens = Tokens((0,), 0, add_tokens(tokenizer, method.facts.tokens))
     pooling = getattr(objective.options, "pooling", None)
     model, meta = gather_model(local, objective.needs, tokenizer.chat_template is not None, pooling)
     facts, speed = gather(recipe, method, objective, model, previous)
@@ -135,7 +137,7 @@ def make_plan(
     prepared = prepare(recipe.data, base, objective, renderer, recipe.seed, cache_dir(), workers, memory, tell, tags)
     _check_labels(objective, previous)
     measured = _measured(recipe, objective, prepared)
-    trainable, total = _count(meta, facts, method, objective)
+    trainable, total = _count(meta, facts, method, objective, tokens)
     training = settings.resolve_meaning(
         facts, length, prepared.train.lengths, prepared.repeats, _longest_answer(prepared), defaults
     )
@@ -233,10 +235,11 @@ def _rows(store: TokenStore) -> list[Row]:
     return [store.row(i) for i in range(len(store))]
 
 
-def _count(meta: MetaModel, facts: Facts, method: Method, objective: Objective) -> tuple[int, int]:
+def _count(meta: MetaModel, facts: Facts, method: Method, objective: Objective, tokens: Tokens) -> tuple[int, int]:
     """Trainable and total parameters, counted on a model of shapes."""
+    widen(meta.module, max(tokens.added, default=-1) + 1)
     with torch.device("meta"):
-        policy = Policy(meta.module, meta.kind, Tokens((0,), 0), packed=facts.packed)
+        policy = Policy(meta.module, meta.kind, tokens, packed=facts.packed)
         for spec in objective.heads():
             policy.add_head(Head(spec, facts.model.width))
         method.attach(policy)

@@ -64,6 +64,12 @@ RULES: tuple[Rule, ...] = (
         "leave method.untie out",
     ),
     Rule(
+        ("method", "model"),
+        lambda f: bool(f.method.tokens) and f.model.kind == "encoder-decoder",
+        "method.tokens adds rows to one table of embeddings, and {f.model.name} has one on each side",
+        "leave method.tokens out, or choose a decoder or an encoder",
+    ),
+    Rule(
         ("train.sequence_length", "model"),
         lambda f: f.model.context_length is not None and (f.recipe.train.sequence_length or 0) > f.model.context_length,
         "train.sequence_length is {f.recipe.train.sequence_length}, "

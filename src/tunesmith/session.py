@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from tunesmith.models.layers import set_dropout, whole_state
 from tunesmith.models.load import context_length, load_backbone, load_tokenizer
 from tunesmith.models.policy import Policy, Tokens
 from tunesmith.models.saved import CARD, read_card
+from tunesmith.models.vocabulary import add_tokens, widen
 from tunesmith.objectives import OBJECTIVES
 from tunesmith.planning import Assets, Plan
 from tunesmith.protocols import Fitted, Method, Objective
@@ -43,7 +44,13 @@ def build(plan: Plan, assets: Assets) -> Policy:
     placement = plan.placement
     torch.set_num_threads(placement.threads)
     policy = _policy(
-        assets.local, assets.renderer, assets.objective, assets.method, placement, assets.facts.model.pooling
+        assets.local,
+        assets.renderer,
+        assets.objective,
+        assets.method,
+        placement,
+        assets.facts.model.pooling,
+        assets.method.facts.tokens,
     )
     set_dropout(policy.model, plan.training.dropout)
     seed_step(plan.training.seed, 0)  # the fresh parameters' draw
@@ -78,6 +85,7 @@ def save(folder: Path, policy: Policy, recipe: Recipe, plan: Plan, assets: Asset
         "head": objective.needs.head,
         "pooling": assets.facts.model.pooling,
         "packed": plan.placement.packed,
+        "tokens": method.facts.tokens,
         "precision": plan.placement.precision,
         "columns": dict(recipe.data.columns),
         "templates": dict(assets.renderer.templates),
@@ -121,10 +129,12 @@ def load(folder: Path, device: str) -> tuple[Policy, Objective, Method, Renderer
     objective = objective_class(objective_class.Options.model_validate(card["objective"]["options"]))
     objective.adopt(card["objective"]["learned"])
     method = method_class(method_class.Options.model_validate(card["method"]["options"]), 0.0)
-    renderer = Renderer(load_tokenizer(local), card["templates"].get("default"), card["sequence_length"])
+    tokenizer, tokens = load_tokenizer(local), card.get("tokens", ())
+    add_tokens(tokenizer, tokens)
+    renderer = Renderer(tokenizer, card["templates"].get("default"), card["sequence_length"])
     precision = card["precision"] if card["precision"] != "fp8" or serves_fp8(torch.device(device)) else "bf16"
     placement = Placement(device, torch.get_num_threads(), 1, precision, card["packed"], None, 4096, False, 1)
-    policy = _policy(local, renderer, objective, method, placement, card["pooling"])
+    policy = _policy(local, renderer, objective, method, placement, card["pooling"], tokens)
     _load_trained(policy, method, folder, placement)
     _accelerate(policy, precision)
     policy.eval()
@@ -197,16 +207,24 @@ def _load_heads(policy: Policy, folder: Path) -> None:
 
 
 def _policy(
-    local: LocalModel, renderer: Renderer, objective: Objective, method: Method, placement: Placement, pooling: str
+    local: LocalModel,
+    renderer: Renderer,
+    objective: Objective,
+    method: Method,
+    placement: Placement,
+    pooling: str,
+    tokens: Sequence[str] = (),
 ) -> Policy:
     head = objective.needs.head
     precision = "fp32" if placement.precision == "fp32" else "bf16"
     changes = method.facts.reference == "snapshot"
     model = load_backbone(local, "fp32" if changes else precision, head, placement.device)
+    added = add_tokens(renderer.tokenizer, tokens)
+    widen(model, max(added, default=-1) + 1)
     policy = Policy(
         model,
         _kind(model),
-        Tokens(tuple(renderer.end_ids) if head == "lm" else (), renderer.pad_id),
+        Tokens(tuple(renderer.end_ids) if head == "lm" else (), renderer.pad_id, added),
         packed=placement.packed,
         pooling=pooling,
         autocast=torch.bfloat16 if precision == "bf16" else None,

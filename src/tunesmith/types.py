@@ -234,7 +234,8 @@ class MethodFacts:
     the output projection trains.
     `moves_output`: the output projection trains and the embeddings do not, so a tied one must be untied, which
     `unties` does. `packs`, `recomputes`: segments may share a row, layers may run again in the backward.
-    `fp8_base`: its frozen weights may be held in fp8. `learning_rate_source` says where the default rate is from.
+    `tokens` are added to the vocabulary and their rows train. `fp8_base`: its frozen weights may be held in fp8.
+    `learning_rate_source` says where the default rate is from.
     """
 
     summary: str
@@ -251,6 +252,7 @@ class MethodFacts:
     packs: bool = True
     recomputes: bool = True
     fp8_base: bool = False
+    tokens: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,6 +94,8 @@ CHANGES: dict[str, Change] = {
     "method.dora.plus": Change(16.0, {"method": {"name": "dora"}}),
     "method.dora.init": Change("gaussian", {"method": {"name": "dora"}}),
     "method.lora.init": Change("pissa"),
+    "method.dora.tokens": Change(["colour"], {"method": {"name": "dora"}}),
+    "method.lora.tokens": Change(["colour"]),
     "method.ia3.targets": Change(["q_proj"], {"method": {"name": "ia3"}}),
     "method.ia3.feedforward": Change(["up_proj"], {"method": {"name": "ia3"}}),
     "method.loha.rank": Change(8, {"method": {"name": "loha"}}),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from tunesmith.methods import METHODS, starts
-from tunesmith.methods.peft_adapter import LowRankOptions, PeftAdapter, has_transposed_linears, task_type
+from tunesmith.methods.peft_adapter import LowRankOptions, PeftAdapter, has_transposed_linears, task_type, token_rows
 from tunesmith.models.policy import Policy
 from tunesmith.recipe import Positive
 from tunesmith.types import Batch, MethodFacts
@@ -53,18 +53,23 @@ class Lora(PeftAdapter):
             description="where A and B start: B at 0 beside a random A (default: uniform), at leading directions of "
             "the weights (pissa, olora), or B at 0 beside those of what the layer reads in training rows (eva)",
         )
+        tokens: list[Annotated[str, Field(min_length=1)]] = Field(
+            default_factory=list, description="tokens to add to the vocabulary, whose embeddings train with the adapter"
+        )
 
     options: Options
 
     def __init__(self, options: Any, dropout: float) -> None:
         super().__init__(options, dropout)
         self._is_offset = options.init in starts.STARTS
-        self.facts = replace(self.facts, fp8_base=self.facts.fp8_base and not self._is_offset)
+        self.facts = replace(
+            self.facts, fp8_base=self.facts.fp8_base and not self._is_offset, tokens=tuple(options.tokens)
+        )
 
     def attach(self, policy: Policy) -> None:
         super().attach(policy)
         if self._is_offset:
-            starts.offset(self._peft, self.config(policy), starts.STARTS[self.options.init])
+            starts.offset(self._peft, self._without_tokens(policy), starts.STARTS[self.options.init])
 
     def fit(self, policy: Policy, batches: Iterable[Batch]) -> None:
         if self.options.init == "eva":
@@ -87,7 +92,7 @@ class Lora(PeftAdapter):
             super().load(policy, source)
             return
         super().attach(policy)
-        starts.offset(self._peft, self.config(policy), None)
+        starts.offset(self._peft, self._without_tokens(policy), None)
         starts.split(self._peft, source)
 
     def config(self, policy: Policy) -> LoraConfig:
@@ -100,10 +105,16 @@ class Lora(PeftAdapter):
             target_modules=self.options.targets,
             use_rslora=self.options.rslora,
             rank_pattern=dict(self.options.ranks),
+            trainable_token_indices=token_rows(policy) if self.options.tokens else None,
             init_lora_weights="gaussian" if self.options.init == "gaussian" else True,
             fan_in_fan_out=has_transposed_linears(policy),
             task_type=task_type(policy),  # type: ignore[arg-type]
         )
+
+    def _without_tokens(self, policy: Policy) -> LoraConfig:
+        config = self.config(policy)
+        config.trainable_token_indices = None
+        return config
 
     def parameter_groups(self, policy: Policy) -> list[dict[str, Any]]:
         """B learns `plus` times as fast as the rest."""

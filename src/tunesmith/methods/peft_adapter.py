@@ -110,6 +110,19 @@ def has_transposed_linears(policy: Policy) -> bool:
     return any(type(module).__name__ == "Conv1D" for module in policy.model.modules())
 
 
+def token_rows(policy: Policy) -> dict[str, list[int]]:
+    """The rows of added tokens in the embeddings, and in the output projection where that has weights of its own."""
+    model, added = policy.model, sorted(set(policy.tokens.added))
+    embeddings, output = model.get_input_embeddings(), model.get_output_embeddings()
+    if getattr(output, "bias", None) is not None:  # PEFT's layer for its rows leaves a bias out
+        raise InputError(
+            f"method.tokens: the output projection of {type(model).__name__} has a bias", "choose another base"
+        )
+    tied = output is None or output.weight is embeddings.weight
+    names = {id(module): name for name, module in model.named_modules()}
+    return {names[id(module)]: added for module in ([embeddings] if tied else [embeddings, output])}
+
+
 def linear_layers(model: Any) -> list[str]:
     """The linear layers by full name, GPT-2's among them."""
     from torch import nn

@@ -29,10 +29,11 @@ WeightsOf = Callable[[Path | None], dict[str, Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """The token ids that a policy needs to know: what ends an answer, and what pads a row."""
+    """The token ids that a policy needs to know: what ends an answer, what pads a row, and what was added."""
 
     end: tuple[int, ...]
     pad: int
+    added: tuple[int, ...] = ()
 
 
 class Policy(nn.Module):
@@ -245,7 +246,7 @@ class Policy(nn.Module):
             )
         return {
             "weight_VD": output.weight,
-            "bias_V": output.bias,
+            "bias_V": getattr(output, "bias", None),
             "scale": scale,
             "softcap": getattr(config, "final_logit_softcapping", None),
         }
