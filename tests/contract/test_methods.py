@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -28,8 +29,11 @@ from tunesmith.engine import checkpoint
 from tunesmith.engine.native import NativeEngine, Optimization, seed_step
 from tunesmith.methods import METHODS
 from tunesmith.models.policy import Policy
+from tunesmith.plugins import load_plugins
 from tunesmith.protocols import Fitted, Method, Ruled
 from tunesmith.types import ModelKind
+
+load_plugins([path for path in os.environ.get("CONTRACT_PLUGINS", "").split(os.pathsep) if path])  # methods of others
 
 TIED = ("llama", "gemma3", "falcon", "gpt2", "t5", "bart")
 EXAMPLES = 4
