@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tunesmith.adapters import Adapters, load_adapters
     from tunesmith.api import Result, chat, evaluate, export, plan, predict, resume, train
     from tunesmith.comparing import Comparison, compare
     from tunesmith.events import Callback, StopRun
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "Adapters",
     "Callback",
     "Comparison",
     "Loaded",
@@ -24,12 +26,14 @@ __all__ = [
     "evaluate",
     "export",
     "load",
+    "load_adapters",
     "plan",
     "predict",
     "resume",
     "train",
 ]
 _ELSEWHERE = {  # the rest are the verbs of the API
+    "Adapters": "adapters",
     "Callback": "events",
     "Comparison": "comparing",
     "Loaded": "loaded",
@@ -37,6 +41,7 @@ _ELSEWHERE = {  # the rest are the verbs of the API
     "StopRun": "events",
     "compare": "comparing",
     "load": "loaded",
+    "load_adapters": "adapters",
 }
 
 

@@ -77,16 +77,9 @@ class Chat:
     """
 
     def __init__(self, loaded: Loaded, system: str | None = None, sampling: Sampling | None = None) -> None:
-        name = loaded.card["objective"]["name"]
-        if not isinstance(loaded.objective, Converses):
-            raise InputError(f"{name} answers no conversations", "give rows to `predict`")
-        self._objective, self._converses = loaded.objective, loaded.objective
-        self._policy, self._method, self._name = loaded.policy, loaded.method, str(loaded.card["method"]["name"])
-        # Training cut its rows; a conversation may be as long as the model sees.
-        self._renderer = Renderer(loaded.renderer.tokenizer, loaded.renderer.templates.get("default"))
-        self.context: int | None = loaded.card["context_length"]
         self.messages: list[Message] = []
-        self.system = loaded.objective.system if system is None else system
+        self.system = system
+        self._turn(loaded, follow=system is None)
         self.sampling = sampling or default_sampling(loaded)
         self._drawn = -1
         self._saved: tuple[Path, bytes] | None = None
@@ -95,6 +88,22 @@ class Chat:
     def has_base(self) -> bool:
         """Whether the base can be asked: the method lets go of the model it changed."""
         return self._method.facts.reference != "none" and not self._objective.heads()
+
+    def turn_to(self, loaded: Loaded) -> None:
+        """Goes on with another model, such as another adapter; a system message that training gave gives way to its."""
+        self._turn(loaded, follow=self.system == self._converses.system)
+
+    def _turn(self, loaded: Loaded, *, follow: bool) -> None:
+        if not isinstance(loaded.objective, Converses):
+            name = loaded.card["objective"]["name"]
+            raise InputError(f"{name} answers no conversations", "give rows to `predict`")
+        self._objective, self._converses = loaded.objective, loaded.objective
+        self._policy, self._method, self._name = loaded.policy, loaded.method, str(loaded.card["method"]["name"])
+        # Training cut its rows; a conversation may be as long as the model sees.
+        self._renderer = Renderer(loaded.renderer.tokenizer, loaded.renderer.templates.get("default"))
+        self.context: int | None = loaded.card["context_length"]
+        if follow:
+            self.system = loaded.objective.system
 
     def ask(self, text: str, on_text: OnText | None = None, stop: Stop | None = None) -> Reply:
         """The model's answer to one more turn, handed to `on_text` as it comes until `stop` says True.

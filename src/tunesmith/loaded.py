@@ -38,9 +38,13 @@ def load(path: PathLike, device: str = "auto") -> Loaded:
 
     Raises InputError where there is none (yet), RefusedError where its base has other bytes than at training.
     """
-    path = Path(path)
+    return Loaded(*session.load(folder_of(Path(path)), str(choose_device(device))))
+
+
+def folder_of(path: Path) -> Path:
+    """Where a run has its model, or an exported one's own folder. InputError where there is none (yet)."""
     folder = path / "model" if (path / "model" / session.CARD).is_file() else path
     if not (folder / session.CARD).is_file():
         hint = "finish it with `tunesmith resume`" if (path / "manifest.json").is_file() else "give a run's folder"
         raise InputError(f"{path} holds no model of tunesmith", hint)
-    return Loaded(*session.load(folder, str(choose_device(device))))
+    return folder

@@ -25,6 +25,7 @@ from tunesmith.models.layers import set_dropout, whole_state
 from tunesmith.models.load import context_length, load_backbone, load_tokenizer
 from tunesmith.models.policy import Policy, Tokens
 from tunesmith.models.saved import CARD, read_card
+from tunesmith.models.shared import SharedBase
 from tunesmith.models.vocabulary import add_tokens, widen
 from tunesmith.objectives import OBJECTIVES
 from tunesmith.planning import Assets, Plan
@@ -112,12 +113,8 @@ def _write_card(folder: Path, card: Mapping[str, Any]) -> None:
     rundir.write_json(folder / CARD, {**card, "files": hashes})
 
 
-def load(folder: Path, device: str) -> tuple[Policy, Objective, Method, Renderer, dict[str, Any]]:
-    """What `save` wrote, on its base, ready to answer; the card also tells the base's `context_length`.
-
-    Raises RefusedError when a file is not as it was saved, or the base's bytes are not those it was trained on.
-    """
-    card = read_card(folder)
+def base_of(folder: Path, card: Mapping[str, Any]) -> LocalModel:
+    """The base that a saved model stands on. RefusedError where its bytes are not those it was trained on."""
     local = resolve(card["base"]["name"])
     if local.sha256 != card["base"]["sha256"]:
         raise RefusedError(
@@ -125,6 +122,19 @@ def load(folder: Path, device: str) -> tuple[Policy, Objective, Method, Renderer
             f"and the weights found have {local.sha256[:12]}...",
             "restore the base that it was trained on",
         )
+    return local
+
+
+def load(
+    folder: Path, device: str, shared: SharedBase | None = None, *, trained: bool = True
+) -> tuple[Policy, Objective, Method, Renderer, dict[str, Any]]:
+    """What `save` wrote, on its base, ready to answer; the card also tells the base's `context_length`.
+
+    `shared`: the base's weights where others stand on them too; not `trained`: the base alone. Raises RefusedError
+    when a file is not as it was saved, or the base's bytes are not those it was trained on.
+    """
+    card = read_card(folder)
+    local = base_of(folder, card) if shared is None else shared.local
     objective_class, method_class = OBJECTIVES.get(card["objective"]["name"]), METHODS.get(card["method"]["name"])
     objective = objective_class(objective_class.Options.model_validate(card["objective"]["options"]))
     objective.adopt(card["objective"]["learned"])
@@ -132,11 +142,17 @@ def load(folder: Path, device: str) -> tuple[Policy, Objective, Method, Renderer
     tokenizer, tokens = load_tokenizer(local), card.get("tokens", ())
     add_tokens(tokenizer, tokens)
     renderer = Renderer(tokenizer, card["templates"].get("default"), card["sequence_length"])
-    precision = card["precision"] if card["precision"] != "fp8" or serves_fp8(torch.device(device)) else "bf16"
+    in_fp8 = shared is None and serves_fp8(torch.device(device))  # weights in fp8 are one adapter's alone
+    precision = card["precision"] if card["precision"] != "fp8" or in_fp8 else "bf16"
     placement = Placement(device, torch.get_num_threads(), 1, precision, card["packed"], None, 4096, False, 1)
-    policy = _policy(local, renderer, objective, method, placement, card["pooling"], tokens)
-    _load_trained(policy, method, folder, placement)
-    _accelerate(policy, precision)
+    policy = _policy(local, renderer, objective, method, placement, card["pooling"], tokens, shared)
+    if trained:
+        _load_trained(policy, method, folder, placement)
+    if shared is None:
+        _accelerate(policy, precision)
+    else:
+        shared.check(str(folder))
+        accelerate(policy, layers=False)
     policy.eval()
     return policy, objective, method, renderer, card | {"context_length": context_length(policy.config, local)}
 
@@ -214,11 +230,13 @@ def _policy(
     placement: Placement,
     pooling: str,
     tokens: Sequence[str] = (),
+    shared: SharedBase | None = None,
 ) -> Policy:
     head = objective.needs.head
     precision = "fp32" if placement.precision == "fp32" else "bf16"
     changes = method.facts.reference == "snapshot"
-    model = load_backbone(local, "fp32" if changes else precision, head, placement.device)
+    dtype = "fp32" if changes else precision
+    model = load_backbone(local, dtype, head, placement.device) if shared is None else shared.model(head)
     added = add_tokens(renderer.tokenizer, tokens)
     widen(model, max(added, default=-1) + 1)
     policy = Policy(

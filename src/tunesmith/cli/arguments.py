@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from tunesmith import __version__
 from tunesmith.cli import (
+    adapters,
     chat,
     compare,
     demo,
@@ -28,7 +29,22 @@ from tunesmith.errors import InputError
 
 VERBS: dict[str, Verb] = {
     module.VERB.name: module.VERB
-    for module in (demo, plan, train, resume, evaluate, predict, compare, chat, report, export, methods, models, schema)
+    for module in (
+        demo,
+        plan,
+        train,
+        resume,
+        evaluate,
+        predict,
+        compare,
+        chat,
+        adapters,
+        report,
+        export,
+        methods,
+        models,
+        schema,
+    )
 }
 
 

@@ -17,6 +17,7 @@ from tunesmith.errors import InputError
 from tunesmith.monitor import stoppable
 
 if TYPE_CHECKING:
+    from tunesmith.adapters import Adapters
     from tunesmith.chatting import Chat, OnText, Reply, Stop
     from tunesmith.loaded import Loaded
     from tunesmith.report.talk import Talk
@@ -107,13 +108,34 @@ class Shell:
         self._over = True
 
 
-class Conversation:
-    """A chat with a tuned model; `both`: its base is asked each time too."""
+def switching(adapters: Adapters, turn_to: Callable[[str], None], talk: Talk) -> Sequence[Command]:
+    """Commands of a chat with several adapters; `turn_to` is what the next turn needs of the switch."""
 
-    def __init__(self, chat: Chat, talk: Talk, both: bool = False) -> None:
+    def listed(_: str) -> None:
+        for name in adapters:
+            method = adapters[name].card["method"]["name"]
+            talk.note(f"{'*' if name == adapters.active else ' '} {name} ({method})")
+
+    def use(name: str) -> None:
+        if not name:
+            raise InputError("/use needs the name of an adapter", f"loaded: {', '.join(adapters)}")
+        turn_to(name)
+        talk.note(f"(now with {name})")
+
+    return (
+        Command("/adapters", "the adapters that are loaded, and which is in use", listed),
+        Command("/use NAME", "go on with another adapter", use),
+    )
+
+
+class Conversation:
+    """A chat with a tuned model; `both`: its base is asked each time too. `adapters`: those to switch between."""
+
+    def __init__(self, chat: Chat, talk: Talk, both: bool = False, adapters: Adapters | None = None) -> None:
         self._chat = chat
         self._talk = talk
         self._both = both
+        self._adapters = adapters
         self._last = ""
         self.commands: Sequence[Command] = (
             Command("/base", "ask the base the same, beside the answer", self._base),
@@ -123,7 +145,21 @@ class Conversation:
             Command("/system TEXT", "what the model is told before all; - takes it away, alone shows it", self._system),
             Command("/set NAME VALUE", "how answers are drawn, as in /set temperature 0.7; alone shows it", self._set),
             Command("/save FILE", "add the conversation to a file that `train` can read", self._save),
+            *(switching(adapters, self.turn_to, talk) if adapters is not None else ()),
         )
+
+    def turn_to(self, name: str, *, anew: bool = False) -> None:
+        """Another adapter answers from here on; the conversation stays, unless it begins anew."""
+        assert self._adapters is not None
+        self._chat.turn_to(self._adapters[name])
+        self._adapters.use(name)
+        if anew:
+            self._chat.reset()
+
+    @property
+    def _model(self) -> str:
+        """What answers are told to be by."""
+        return TUNED if self._adapters is None else str(self._adapters.active)
 
     def say(self, text: str) -> None:
         self._tuned(lambda on_text, stop: self._chat.ask(text, on_text, stop))
@@ -137,13 +173,13 @@ class Conversation:
         return f"temperature {how.temperature:g}, top_p {how.top_p:g}, top_k {how.top_k}, seed {how.seed}, {limits}"
 
     def _tuned(self, act: Callable[[OnText, Stop], Reply]) -> None:
-        reply = self._follow(TUNED, {} if self._both else None, act)
+        reply = self._follow(self._model, {} if self._both or self._adapters is not None else None, act)
         self._last = reply.text
         if self._both and not reply.stopped:
             self._base("")
 
     def _base(self, _: str) -> None:
-        self._follow(BASE, {TUNED: self._last}, self._chat.base)
+        self._follow(BASE, {self._model: self._last}, self._chat.base)
 
     def _follow(self, model: str, beside: Mapping[str, str] | None, act: Callable[[OnText, Stop], Reply]) -> Reply:
         """Shows an answer as it comes. Ctrl-C stops it; a second one does not wait for the next token."""
@@ -210,13 +246,20 @@ class Conversation:
 
 
 class Labelling:
-    """Each turn is a text that gets its label."""
+    """Each turn is a text that gets its label. `adapters`: those to switch between."""
 
-    def __init__(self, loaded: Loaded, talk: Talk) -> None:
+    def __init__(self, loaded: Loaded, talk: Talk, adapters: Adapters | None = None) -> None:
         self._loaded = loaded
         self._talk = talk
-        self.commands: Sequence[Command] = ()
+        self._adapters = adapters
+        self.commands: Sequence[Command] = switching(adapters, self.turn_to, talk) if adapters is not None else ()
+
+    def turn_to(self, name: str, *, anew: bool = False) -> None:
+        """Another adapter gives the labels from here on; each turn is new anyway."""
+        del anew
+        assert self._adapters is not None
+        self._loaded = self._adapters.use(name)
 
     def say(self, text: str) -> None:
         (found,) = self._loaded.predict([{"text": text}])
-        self._talk.labels(found.probabilities or {found.output: 1.0})
+        self._talk.labels(found.probabilities or {found.output: 1.0}, self._adapters and self._adapters.active)

@@ -94,3 +94,13 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
 def add_run(parser: argparse.ArgumentParser) -> None:
     """RUN, the folder of a run."""
     parser.add_argument("path", metavar="RUN", type=Path, help="the run's folder, such as runs/tickets")
+
+
+def add_runs(parser: argparse.ArgumentParser) -> None:
+    """RUN, one or several, each with a name if wanted."""
+    parser.add_argument(
+        "paths",
+        metavar="[NAME=]RUN",
+        nargs="+",
+        help="a run's folder, such as runs/tickets, or an exported model's; it goes by its folder's name if not given",
+    )

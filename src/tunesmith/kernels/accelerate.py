@@ -18,16 +18,17 @@ KERNELS = {"lora_linear": lora_linear.fuse, "rms_norm": rms_norm.fuse}
 LAYERS = "decoder_layer"
 
 
-def accelerate(model: nn.Module, *, fp8: bool = False) -> dict[str, int]:
+def accelerate(model: nn.Module, *, fp8: bool = False, layers: bool = True) -> dict[str, int]:
     """Swaps the forwards of modules that a kernel serves, after adapters are attached; idempotent.
 
     Returns how many modules each kernel took. Parameters, state_dict and module classes stay as they
     are; each kernel sees at each call whether it applies and leaves the rest to the module's own forward.
-    fp8: frozen weights of decoder layers on CUDA are kept in e4m3.
+    fp8: frozen weights of decoder layers on CUDA are kept in e4m3. Without `layers` those keep their weights where
+    they lie, as they must where other models share them.
     """
     taken = dict.fromkeys([*KERNELS, LAYERS], 0)
     device = next((p.device.type for p in model.parameters()), "cpu")
-    if device == "cuda" and find_spec("triton") is not None:
+    if layers and device == "cuda" and find_spec("triton") is not None:
         for module in model.modules():
             taken[LAYERS] += decoder_layer.fuse(module, fp8=fp8)
     if device == "cpu":

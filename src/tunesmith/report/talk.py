@@ -33,7 +33,7 @@ class Talk(Protocol):
     def text(self, piece: str) -> None: ...
     def end(self, reply: Reply, remarks: Sequence[str]) -> None: ...
     def abandon(self) -> None: ...
-    def labels(self, probabilities: Mapping[str, float]) -> None: ...
+    def labels(self, probabilities: Mapping[str, float], model: str | None = None) -> None: ...
     def note(self, text: str) -> None: ...
     def fail(self, cause: str, remedy: str) -> None: ...
 
@@ -74,7 +74,9 @@ class PlainTalk:
     def abandon(self) -> None:
         self._answers.write("\n")
 
-    def labels(self, probabilities: Mapping[str, float]) -> None:
+    def labels(self, probabilities: Mapping[str, float], model: str | None = None) -> None:
+        if model is not None:
+            self._answers.write(f"{harmless(model)}:\n")
         screen(self._answers).print(_ranking(probabilities))
         self._answers.flush()
 
@@ -106,9 +108,10 @@ class JsonTalk:
     def abandon(self) -> None:
         """Nothing was begun."""
 
-    def labels(self, probabilities: Mapping[str, float]) -> None:
+    def labels(self, probabilities: Mapping[str, float], model: str | None = None) -> None:
         ranked = _ranked(probabilities)
-        self._line({"label": ranked[0][0], "probabilities": dict(ranked)})
+        told = {} if model is None else {"model": model}
+        self._line({**told, "label": ranked[0][0], "probabilities": dict(ranked)})
 
     def note(self, text: str) -> None:
         self._notes.note(text)
@@ -165,7 +168,9 @@ class TerminalTalk:
             self._live.stop()
             self._live = None
 
-    def labels(self, probabilities: Mapping[str, float]) -> None:
+    def labels(self, probabilities: Mapping[str, float], model: str | None = None) -> None:
+        if model is not None:
+            self._console.print(Text(harmless(model), style="bold"))
         self._console.print(_ranking(probabilities))
 
     def _table(self) -> Table:

@@ -1,0 +1,225 @@
+"""Several adapters on one base: what each is, and all of them loaded over weights that are in memory once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tunesmith import measuring, session
+from tunesmith.data.given import PathLike, Rows
+from tunesmith.engine.precision import choose_device
+from tunesmith.errors import InputError, RefusedError
+from tunesmith.loaded import Loaded, folder_of
+from tunesmith.methods import METHODS
+from tunesmith.models.saved import read_card
+from tunesmith.models.shared import SharedBase
+from tunesmith.rundir import RunDir
+from tunesmith.types import Prediction
+
+BASE = "base"
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """An adapter on disk, under the name that it goes by here."""
+
+    name: str
+    path: Path
+    folder: Path
+    card: dict[str, Any]
+
+    @property
+    def in_fp32(self) -> bool:
+        return self.card["precision"] == "fp32"
+
+
+class Adapters:
+    """Adapters by name over one base. Each answers as it does alone; the one in use answers `predict`.
+
+    `names` are in the order they came. Switching moves no weights: every adapter has modules of its own over the
+    same tensors. On a CUDA device they go through PEFT's own layers, not through kernels that keep the base's weights
+    with one adapter's.
+    """
+
+    def __init__(self, saved: Sequence[Saved], device: str = "auto") -> None:
+        check_one_base(saved)
+        self._saved = {one.name: one for one in saved}
+        first = saved[0]
+        heads = {one.card["head"] for one in saved}
+        self._device = str(choose_device(device))
+        self._shared = SharedBase(
+            session.base_of(first.folder, first.card),
+            "fp32" if first.in_fp32 else "bf16",
+            "lm" if "lm" in heads else "pooled",
+            self._device,
+        )
+        self._loaded = {one.name: self._load(one) for one in saved}
+        self._base: Loaded | None = None
+        self._active: str | None = first.name
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._loaded)
+
+    @property
+    def active(self) -> str | None:
+        """The name of the adapter in use; None is the base."""
+        return self._active
+
+    def __getitem__(self, name: str) -> Loaded:
+        """An adapter's model, whichever is in use; InputError for a name that is not there."""
+        if name not in self._loaded:
+            raise InputError(f"there is no adapter {name!r}", f"loaded: {', '.join(self.names)}")
+        return self._loaded[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._loaded)
+
+    def add(self, name: str, run: PathLike) -> Loaded:
+        """One more adapter over the same base; what is in use stays. Raises as `load_adapters`."""
+        (one,) = saved({name: run})
+        if name in self._saved:
+            raise InputError(f"an adapter {name!r} is loaded already", "give another name")
+        check_one_base([*self._saved.values(), one])
+        self._loaded[name], self._saved[name] = self._load(one), one
+        return self._loaded[name]
+
+    def use(self, name: str | None) -> Loaded:
+        """Switches to an adapter, or with None to the base, which answers as the first adapter that generates asks."""
+        found = self._bare() if name is None else self[name]
+        self._active = name
+        return found
+
+    def predict(self, rows: PathLike | Rows, max_new_tokens: int | None = None) -> list[Prediction]:
+        """Answers to rows, as `Loaded.predict`, of what is in use."""
+        return self.use(self._active).predict(rows, max_new_tokens)
+
+    def _load(self, one: Saved) -> Loaded:
+        return Loaded(*session.load(one.folder, self._device, self._shared))
+
+    def _bare(self) -> Loaded:
+        if self._base is None:
+            like = next((one for one in self._saved.values() if one.card["head"] == "lm"), None)
+            if like is None:
+                raise InputError("a base without a trained head gives no labels", f"use {' or '.join(self.names)}")
+            self._base = Loaded(*session.load(like.folder, self._device, self._shared, trained=False))
+        return self._base
+
+
+def load_adapters(runs: Sequence[PathLike] | Mapping[str, PathLike], device: str = "auto") -> Adapters:
+    """Several runs' adapters, or exported ones, over one base in memory; they go by their folders' names if not given.
+
+    The first is in use. Raises InputError where there is none, or they do not share a base; RefusedError where a base
+    or a file is not as it was.
+    """
+    return Adapters(saved(runs), device)
+
+
+def saved(runs: Sequence[PathLike] | Mapping[str, PathLike]) -> list[Saved]:
+    """The adapters of runs by name. InputError for a name that two would have."""
+    named = runs.items() if isinstance(runs, Mapping) else [(_name(Path(run)), run) for run in runs]
+    found: dict[str, Saved] = {}
+    for name, run in named:
+        if name in found or name == BASE:
+            taken = f"of {found[name].path} too" if name in found else "what the base is called"
+            raise InputError(f"{run} would be called {name!r}, which is {taken}", "give it a name: NAME=RUN")
+        path = Path(run)
+        folder = folder_of(path)
+        found[name] = Saved(name, path, folder, read_card(folder))
+    if not found:
+        raise InputError("there is no adapter to load", "give the folder of a run")
+    return list(found.values())
+
+
+def by_name(words: Sequence[str]) -> dict[str, str]:
+    """RUN or NAME=RUN, as the command line has them. InputError for a name given twice."""
+    found: dict[str, str] = {}
+    for word in words:
+        name, equals, run = word.partition("=")
+        if not equals or Path(word).exists():
+            name, run = _name(Path(word)), word
+        if name in found:
+            raise InputError(f"{run} and {found[name]} are both called {name!r}", f"name one: other={run}")
+        found[name] = run
+    return found
+
+
+def _name(path: Path) -> str:
+    absolute = path.absolute()
+    return absolute.parent.name if absolute.name == "model" else absolute.name
+
+
+def check_one_base(saved: Sequence[Saved]) -> None:
+    """Raises what `clash` finds."""
+    if (found := clash(saved)) is not None:
+        raise found
+
+
+def clash(saved: Sequence[Saved]) -> InputError | RefusedError | None:
+    """Why the first that cannot stand on the same base as the first one cannot; None where all can."""
+    first = saved[0]
+    for one in saved:
+        method = one.card["method"]["name"]
+        if METHODS.get(method).facts.reference != "switch":
+            return InputError(
+                f"{one.path} is by {method}, which is a whole model of its own and no adapter",
+                "load it by itself, or train an adapter (lora)",
+            )
+        base, other = first.card["base"], one.card["base"]
+        if other["sha256"] != base["sha256"]:
+            return RefusedError(
+                f"{first.path} stands on {base['name']} ({base['sha256'][:12]}...), "
+                f"and {one.path} on {other['name']} ({other['sha256'][:12]}...)",
+                "load together only adapters of one base",
+            )
+        if one.card.get("tokens") and len(saved) > 1:
+            return InputError(
+                f"{one.path} added tokens to the vocabulary, and its base has rows for them that no other's has",
+                "load it by itself",
+            )
+        if one.in_fp32 != first.in_fp32:
+            return InputError(
+                f"{first.path} was trained over a base in {first.card['precision']}, "
+                f"and {one.path} over one in {one.card['precision']}",
+                "load them apart, or train one again with the other's `precision`",
+            )
+    return None
+
+
+def describe(one: Saved) -> dict[str, Any]:
+    """What a list of adapters says of one; no weights are read. `metric` is the record its run's verdict is about."""
+    from safetensors import safe_open
+
+    files = [one.folder / name for name in one.card["files"] if name.endswith(".safetensors")]
+    elements = 0
+    for file in files:
+        with safe_open(file, "numpy") as held:
+            elements += sum(math.prod(held.get_slice(key).get_shape()) for key in held.keys())  # noqa: SIM118
+    return {
+        "name": one.name,
+        "path": str(one.path),
+        "method": one.card["method"]["name"],
+        "rank": one.card["method"]["options"].get("rank"),
+        "parameters": elements,
+        "bytes": sum(file.stat().st_size for file in files),
+        "objective": one.card["objective"]["name"],
+        "base": one.card["base"]["name"],
+        "base_sha256": one.card["base"]["sha256"],
+        "metric": _headline(one.path),
+    }
+
+
+def _headline(run: Path) -> dict[str, Any] | None:
+    from tunesmith.report.before_after import headline, tables
+
+    if not (run / "evaluation.json").is_file():
+        return None
+    found = measuring.read_results(RunDir(run))
+    for table in tables(found["records"], found["effects"]):
+        line = headline(table.lines)
+        if line is not None and table.group == "all":
+            return {key: line.after[key] for key in ("metric", "data", "value", "low", "high", "n")}
+    return None
