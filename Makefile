@@ -15,13 +15,14 @@ export PIP_NO_INPUT := 1
 unexport PYTHONPATH
 unexport PYTHONHOME
 
-.PHONY: help setup demo test test-kill verify clean
+.PHONY: help setup demo docs test test-kill verify clean
 
 help:
 	@echo 'make demo       a whole small run: plan, train, evaluate, resume'
 	@echo 'make test       format, lint, types, import borders, then every fast test'
 	@echo 'make verify     the proofs of minutes: demo, kill and resume, every slow test'
 	@echo 'make test-kill  only the proof that a killed run resumes to the same bits'
+	@echo 'make docs       write the generated pages of docs/ again'
 	@echo 'make setup      only the environment, in .venv'
 	@echo 'make clean      remove what these made (never runs/)'
 
@@ -40,6 +41,9 @@ $(STAMP):
 
 demo: $(STAMP)
 	$(BIN)/tunesmith demo
+
+docs: $(STAMP)
+	$(BIN)/python tools/documents.py
 
 test: $(STAMP)
 	$(call step,lint)

@@ -8,8 +8,20 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+Above0 = Annotated[float, Field(gt=0)]
 Positive = Annotated[int, Field(gt=0)]
 Text = Annotated[str, Field(min_length=1)]
+
+
+def key(default: Any, meaning: str, example: Any, otherwise: str = "") -> Any:
+    """A key that may be left out. `otherwise`: where its value comes from then, if not from `default`.
+
+    Errors, `tunesmith schema` and docs/recipes.md say what stands here.
+    """
+    said: Any = {"description": meaning, "examples": [example]}
+    if otherwise:
+        said["json_schema_extra"] = {"otherwise": otherwise}
+    return Field(default_factory=default, **said) if callable(default) else Field(default, **said)
 
 
 class Strict(BaseModel):
@@ -45,17 +57,15 @@ SetName = Annotated[str, Field(pattern=SET_NAME, description="a name of letters,
 
 
 class TrainingSet(Strict):
-    """One of several sets that are mixed.
+    """One of several sets that are mixed. A path alone is short for a set of that path."""
 
-    `weight`: how often each row is seen in an epoch (2 twice, 0.5 every other epoch half of them);
-    `limit`: at most so many rows, drawn with the recipe's seed.
-    """
-
-    path: Text
-    weight: Annotated[float, Field(ge=0.001, le=1000)] = 1.0
-    limit: Positive | None = None
-    format: str | None = None
-    columns: dict[str, str] = Field(default_factory=dict)
+    path: Annotated[Text, Field(description="as `data.train`", examples=["tickets.jsonl"])]
+    weight: Annotated[float, Field(ge=0.001, le=1000)] = key(
+        1.0, "how often each row is seen in an epoch: 2 is twice, 0.5 in every other epoch", 2
+    )
+    limit: Positive | None = key(None, "at most so many of its rows, drawn with the seed", 1000, "all")
+    format: str | None = key(None, "as `data.format`, for this set alone", "sharegpt", "that of `data`")
+    columns: dict[str, str] = key(dict, "as `data.columns`, for this set alone", {"text": "body"}, "those of `data`")
 
 
 def _as_set(value: Any) -> Any:
@@ -66,45 +76,91 @@ Mixed = Annotated[TrainingSet, BeforeValidator(_as_set, json_schema_input_type=s
 
 
 class Data(Strict):
-    """Where rows come from and what may be wrong with them."""
+    """Where rows come from, and what may be wrong with them. docs/data.md shows every format."""
 
-    train: Annotated[Text | Annotated[list[Mixed], Field(min_length=1)], Field(examples=["rows.jsonl"])]
-    validation: Text | Fraction | None = None
-    test: Text | dict[SetName, Text] | None = None
-    format: str | None = None
-    columns: dict[str, str] = Field(default_factory=dict)
-    template: str | None = None
-    allow: list[Literal["leaks", "masked", "truncated", "unknown_labels"]] = Field(default_factory=list)
+    train: Annotated[
+        Text | Annotated[list[Mixed], Field(min_length=1)],
+        Field(
+            description="a file, a folder, or a data set's hub id; or a list of sets that are mixed",
+            examples=["tickets.jsonl"],
+        ),
+    ]
+    validation: Text | Fraction | None = key(
+        None, "rows that choose the best checkpoint: a path, or a fraction drawn from train", 0.1, "there are none"
+    )
+    test: Text | dict[SetName, Text] | None = key(
+        None, "rows that judge the result: a path, or several by name", "tickets-test.jsonl", "there are none"
+    )
+    format: str | None = key(None, "the format of all rows, by its name in docs/data.md", "alpaca", "detected")
+    columns: dict[str, str] = key(
+        dict, "what a format calls a column -> what your files call it", {"text": "body", "label": "queue"}, "as named"
+    )
+    template: str | None = key(
+        None,
+        "a chat template in place of the model's own: a jinja file, or the template itself",
+        "chat.jinja",
+        "its own",
+    )
+    allow: list[Literal["leaks", "masked", "truncated", "unknown_labels"]] = key(
+        list,
+        "what would stop the run and is accepted. leaks: rows of train that stand in a test set are dropped. masked: "
+        "rows of train with nothing to learn are dropped. truncated: rows of train learn answers that are cut. "
+        "unknown_labels: held-out rows may have labels that train lacks, which are then never right",
+        ["leaks"],
+    )
 
 
 class EarlyStopping(Strict):
-    """Stop when the validation metric has not improved by `min_delta` for `patience` evaluations."""
+    """Ends training when validation no longer improves. `{}` takes every default."""
 
-    patience: Positive = 3
-    min_delta: Annotated[float, Field(ge=0)] = 0.0
-    metric: str | None = None
+    patience: Positive = key(3, "evaluations without an improvement after which training ends", 2)
+    min_delta: Annotated[float, Field(ge=0)] = key(0.0, "how much better counts as an improvement", 0.001)
+    metric: str | None = key(None, "what is watched, and what chooses the best checkpoint", "macro_f1", "`loss`")
 
 
 class Train(Strict):
-    """How long and how fast. `batch_size` counts examples a step, `batch_tokens` tokens a step."""
+    """How long and how fast."""
 
-    epochs: Annotated[float, Field(gt=0)] | None = None
-    max_steps: Positive | None = None
-    batch_size: Positive | None = None
-    batch_tokens: Positive | None = None
-    micro_batch_size: Positive | None = None
-    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
-    recompute: bool | None = None
-    sequence_length: Positive | None = None
-    learning_rate: Annotated[float, Field(gt=0)] | None = None
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    warmup: Annotated[float, Field(ge=0)] = 0.03
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    optimizer: Literal["adamw"] = "adamw"
-    clip: Annotated[float, Field(gt=0)] | None = 1.0
-    save_every: Positive | None = None
-    evaluate_every: Positive | None = None
-    early_stopping: EarlyStopping | None = None
+    epochs: Above0 | None = key(
+        None, "passes over the training rows; not beside `max_steps`", 2.5, "3, or 20 where the base is run only once"
+    )
+    max_steps: Positive | None = key(None, "optimizer steps in place of epochs", 500, "as many as `epochs` takes")
+    batch_size: Positive | None = key(
+        None,
+        "examples of an optimizer step; not beside `batch_tokens`",
+        32,
+        "16, or 64 where the base is run only once",
+    )
+    batch_tokens: Positive | None = key(
+        None, "tokens of an optimizer step in place of examples, context counted", 8192, "`batch_size` counts"
+    )
+    micro_batch_size: Positive | None = key(
+        None, "examples that go through the model at once; changes no result", 4, "what fits into free memory"
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = key(
+        None, "rate of dropout, in the adapter or head and in the base's own layers", 0.1, "0"
+    )
+    recompute: bool | None = key(
+        None, "compute activations twice to save memory; changes no result", False, "only where memory forces it"
+    )
+    sequence_length: Positive | None = key(
+        None, "tokens after which an example is cut", 1024, "the model's context, at most 2048"
+    )
+    learning_rate: Above0 | None = key(None, "the highest learning rate", 2e-4, "the method's")
+    schedule: Literal["linear", "cosine", "constant"] = key(
+        "linear", "how the learning rate falls after the warm-up", "cosine"
+    )
+    warmup: Annotated[float, Field(ge=0)] = key(
+        0.03, "over which the learning rate rises: below 1 a share of the run, else steps", 100
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = key(0.0, "decoupled weight decay of AdamW", 0.01)
+    optimizer: Literal["adamw"] = key("adamw", "what takes the steps", "adamw")
+    clip: Above0 | None = key(1.0, "the largest norm of a step's gradient; null for no limit", 0.5)
+    save_every: Positive | None = key(None, "steps between two checkpoints", 100, "a tenth of the run")
+    evaluate_every: Positive | None = key(
+        None, "steps between two measurements of the validation rows", 50, "a fifth of the run"
+    )
+    early_stopping: EarlyStopping | None = key(None, "when to end before the last step", {"patience": 2}, "never")
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Train:
@@ -118,9 +174,9 @@ class Train(Strict):
 class Place(Strict):
     """Where the run happens; none of it changes what the run means."""
 
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    threads: Positive | None = None
-    workers: Positive = 1
+    device: Literal["auto", "cpu", "cuda", "mps"] = key("auto", "auto takes the fastest that is there", "cpu")
+    threads: Positive | None = key(None, "threads of the CPU", 4, "the cores that the process may use")
+    workers: Positive = key(1, "processes that tokenise and prepare batches", 4)
 
 
 def _as_list(value: Any) -> Any:
@@ -131,18 +187,21 @@ Names = Annotated[list[Text], BeforeValidator(_as_list, json_schema_input_type=T
 
 
 class Evaluate(Strict):
-    """What is measured on the test sets. `keep`: answers written to the run for each set, null for all.
+    """What is measured on the test sets, or on the validation rows where there is none."""
 
-    `by`: columns whose values are groups to measure too; `cluster`: the column whose equal rows have one source.
-    """
-
-    metrics: list[str] | None = None
-    limit: Positive | None = None
-    keep: Annotated[int, Field(ge=0)] | None = None
-    base: bool = True
-    max_new_tokens: Positive | None = None
-    by: Names = Field(default_factory=list)
-    cluster: Text | None = None
+    metrics: list[str] | None = key(None, "metrics by name (below)", ["accuracy", "macro_f1"], "the objective's")
+    limit: Positive | None = key(None, "at most so many rows of each set, drawn with the seed", 500, "all")
+    keep: Annotated[int, Field(ge=0)] | None = key(
+        None, "answers of each set that are written to the run's predictions", 100, "all"
+    )
+    base: bool = key(True, "whether the base (or the majority class) is measured on the same rows", False)
+    max_new_tokens: Positive | None = key(
+        None, "the longest answer", 128, "half as long again as the longest trained answer, at most 1024"
+    )
+    by: Names = key(list, "columns whose values are groups that are measured too", ["language"])
+    cluster: Text | None = key(
+        None, "a column whose equal values mark rows of one source, which intervals count as such", "author", "none"
+    )
 
     @property
     def tags(self) -> list[str]:
@@ -151,16 +210,33 @@ class Evaluate(Strict):
 
 
 class Recipe(Strict):
-    """A whole run. See docs/recipes.md for every key."""
+    """A whole run. Relative paths start at the recipe's folder."""
 
-    model: Annotated[Text, Field(examples=["smollm2-135m-instruct"])]
-    data: Annotated[Data, Field(examples=["{train: rows.jsonl}"])]
-    objective: Annotated[Named, Field(examples=["sft"])]
-    method: Annotated[Named, Field(examples=["lora"])]
-    train: Train = Field(default_factory=Train)
-    precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
-    place: Place = Field(default_factory=Place)
-    evaluate: Evaluate = Field(default_factory=Evaluate)
-    report_to: Names = Field(default_factory=list)
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 17
-    out: Path | None = None
+    model: Annotated[
+        Text,
+        Field(
+            description="the base: a name of `tunesmith models`, a hub id, a folder, a .gguf file; or an earlier run's "
+            "folder, to go on from its result",
+            examples=["smollm2-135m-instruct"],
+        ),
+    ]
+    data: Annotated[Data, Field(description="the rows", examples=[{"train": "tickets.jsonl"}])]
+    objective: Annotated[
+        Named, Field(description="what is learned: a name, or a name with its options (below)", examples=["sft"])
+    ]
+    method: Annotated[
+        Named,
+        Field(
+            description="which parameters train: a name, or a name with its options (below)",
+            examples=["lora", {"name": "lora", "rank": 16}],
+        ),
+    ]
+    train: Train = key(Train, "how long and how fast", {"epochs": 3, "learning_rate": 2e-4})
+    precision: Literal["auto", "fp32", "bf16", "fp8"] = key(
+        "auto", "numbers that the base computes in; auto takes what is fastest here, by a probe", "bf16"
+    )
+    place: Place = key(Place, "where it runs", {"device": "cpu", "threads": 4})
+    evaluate: Evaluate = key(Evaluate, "what is measured", {"metrics": ["exact_match"]})
+    report_to: Names = key(list, "trackers that are sent the run's numbers (docs/tracking.md)", ["tensorboard"])
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = key(17, "of every draw: order, fresh weights, dropout, samples", 3)
+    out: Path | None = key(None, "the run's folder", "runs/tickets", "in runs/, named as the recipe file")

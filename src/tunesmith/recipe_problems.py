@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 from tunesmith.errors import InputError
 from tunesmith.recipe import Recipe
 from tunesmith.recipe_schema import alternatives, child, describe, key_paths
-from tunesmith.yaml_text import MAX_SHOWN, read_yaml
+from tunesmith.yaml_text import MAX_SHOWN, read_yaml, write_yaml
 
 Keys = tuple[str, ...]
 
@@ -212,7 +212,8 @@ def _wrong_value(raw: Any, schema: dict[str, Any], prefix: Keys, keys: Keys, mes
         if inner is None:  # a key that its own mapping does not allow, such as the name of a test set
             return Problem(path, f"{path}: {show(key)} must be {_names(node, schema)}", "")
         if isinstance(here, dict) and step not in here:
-            example = inner.get("examples", [f"... ({describe(inner, schema)})"])[0]
+            known = inner.get("examples")
+            example = write_yaml(known[0], one_line=True) if known else f"... ({describe(inner, schema)})"
             return Problem(path, f"{path} is missing", f"add `{key}: {example}`")
         node, here = inner, cast("Any", here)[step]
     return _must_be(path, node, schema, here)

@@ -62,6 +62,8 @@ def _one(node: Node, schema: Node) -> str:
         return str(words[0]) if len(words) == 1 else "one of " + ", ".join(map(str, words))
     if kind in ("number", "integer"):
         return _number(node)
+    if kind == "array" and "prefixItems" in node:
+        return f"a list of {len(node['prefixItems'])} (each {describe(node['prefixItems'][0], schema)})"
     if kind == "array":
         return f"a list (each item {describe(node.get('items', {}), schema)})"
     if kind == "object" and "properties" in node:
@@ -111,7 +113,8 @@ def recipe_schema(
                 }
             )
             bare += [] if required else [name]
-        schema["properties"][key] = {"oneOf": [{"enum": bare}, *choices], "title": key}
+        said = {word: schema["properties"][key][word] for word in ("description", "examples")}
+        schema["properties"][key] = {"oneOf": [{"enum": bare}, *choices], "title": key, **said}
     tracker: Node = {"enum": sorted(trackers)}
     schema["properties"]["report_to"]["anyOf"] = [tracker, {"type": "array", "items": tracker}]
     return schema

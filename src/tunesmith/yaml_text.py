@@ -163,14 +163,15 @@ class _Representer(SafeRepresenter):
 _Representer.add_representer(str, _Representer.text)
 
 
-def write_yaml(value: Any) -> str:
+def write_yaml(value: Any, *, one_line: bool = False) -> str:
     """Plain values as YAML that `read_yaml` reads back to the same values; keys keep their order."""
     yaml = YAML(typ="safe", pure=True)
     yaml.Representer = _Representer
-    yaml.default_flow_style = False
+    yaml.default_flow_style = one_line
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     yaml.allow_unicode = True
     yaml.width = 4096
     stream = io.StringIO()
     yaml.dump(value, stream)
-    return stream.getvalue()
+    text = stream.getvalue()
+    return text.removesuffix("\n...\n").rstrip("\n") if one_line else text

@@ -239,7 +239,7 @@ def test_missing_keys_come_with_an_example(tmp_path: Path) -> None:
     error = refusal(tmp_path, "seed: 1")
     assert error.cause.splitlines() == [
         "recipe.yaml: model is missing: add `model: smollm2-135m-instruct`",
-        "recipe.yaml: data is missing: add `data: {train: rows.jsonl}`",
+        "recipe.yaml: data is missing: add `data: {train: tickets.jsonl}`",
         "recipe.yaml: objective is missing: add `objective: sft`",
         "recipe.yaml: method is missing: add `method: lora`",
     ]
@@ -416,7 +416,7 @@ def test_schema_has_the_options_of_every_choice() -> None:
     bare, reward = schema["properties"]["objective"]["oneOf"]
     assert bare == {"enum": []}
     assert reward["required"] == ["name", "reward"]
-    assert schema["properties"]["train"] == {"$ref": "#/$defs/Train"}
+    assert schema["properties"]["train"]["$ref"] == "#/$defs/Train"
     assert "Choice" not in schema["$defs"]
 
 

@@ -1,0 +1,26 @@
+"""Markdown as the generated pages use it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+MADE = "<!-- Made by `make docs` from the source; change it there. -->"
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table; what would end a cell is escaped."""
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def code(text: str) -> str:
+    """Inline code, whatever ticks are in it."""
+    return f"`` {text} ``" if "`" in text else f"`{text}`"
+
+
+def page(title: str, *parts: str) -> str:
+    return "\n\n".join([MADE, f"# {title}", *(part.strip("\n") for part in parts if part)]) + "\n"
