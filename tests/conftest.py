@@ -15,6 +15,8 @@ os.environ["MKL_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -124,6 +126,19 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(0)
         LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def nameable(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama, its tokenizer splitting text as GPT-2's, which GGUF has a name for, and joining two letters."""
+    folder = tmp_path_factory.mktemp("nameable") / "model"
+    shutil.copytree(tiny_llama, folder)
+    described = json.loads((folder / "tokenizer.json").read_text())
+    described["pre_tokenizer"]["use_regex"] = True
+    described["model"]["vocab"]["re"] = described["model"]["vocab"].pop("Ā")  # the byte 0, which no text here has
+    described["model"]["merges"] = [["r", "e"]]
+    (folder / "tokenizer.json").write_text(json.dumps(described))
     return folder
 
 

@@ -6,10 +6,26 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import api_page
+import data_page
+import error_page
 import recipe_page
+from pages import filled
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-PAGES: Mapping[str, Callable[[], str]] = {"recipes.md": recipe_page.make}
+
+
+def _with(name: str, parts: Mapping[str, Callable[[], str]]) -> Callable[[], str]:
+    """A page written by hand whose made parts are written anew."""
+    return lambda: filled((DOCS / name).read_text(encoding="utf-8"), parts)
+
+
+PAGES: Mapping[str, Callable[[], str]] = {
+    "recipes.md": recipe_page.make,
+    "errors.md": error_page.make,
+    "data.md": _with("data.md", data_page.PARTS),
+    "api.md": _with("api.md", api_page.PARTS),
+}
 
 
 def main(arguments: list[str]) -> int:

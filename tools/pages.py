@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 MADE = "<!-- Made by `make docs` from the source; change it there. -->"
+MADE_PART = re.compile(r"<!-- made: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -24,3 +26,8 @@ def code(text: str) -> str:
 
 def page(title: str, *parts: str) -> str:
     return "\n\n".join([MADE, f"# {title}", *(part.strip("\n") for part in parts if part)]) + "\n"
+
+
+def filled(text: str, parts: Mapping[str, Callable[[], str]]) -> str:
+    """A page written by hand, with what stands between `<!-- made: NAME -->` and `<!-- end -->` made anew."""
+    return MADE_PART.sub(lambda found: f"<!-- made: {found[1]} -->\n{parts[found[1]]()}\n<!-- end -->", text)

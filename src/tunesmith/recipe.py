@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -75,6 +76,14 @@ def _as_set(value: Any) -> Any:
 Mixed = Annotated[TrainingSet, BeforeValidator(_as_set, json_schema_input_type=str | TrainingSet)]
 
 
+ALLOWED: Mapping[str, str] = {
+    "leaks": "rows of train that stand in a test set are dropped",
+    "masked": "rows of train with nothing to learn are dropped",
+    "truncated": "rows of train learn answers that are cut",
+    "unknown_labels": "held-out rows may have labels that train lacks, which are then never right",
+}
+
+
 class Data(Strict):
     """Where rows come from, and what may be wrong with them. docs/data.md shows every format."""
 
@@ -103,9 +112,7 @@ class Data(Strict):
     )
     allow: list[Literal["leaks", "masked", "truncated", "unknown_labels"]] = key(
         list,
-        "what would stop the run and is accepted. leaks: rows of train that stand in a test set are dropped. masked: "
-        "rows of train with nothing to learn are dropped. truncated: rows of train learn answers that are cut. "
-        "unknown_labels: held-out rows may have labels that train lacks, which are then never right",
+        "what would stop the run and is accepted. " + ". ".join(f"{word}: {done}" for word, done in ALLOWED.items()),
         ["leaks"],
     )
 

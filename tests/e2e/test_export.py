@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -87,19 +86,6 @@ def test_what_cannot_be_exported_is_said(run: Path, tiny_llama: Path, tmp_path: 
     full = run_of(tiny_llama, tmp_path / "full", "full")
     with pytest.raises(InputError, match="no adapter"):
         api.export(full, tmp_path / "other", merge=True)
-
-
-@pytest.fixture(scope="module")
-def nameable(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny Llama, its tokenizer splitting text as GPT-2's, which GGUF has a name for, and joining two letters."""
-    folder = tmp_path_factory.mktemp("nameable") / "model"
-    shutil.copytree(tiny_llama, folder)
-    described = json.loads((folder / "tokenizer.json").read_text())
-    described["pre_tokenizer"]["use_regex"] = True
-    described["model"]["vocab"]["re"] = described["model"]["vocab"].pop("Ā")  # the byte 0, which no text here has
-    described["model"]["merges"] = [["r", "e"]]
-    (folder / "tokenizer.json").write_text(json.dumps(described))
-    return folder
 
 
 @pytest.mark.parametrize(("method", "dtype"), [("lora", None), ("full", "q8_0")])

@@ -52,9 +52,8 @@ def explain(error: BaseException, call: Call) -> Failure:
     if isinstance(error, KeyboardInterrupt):
         return _interrupted(call, isinstance(error, Terminated))
     if _memory_ran_out(error):
-        cause = f"out of memory ({type(error).__name__})"
-        remedy = "lower train.micro_batch_size or train.sequence_length, or free memory"
-        return Failure(cause, remedy + _then_resume(call), RESOURCE)
+        remedy = "lower train.micro_batch_size or train.sequence_length, or free memory" + _then_resume(call)
+        return Failure(f"out of memory ({type(error).__name__})", remedy, RESOURCE)
     if isinstance(error, OSError) and _disk_is_full(error):
         named = f" while writing {error.filename}" if error.filename else ""
         return Failure(f"the disk is full{named}", "free space" + _then_resume(call), RESOURCE)
@@ -63,8 +62,12 @@ def explain(error: BaseException, call: Call) -> Failure:
             f"{error.filename}: {error.strerror}", _look_at(str(error.filename)) + _then_resume(call), RESOURCE
         )
     lines = str(error).strip().splitlines()
-    cause = f"tunesmith failed: {type(error).__name__}" + (f": {lines[0]}" if lines else "")
-    return Failure(cause, "run it again with --debug for the traceback, and report it", FAULT)
+    said = f": {lines[0]}" if lines else ""
+    return Failure(
+        f"tunesmith failed: {type(error).__name__}{said}",
+        "run it again with --debug for the traceback, and report it",
+        FAULT,
+    )
 
 
 def drop_output() -> None:

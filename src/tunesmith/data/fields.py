@@ -21,7 +21,8 @@ class Fields:
 
     def wrong(self, name: str, what: str, remedy: str) -> InputError:
         """An error about the field `name`, called as the file calls it."""
-        return InputError(f"{self.where}: {self._columns.get(name, name)}: {what}", remedy)
+        column = self._columns.get(name, name)
+        return InputError(f"{self.where}: {column}: {what}", remedy)
 
     def get(self, name: str) -> Any:
         """The value, or None where it is absent, null or NaN (which is how tables write absent)."""

@@ -14,6 +14,11 @@ from tunesmith.errors import InputError
 from tunesmith.types import Row
 
 Kind = Literal["messages", "label", "text"]
+KINDS: Mapping[Kind, str] = {
+    "messages": "a conversation: what the assistant says is learned",
+    "label": "a text and its class",
+    "text": "plain text, all of which is learned",
+}
 Value = dict[str, Any]
 Raw = tuple[Mapping[str, Any], str]
 

@@ -89,9 +89,12 @@ def render_views(
 
 
 def _failure(why: str, remedy: str) -> InputError:
-    # What a stranger's template says reaches a terminal: no control characters.
-    said = "".join(c if c.isprintable() else " " for c in why)
-    return InputError(f"the chat template failed: {said}", remedy)
+    return InputError(f"the chat template failed: {_printable(why)}", remedy)
+
+
+def _printable(text: str) -> str:
+    """What a stranger's template says reaches a terminal: no control characters."""
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 class _Process:
