@@ -15,7 +15,7 @@ export PIP_NO_INPUT := 1
 unexport PYTHONPATH
 unexport PYTHONHOME
 
-.PHONY: help setup demo docs test test-kill verify clean
+.PHONY: help setup demo docs test test-kill verify adapterhub clean
 
 help:
 	@echo 'make demo       a whole small run: plan, train, evaluate, resume'
@@ -23,6 +23,7 @@ help:
 	@echo 'make verify     the proofs of minutes: demo, kill and resume, every slow test'
 	@echo 'make test-kill  only the proof that a killed run resumes to the same bits'
 	@echo 'make docs       write the generated pages of docs/ again'
+	@echo 'make adapterhub AdapterHub'"'"'s library beside ours, and the proof that it loads our bottleneck adapters'
 	@echo 'make setup      only the environment, in .venv'
 	@echo 'make clean      remove what these made (never runs/)'
 
@@ -68,6 +69,13 @@ verify: $(STAMP)
 	@$(PYTEST) tests/e2e/test_kill.py -m slow
 	$(call step,slow tests)
 	@$(PYTEST) -m 'slow and not gpu' --ignore=tests/e2e/test_kill.py --durations=10
+
+# It pins transformers 4.57, so it has an environment of its own.
+adapterhub: $(STAMP)
+	$(PYTHON) -m venv .cache/adapterhub
+	.cache/adapterhub/bin/python -m pip install -q "$$(grep '^torch==' constraints.txt)"
+	.cache/adapterhub/bin/python -m pip install -q adapters==1.3.0 transformers==4.57.6
+	@$(PYTEST) -s -m slow tests/e2e/test_adapterhub.py
 
 clean:
 	rm -rf .venv .cache .ruff_cache .hypothesis .pytest_cache .import_linter_cache build dist src/*.egg-info

@@ -72,9 +72,10 @@ def merge(
     """
     policy, objective, method, renderer, card = loaded
     if not method.facts.mergeable or not isinstance(method, Mergeable):
+        held = "an adapter for its base" if method.facts.reference == "switch" else "a whole model"
         raise InputError(
-            f"method {card['method']['name']} has no adapter that could be merged",
-            "export it without --merge: its folder is a whole model already",
+            f"method {card['method']['name']} has no adapter that could be merged into the base's weights",
+            f"export it without --merge: its folder is {held} already",
         )
     spec = SampleSpec(int(card["max_new_tokens"]))
     before = objective.predict(policy, rows, renderer, spec)

@@ -86,6 +86,12 @@ def test_what_cannot_be_exported_is_said(run: Path, tiny_llama: Path, tmp_path: 
     full = run_of(tiny_llama, tmp_path / "full", "full")
     with pytest.raises(InputError, match="no adapter"):
         api.export(full, tmp_path / "other", merge=True)
+    bottleneck = run_of(tiny_llama, tmp_path / "bottleneck", "bottleneck")
+    with pytest.raises(InputError, match="no adapter that could be merged") as refusal:
+        api.export(bottleneck, tmp_path / "other", merge=True)
+    assert "its folder is an adapter" in refusal.value.remedy
+    assert api.export(bottleneck, tmp_path / "other").path == tmp_path / "other"
+    assert api.predict(tmp_path / "other", ROWS[8:]) == api.predict(bottleneck, ROWS[8:])
 
 
 @pytest.mark.parametrize(("method", "dtype"), [("lora", None), ("full", "q8_0")])

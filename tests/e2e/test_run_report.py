@@ -400,7 +400,7 @@ def test_known_bases_have_their_hub_name_and_licence(classified: Path) -> None:
     def card(name: str, licence: str | None) -> Any:
         plan = {**summary.plan, "base": {**summary.plan["base"], "name": name, "licence": licence}}
         known = catalog().licences.get(licence or "")
-        text = model_card(replace(summary, plan=plan, licence=known), adapter=True)
+        text = model_card(replace(summary, plan=plan, licence=known), "peft")
         return text, ModelCard(text).data
 
     text, data = card("smollm2-135m-instruct", "Apache-2.0")
@@ -411,6 +411,29 @@ def test_known_bases_have_their_hub_name_and_licence(classified: Path) -> None:
     assert "forbids some uses" in text
     text, data = card("someone/base", "CC-BY-4.0")
     assert (data.license, data.to_dict()["license_name"]) == ("other", "cc-by-4.0")
+
+
+def test_a_card_says_how_adapterhub_loads_a_bottleneck_adapter(classified: Path, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from huggingface_hub import ModelCard
+
+    from tunesmith.report.model_card import library_of, model_card
+
+    summary = summarise(classified)
+
+    def use(model_type: str) -> str:
+        (tmp_path / "adapter.safetensors").touch()
+        plan = {**summary.plan, "base": {**summary.plan["base"], "model_type": model_type}}
+        return model_card(replace(summary, plan=plan), library_of(tmp_path, model_type))
+
+    text = use("bert")
+    assert ModelCard(text).data.library_name == "adapters"
+    assert "model.load_adapter(folder, use_safetensors=True, set_active=True)\nmodel.eval()" in text
+    assert "adapters.init(model)\n" in text
+    compile(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[1], "card", "exec")
+    assert "adapters.init(model, interface=interface)" in use("qwen3")
+    assert "No other library loads a bottleneck adapter of falcon models." in use("falcon")
 
 
 # ------------------------------------------------------------------ in a browser

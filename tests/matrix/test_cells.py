@@ -23,7 +23,9 @@ from tunesmith.recipe_file import parse_recipe
 from tunesmith.types import ModelKind
 
 # The built-in ones by name: what another test registers is not ours to judge.
-METHOD_NAMES = ("adalora", "dora", "full", "head", "ia3", "loha", "lokr", "lora", "oft", "partial", "vera")
+METHOD_NAMES = (
+    *("adalora", "bottleneck", "dora", "full", "head", "ia3", "loha", "lokr", "lora", "oft", "partial", "vera"),
+)
 OBJECTIVE_NAMES = ("classify", "sft")
 KINDS: tuple[ModelKind, ...] = get_args(ModelKind)
 CONDITIONS: dict[str, dict[str, Any]] = {

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from tunesmith.methods import adapter_hub
 from tunesmith.models.catalog import Entry, entry_named, entry_of_hub_id
 from tunesmith.objectives import OBJECTIVES
 from tunesmith.report.before_after import TUNED, facts_of
@@ -18,6 +20,8 @@ from tunesmith.report.findings import file_name
 from tunesmith.report.markdown import render
 from tunesmith.report.summary import Summary, train_files
 from tunesmith.report.verdict import value
+
+Library = Literal["transformers", "peft", "adapters", "tunesmith"]
 
 # Licences by the words that the hub has for them; any other is "other" with its name and link.
 HUB_LICENCES = {
@@ -33,16 +37,17 @@ _LOCAL = re.compile(r"[/\\]|\.\w{1,8}$")
 WEAKEST = 3  # classes named among the limits
 
 
-def model_card(summary: Summary, adapter: bool) -> str:
-    """The whole of MODEL_CARD.md. `adapter`: the folder holds an adapter, not a whole model."""
+def model_card(summary: Summary, library: Library) -> str:
+    """The whole of MODEL_CARD.md. `library`: what loads the folder; see `library_of`."""
     plan = summary.plan
     objective, method = str(plan["meaning"]["objective"][0]), str(plan["meaning"]["method"][0])
     head = str(OBJECTIVES.get(objective).needs.head)
     entry = _entry(str(plan["base"]["name"]))
+    adapter = library != "transformers"
     data = ModelCardData(
         base_model=_hub_id(summary, entry),
         base_model_relation="adapter" if adapter else "finetune",
-        library_name="peft" if adapter else "transformers",
+        library_name=library,
         pipeline_tag=TASKS[head],
         tags=["tunesmith", objective, method],
         datasets=_hub_datasets(summary) or None,
@@ -59,14 +64,23 @@ def model_card(summary: Summary, adapter: bool) -> str:
             "train": plan["meaning"]["train"],
             "files": train_files(plan),
             "head": head,
-            "adapter": adapter,
+            "library": library,
+            "plugged": adapter_hub.is_plugged(str(plan["base"]["model_type"])),
             "chat": set(plan["audit"]["train"]["formats"]) != {"text"},
             "labels": (plan["meaning"]["objective"][2] or {}).get("labels"),
             "base": _base(summary, entry),
+            "converted": _is_converted(summary, entry),
             "weakest": _weakest(summary),
         },
     )
     return str(ModelCard(f"---\n{data.to_yaml(line_break=chr(10))}\n---\n\n{body}", ignore_metadata_errors=False))
+
+
+def library_of(folder: Path, model_type: str) -> Library:
+    """What loads a model's folder as it is, by its files; bottleneck adapters of some families load here alone."""
+    if (folder / adapter_hub.WEIGHTS).is_file():
+        return "adapters" if adapter_hub.serves(model_type) else "tunesmith"
+    return "peft" if (folder / adapter_hub.CONFIG).is_file() else "transformers"
 
 
 def _entry(name: str) -> Entry | None:
@@ -83,9 +97,14 @@ def _hub_id(summary: Summary, entry: Entry | None) -> str | None:
 
 def _base(summary: Summary, entry: Entry | None) -> str:
     """How code that loads the base names it, as Python."""
-    if entry is not None and entry.package is not None and summary.plan["base"]["name"] == entry.name:
+    if entry is not None and _is_converted(summary, entry):
         return f"resolve({entry.name!r}).folder"
     return repr(_hub_id(summary, entry) or f"path/to/{file_name(str(summary.plan['base']['name']))}")
+
+
+def _is_converted(summary: Summary, entry: Entry | None) -> bool:
+    """Whether the base was converted from a package's copy, which no other library finds by a name."""
+    return entry is not None and entry.package is not None and summary.plan["base"]["name"] == entry.name
 
 
 def _licence(summary: Summary) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tunesmith import rundir
 from tunesmith.report.markdown import run_markdown
-from tunesmith.report.model_card import model_card
+from tunesmith.report.model_card import library_of, model_card
 from tunesmith.report.run_page import run_page
 from tunesmith.report.summary import Summary, summarise
 
@@ -16,7 +16,6 @@ REPORT = "report.html"
 # The hub shows README.md and nothing else, so a folder that is uploaded as it is needs that name; MODEL_CARD.md is
 # the one that people look for. Both have the same bytes.
 CARDS = ("MODEL_CARD.md", "README.md")
-ADAPTER = "adapter_config.json"
 FORMATS: Mapping[str, Callable[[Summary], str]] = {"html": run_page, "md": run_markdown}
 _LOG = logging.getLogger(__name__)
 
@@ -25,7 +24,7 @@ def write_report(run: Path) -> Summary:
     """Writes the report of a run that has begun, and the card of one that is finished. The caller holds the run."""
     summary = summarise(run)
     if summary.finished:
-        card = model_card(summary, (run / "model" / ADAPTER).is_file())
+        card = model_card(summary, library_of(run / "model", str(summary.plan["base"]["model_type"])))
         for name in CARDS:
             rundir.write_file(run / "model" / name, card.encode())
     rundir.write_file(run / REPORT, run_page(summary).encode())
