@@ -148,6 +148,18 @@ def test_an_adapter_keeps_the_dtype_of_the_stream() -> None:
         assert adapter(torch.randn(2, 32, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
+def test_kernels_of_whole_decoder_layers_leave_a_layer_with_adapters_alone() -> None:
+    """They call none of its modules, so hooks would not run."""
+    from tunesmith.kernels.decoder_layer import _is_built_as_served  # pyright: ignore[reportPrivateUsage]
+
+    def built(policy: Policy) -> bool:
+        layer = next(iter(layers(policy.model.bfloat16().requires_grad_(False)).values()))
+        return _is_built_as_served(layer)
+
+    assert built(policy_of("llama"))
+    assert not any(built(attached("llama", {"variant": v})) for v in ("pfeiffer", "houlsby", "parallel"))
+
+
 def test_a_family_that_is_not_known_is_refused_with_those_that_are() -> None:
     from transformers import OPTConfig, OPTForCausalLM
 
