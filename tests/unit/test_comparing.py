@@ -457,6 +457,19 @@ def test_the_sentence_is_that_of_the_first_metric_and_names_what_speaks_against_
     assert "By loss, c is worse." in sentence
 
 
+def test_a_metric_in_which_both_stand_at_the_same_end_is_passed_over(tmp_path: Path) -> None:
+    rows = asked(30)
+    texts: dict[str, Callable[[int], str]] = {"a": lambda i: "no", "b": lambda i: f"{i} or more"}
+    a, b = (run(tmp_path / n, {"test": (rows, {"tuned": written(rows, f)})}, None) for n, f in texts.items())
+    assert "b is better than a: token F1" in " ".join(shown(compare(a, b)).split())
+    level, of = (right_but(5), right_but(5, 1)), labelled(30)
+    a, b = (
+        run(tmp_path / f"level-{n}", {"test": (of, {"tuned": classified(of, f, sure)})})
+        for n, f, sure in zip("ab", level, (0.6, 0.9), strict=True)
+    )
+    assert "30 rows do not tell level-b from level-a: accuracy" in " ".join(shown(compare(a, b)).split())
+
+
 def test_the_page_says_what_the_tests_say_and_runs_nothing_of_the_rows(tmp_path: Path, two: tuple[Path, Path]) -> None:
     page = comparison_page(compare(*two))
     for said in ("b is better than a: accuracy 9", "90 rows that all answered (30 of a, 30 of b left out)", "5 tests"):

@@ -26,15 +26,15 @@ def heading(comparison: Comparison) -> str:
 
 
 def verdict(comparison: Comparison, shared: Shared, before: str, after: str) -> Verdict:
-    """On one pair and set, by the first metric that can tell the models apart."""
+    """On one pair and set, by the first metric that can tell the models apart, as a run's report has it."""
     tests = tests_of(comparison, shared, before, after)
     if not tests:
         said = f"{after} is not tested against {before}: by these metrics guesses at random beat it too."
         return Verdict("Not tested", "caution", said)
-    test = next((test for test in tests if test.difference), tests[0])
+    found = {(r.metric, r.model): r.value for r in comparison.records if r.data == shared.data}
+    test = next((t for t in tests if t.difference or found[t.metric, after] not in facts_of(t.metric).bounds), tests[0])
     facts = facts_of(test.metric)
-    records = [r for r in comparison.records if (r.data, r.metric) == (shared.data, test.metric)]
-    values = {record.model: value(facts, record.value) for record in records}
+    values = {model: value(facts, found[test.metric, model]) for model in (before, after)}
     gap = difference(facts, test.difference)
     low, high = (difference(facts, known(limit), unit=False) for limit in (test.low, test.high))
     evidence = f"95% interval {low} to {high}, {p_told(test.p_holm)}"
@@ -81,7 +81,7 @@ def _outlook(test: Contrast, shared: Shared) -> str:
     least = None if test.detectable is None else difference(facts_of(test.metric), test.detectable).lstrip("+")
     shows = "They are too few to show any difference"
     if least is not None:
-        shows = f"They would show one of {least} or more in 4 of 5 such tests"
+        shows = f"They would show a difference of {least} or more in 4 of 5 such tests"
     if not test.difference:
         return f"{shows}."
     if test.rows_needed is None:
