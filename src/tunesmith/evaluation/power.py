@@ -1,7 +1,7 @@
 """How many rows would settle a comparison, and how small a difference the rows at hand could show.
 
 Both are for a two-sided test that finds the difference in 4 of 5 repetitions (power 0.8), from how the rows
-differ between the two models. tests/unit/test_compare_power.py runs the tests themselves at the sizes given here.
+differ between the two models. benchmarks/error_bars.py runs the tests themselves at the sizes given here.
 """
 
 from __future__ import annotations
