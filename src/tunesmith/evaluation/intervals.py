@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from statistics import NormalDist
 
 import numpy as np
@@ -273,15 +274,26 @@ def _left_out(aggregate: Aggregate, statistics_NK: FloatArray) -> FloatArray:
 
 def _resampled_sums(statistics_NK: FloatArray, seed: int, resamples: int) -> Iterator[FloatArray]:
     """Blocks [R', K] of sums over rows drawn with replacement: multinomial counts times statistics."""
-    rng = np.random.default_rng(seed)
     count = len(statistics_NK)
-    size = max(1, BLOCK // count)
+    if resamples * count <= BLOCK:
+        yield _counts_once(count, seed, resamples) @ statistics_NK
+        return
+    rng, size = np.random.default_rng(seed), max(1, BLOCK // count)
     for start in range(0, resamples, size):
-        rows = min(size, resamples - start)
-        drawn = rng.integers(0, count, size=(rows, count))
-        drawn += np.arange(rows)[:, None] * count
-        counts_RN = np.bincount(drawn.ravel(), minlength=rows * count).reshape(rows, count)
-        yield counts_RN.astype(np.float64) @ statistics_NK
+        yield _counts(rng, count, min(size, resamples - start)) @ statistics_NK
+
+
+@lru_cache(maxsize=1)
+def _counts_once(count: int, seed: int, resamples: int) -> FloatArray:
+    """The metrics of a set, and its models, are resampled alike: drawing takes longer than summing."""
+    return _counts(np.random.default_rng(seed), count, resamples)
+
+
+def _counts(rng: np.random.Generator, count: int, resamples: int) -> FloatArray:
+    """[R, N]: how often each row is drawn."""
+    drawn = rng.integers(0, count, size=(resamples, count))
+    drawn += np.arange(resamples)[:, None] * count
+    return np.bincount(drawn.ravel(), minlength=resamples * count).reshape(resamples, count).astype(np.float64)
 
 
 def value_of(metric: RowMetric, statistics_NK: FloatArray) -> float:

@@ -1,0 +1,250 @@
+"""What the error bars are worth: how often 95% intervals hold the true value, how often tests find what is or is not.
+
+    python benchmarks/error_bars.py [--samples 2000] [--processes N]
+
+Draws samples of 50, 200 and 1,000 rows from populations whose true values are known (populations.py) and gives them
+to the intervals and tests that `evaluate` and `compare` use. Writes benchmarks/results/error_bars.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import platform
+from collections import defaultdict
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from cpu_sft import processor
+from populations import FAMILY, FIVE_WAY, POPULATIONS, Population, table
+
+from tunesmith.evaluation import METRICS
+from tunesmith.evaluation.intervals import interval
+from tunesmith.evaluation.metrics import statistics
+from tunesmith.evaluation.paired import holm, side_by_side
+from tunesmith.types import Prediction
+
+RESULTS = Path(__file__).resolve().parent / "results"
+SIZES = (50, 200, 1000)
+LEVEL = 0.05
+RESAMPLES = 2000
+SWAPS = 1000  # the verb takes 10,000, which moves a p-value near 5% by less than a point
+PILOT = 200_000  # rows from which the number of rows is told that a difference takes
+CHUNK = 50  # samples that are resampled alike, as the models of a run are
+
+
+class Job(NamedTuple):
+    """Samples of one size from one population (by its place; None: the family). `what` is the figure that they give."""
+
+    what: str
+    place: int | None
+    count: int
+    samples: int
+    number: int
+
+
+def coverage(population: Population, job: Job, rng: np.random.Generator) -> dict[str, int]:
+    """How many intervals hold the first model's true value, and how many the models' true difference."""
+    truth, gap = population.values
+    clusters_N = population.clusters(job.count)
+    value_held = gap_held = 0
+    for _ in range(job.samples):
+        before, after = population.draw(job.count, population.gain, rng)
+        _, low, high = interval(population.metric, before, job.number, resamples=RESAMPLES, clusters_N=clusters_N)
+        value_held += low <= truth <= high
+        pairing = side_by_side(population.metric, before, after, clusters_N)
+        low, high = pairing.limits(job.number, RESAMPLES)
+        gap_held += min(low, pairing.difference) <= gap <= max(high, pairing.difference)
+    return {"value": value_held, "difference": gap_held}
+
+
+def found(population: Population, job: Job, rng: np.random.Generator, gain: float) -> int:
+    """How many pairs of models are told apart."""
+    clusters_N = population.clusters(job.count)
+    return sum(
+        side_by_side(population.metric, *population.draw(job.count, gain, rng), clusters_N).p(seed, SWAPS) <= LEVEL
+        for seed in range(job.samples)
+    )
+
+
+def false_alarms(population: Population, job: Job, rng: np.random.Generator) -> dict[str, int]:
+    return {"false alarms": found(population, job, rng, 0.0)}
+
+
+def power(population: Population, job: Job, rng: np.random.Generator) -> dict[str, int]:
+    return {"power": found(population, job, rng, population.gain)}
+
+
+def family(job: Job, rng: np.random.Generator) -> dict[str, int]:
+    """How many pairs of equal models are told apart by any metric of the family, after Holm's correction."""
+    alarms = 0
+    for seed in range(job.samples):
+        actual_N, *shares = FIVE_WAY.draw(job.count, 0.0, rng)
+        pairs = [side_by_side(m, *(table(m, actual_N, shares_NL) for shares_NL in shares)) for m in FAMILY]
+        alarms += min(holm([pair.p(seed, SWAPS) for pair in pairs])) <= LEVEL
+    return {"family": alarms}
+
+
+FIGURES = {"coverage": coverage, "false alarms": false_alarms, "power": power}
+
+
+def carried_out(job: Job) -> tuple[Job, dict[str, int]]:
+    place = len(POPULATIONS) if job.place is None else job.place
+    rng = np.random.default_rng([place, job.count, job.number, *job.what.encode()])
+    if job.place is None:
+        return job, family(job, rng)
+    return job, FIGURES[job.what](POPULATIONS[job.place], job, rng)
+
+
+def rows_needed(population: Population) -> int:
+    """With how many rows the better model is found in 4 of 5 repetitions, as `compare` tells it from many rows."""
+    tables = population.draw(PILOT, population.gain, np.random.default_rng(2))
+    units = side_by_side(population.metric, *tables, population.clusters(PILOT)).units_needed(LEVEL)
+    assert units is not None
+    return units * population.cluster
+
+
+def jobs(samples: int, sizes: dict[int, int]) -> Iterator[Job]:
+    """All, the long ones first."""
+    for count, place in itertools.product(reversed(SIZES), range(len(POPULATIONS))):
+        yield from chunks("coverage", place, count, samples if count < SIZES[-1] else samples // 2)
+        yield from chunks("false alarms", place, count, samples)
+    for place, count in sizes.items():
+        yield from chunks("power", place, count, samples)
+    for count in SIZES:
+        yield from chunks("family", None, count, samples)
+
+
+def chunks(what: str, place: int | None, count: int, samples: int) -> Iterator[Job]:
+    for number, start in enumerate(range(0, samples, CHUNK)):
+        yield Job(what, place, count, min(CHUNK, samples - start), number)
+
+
+def check_tables() -> None:
+    """The tables of populations.py, made for all rows at once, are what the metrics make of the same answers."""
+    actual_N, shares_NL, _ = FIVE_WAY.draw(300, 0.0, np.random.default_rng(3))
+    answers = [
+        Prediction(
+            "abcde"[int(shares_L.argmax())],
+            "abcde"[actual],
+            "row",
+            {"nll": float(-np.log(shares_L[actual])), "tokens": 1.0},
+            dict(zip("abcde", map(float, shares_L), strict=True)),
+        )
+        for actual, shares_L in zip(actual_N, shares_NL, strict=True)
+    ]
+    for metric in FAMILY:
+        made = METRICS.get(metric.name)("abcde")
+        np.testing.assert_allclose(statistics(made, answers), table(metric, actual_N, shares_NL), atol=1e-12)
+
+
+def measured(samples: int, processes: int) -> dict[str, Any]:
+    """Every figure as a share of its samples."""
+    for population in POPULATIONS:
+        print(f"{population.name}: {population.values}", flush=True)
+    sizes = {place: rows_needed(p) for place, p in enumerate(POPULATIONS) if p.gain}
+    counts: defaultdict[tuple[str, int | None, int], int] = defaultdict(int)
+    totals: defaultdict[tuple[str, int | None, int], int] = defaultdict(int)
+    todo = list(jobs(samples, sizes))
+    with multiprocessing.get_context("fork").Pool(processes) as pool:
+        for done, (job, hits) in enumerate(pool.imap_unordered(carried_out, todo), 1):
+            for figure, count in hits.items():
+                counts[figure, job.place, job.count] += count
+                totals[figure, job.place, job.count] += job.samples
+            if done % 100 == 0:
+                print(f"{done:,} of {len(todo):,} parts", flush=True)
+    share = {key: round(count / totals[key], 4) for key, count in counts.items()}
+
+    def by_size(figure: str, place: int | None) -> dict[str, float]:
+        return {str(count): share[figure, place, count] for count in SIZES}
+
+    populations = {
+        population.name: {
+            "metric": population.metric.name,
+            "coverage of values": by_size("value", place),
+            "coverage of differences": by_size("difference", place),
+            "false alarms": by_size("false alarms", place),
+            **(
+                {
+                    "true difference": round(population.values[1], 4),
+                    "rows stated": sizes[place],
+                    "power at these rows": share["power", place, sizes[place]],
+                }
+                if place in sizes
+                else {}
+            ),
+        }
+        for place, population in enumerate(POPULATIONS)
+    }
+    return {"populations": populations, "false alarms of a family after Holm": by_size("family", None)}
+
+
+def report(samples: int, figures: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": {"processor": processor(), "cores": os.cpu_count(), "python": platform.python_version()},
+        "versions": {name: version(name) for name in ("numpy", "scipy")},
+        "samples": {"each figure": samples, f"coverage at {SIZES[-1]}": samples // 2},
+        "resamples": RESAMPLES,
+        "swaps": SWAPS,
+        **figures,
+    }
+
+
+def markdown(outcome: dict[str, Any]) -> str:
+    sizes = [f"{count:,}" for count in SIZES]
+    head = ["population", *(f"value {n}" for n in sizes), *(f"difference {n}" for n in sizes)]
+    head += [*(f"false {n}" for n in sizes), "difference to find", "rows stated", "power"]
+    lines = [" | ".join(head), "|".join(["---", *["---:"] * (len(head) - 1)])]
+    for name, found in outcome["populations"].items():
+        cells = [f"{100 * found[k][str(n)]:.1f}" for k in KEYS for n in SIZES]
+        needed = found.get("rows stated")
+        cells += (
+            ["", "", ""]
+            if needed is None
+            else [
+                f"{found['true difference']:+.3f}",
+                f"{needed:,}",
+                f"{100 * found['power at these rows']:.1f}",
+            ]
+        )
+        lines.append(" | ".join([name, *cells]))
+    alarms = ", ".join(f"{100 * share:.1f}" for share in outcome["false alarms of a family after Holm"].values())
+    machine, versions = outcome["machine"], outcome["versions"]
+    return (
+        f"{outcome['date']}, {machine['cores']} cores {machine['processor']}, Python {machine['python']}, "
+        f"numpy {versions['numpy']}, scipy {versions['scipy']}; {outcome['samples']['each figure']:,} samples a figure "
+        f"({outcome['samples'][f'coverage at {SIZES[-1]}']:,} for coverage at {SIZES[-1]:,} rows). All in percent.\n\n"
+        "value, difference: 95% intervals that hold the true one. false: pairs of equal models told apart at 5%. "
+        "power: pairs of the true difference told apart in as many rows as `compare` states.\n\n"
+        + "\n".join(f"| {line} |" for line in lines)
+        + f"\n\nA classifier's {len(FAMILY)} metrics after Holm's correction: any false alarm in {alarms} of pairs "
+        f"at {', '.join(sizes)} rows.\n"
+    )
+
+
+KEYS = ("coverage of values", "coverage of differences", "false alarms")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=2000)
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    arguments = parser.parse_args()
+    check_tables()
+    outcome = report(arguments.samples, measured(arguments.samples, arguments.processes))
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "error_bars.json").write_text(json.dumps(outcome, indent=1) + "\n", encoding="utf-8")
+    (RESULTS / "error_bars.md").write_text(markdown(outcome), encoding="utf-8")
+    print(markdown(outcome))
+
+
+if __name__ == "__main__":
+    main()
