@@ -32,8 +32,10 @@ class Saved:
     card: dict[str, Any]
 
     @property
-    def in_fp32(self) -> bool:
-        return self.card["precision"] == "fp32"
+    def base_in(self) -> str:
+        """What the base's weights are held in where several adapters stand on them."""
+        precision = str(self.card["precision"])
+        return precision if precision in ("fp32", "int4") else "bf16"
 
 
 class Adapters:
@@ -52,9 +54,10 @@ class Adapters:
         self._device = str(choose_device(device))
         self._shared = SharedBase(
             session.base_of(first.folder, first.card),
-            "fp32" if first.in_fp32 else "bf16",
+            "fp32" if first.base_in == "fp32" else "bf16",
             "lm" if "lm" in heads else "pooled",
             self._device,
+            in_nf4=first.base_in == "int4",
         )
         self._loaded = {one.name: self._load(one) for one in saved}
         self._base: Loaded | None = None
@@ -180,7 +183,7 @@ def clash(saved: Sequence[Saved]) -> InputError | RefusedError | None:
                 f"{one.path} added tokens to the vocabulary, and its base has rows for them that no other's has",
                 "load it by itself",
             )
-        if one.in_fp32 != first.in_fp32:
+        if one.base_in != first.base_in:
             return InputError(
                 f"{first.path} was trained over a base in {first.card['precision']}, "
                 f"and {one.path} over one in {one.card['precision']}",

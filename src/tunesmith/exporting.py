@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,7 +83,7 @@ def merge(
     with rundir.replace_folder(to) as folder:
         session.save_merged(folder, policy, renderer, card, DTYPES[dtype])
         merged, *_ = session.load(folder, str(policy.device))
-        check = _passed(before, objective.predict(merged, rows, renderer, spec), dtype)
+        check = _passed(before, objective.predict(merged, rows, renderer, spec), dtype, card)
     return Exported(to, check)
 
 
@@ -117,7 +117,7 @@ def to_gguf(
         template = renderer.templates.get("default")
         gguf_write.write_gguf(policy.model, renderer.tokenizer, template, renderer.end_ids, made, dtype)
         back, reader = session.load_gguf(made, Path(aside) / "back", policy, objective, card)
-        check = _passed(before, objective.predict(back, rows, reader, spec), dtype)
+        check = _passed(before, objective.predict(back, rows, reader, spec), dtype, card)
         with open(made, "rb+") as handle:
             rundir.sync_file(handle)
         rundir.rename(made, to)
@@ -125,13 +125,15 @@ def to_gguf(
     return Exported(to, check)
 
 
-def _passed(before: Sequence[Prediction], after: Sequence[Prediction], dtype: str) -> Check:
+def _passed(before: Sequence[Prediction], after: Sequence[Prediction], dtype: str, card: Mapping[str, Any]) -> Check:
     check = compared(before, after)
-    if check.largest > TOLERANCE[dtype] or check.agreement < AGREEMENT[dtype]:
+    rounded = {dtype} if card["precision"] == "fp32" else {dtype, "bf16"}  # the run's own answers are rounded then
+    tolerance, agreement = max(TOLERANCE[d] for d in rounded), min(AGREEMENT[d] for d in rounded)
+    if check.largest > tolerance or check.agreement < agreement:
         raise RefusedError(
             f"what was exported is not the model that was measured: over {check.rows} rows its log-probabilities "
-            f"differ by up to {check.largest:.3g} nats a token (at most {TOLERANCE[dtype]:g} may be), "
-            f"and {check.agreement:.1%} of its answers are equal (at least {AGREEMENT[dtype]:.0%} must be)",
+            f"differ by up to {check.largest:.3g} nats a token (at most {tolerance:g} may be), "
+            f"and {check.agreement:.1%} of its answers are equal (at least {agreement:.0%} must be)",
             "export at --dtype fp32, or as a folder without --merge",
         )
     return check

@@ -12,6 +12,7 @@ import torch
 from tunesmith.compat import FP32_ONLY, values_unread
 from tunesmith.data.pack import collate
 from tunesmith.engine.precision import choose_device, is_served, probe, serves_fp8
+from tunesmith.kernels.nf4 import served_linears
 from tunesmith.models.cache import cache_dir
 from tunesmith.models.fetch import LocalModel
 from tunesmith.models.load import MetaModel, meta_model
@@ -29,7 +30,10 @@ DEFAULT_POOLING: dict[ModelKind, str] = {"encoder": "mean", "decoder": "last", "
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """A base by its config alone. `packable`: its attention stays inside segments; `autocasts`: it runs in bf16."""
+    """A base by its config alone. `packable`: its attention stays inside segments; `autocasts`: it runs in bf16.
+
+    `linear_parameters` are those that int4 holds in 4 bits.
+    """
 
     name: str
     model_type: str
@@ -46,6 +50,7 @@ class ModelFacts:
     pooling: str
     has_template: bool
     autocasts: bool = True
+    linear_parameters: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +112,7 @@ def gather_model(
         pooling=pooling or usual or DEFAULT_POOLING[meta.kind],
         has_template=has_template,
         autocasts=meta.model_type not in FP32_ONLY,
+        linear_parameters=sum(linear.weight.numel() for _, linear in served_linears(meta.module)),
     )
     return facts, meta
 

@@ -239,8 +239,11 @@ class Recipe(Strict):
         ),
     ]
     train: Train = key(Train, "how long and how fast", {"epochs": 3, "learning_rate": 2e-4})
-    precision: Literal["auto", "fp32", "bf16", "fp8"] = key(
-        "auto", "numbers that the base computes in; auto takes what is fastest here, by a probe", "bf16"
+    precision: Literal["auto", "fp32", "bf16", "fp8", "int4"] = key(
+        "auto",
+        "numbers that the base is held and computes in; auto takes what is fastest here, by a probe; int4 holds the "
+        "base's linear layers in 4 bits (NF4) and computes in bf16",
+        "bf16",
     )
     place: Place = key(Place, "where it runs", {"device": "cpu", "threads": 4})
     evaluate: Evaluate = key(Evaluate, "what is measured", {"metrics": ["exact_match"]})

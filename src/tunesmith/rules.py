@@ -93,8 +93,8 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         ("precision", "hardware"),
-        lambda f: f.recipe.precision == "bf16" and f.device_served and not f.bf16_served,
-        "precision is bf16, which this device does not serve",
+        lambda f: f.recipe.precision in ("bf16", "int4") and f.device_served and not f.bf16_served,
+        "precision is {f.recipe.precision}, and this device does not serve bf16",
         "set precision to fp32 or auto",
     ),
     Rule(
@@ -105,9 +105,16 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         ("precision", "method"),
-        lambda f: f.recipe.precision == "fp8" and not f.method.fp8_base,
-        "precision is fp8, which holds frozen weights beside small low-rank updates, and the method is {method}",
+        lambda f: f.recipe.precision in ("fp8", "int4") and f.recipe.precision not in f.method.frozen_in,
+        "precision is {f.recipe.precision}, which holds frozen weights beside low-rank updates, "
+        "and the method is {method}",
         "use method lora as it starts by default, or set precision to bf16",
+    ),
+    Rule(
+        ("precision", "model"),
+        lambda f: f.recipe.precision == "int4" and not f.model.linear_parameters,
+        "precision is int4, which holds linear layers in 4 bits, and {f.model.model_type} models have other layers",
+        "set precision to bf16 or auto",
     ),
     Rule(
         ("precision", "train.dropout"),

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from tunesmith.recipe import Recipe
 
 HEADS = "heads.safetensors"
+WHOLE = "bf16"  # what the base is in where the fewer bits of a run do not serve
 FIT_TOKENS = 2048  # of training examples that a method may look at before it trains
 
 
@@ -104,7 +105,13 @@ def save_merged(folder: Path, policy: Policy, renderer: Renderer, card: Mapping[
     policy.model.save_pretrained(folder, state_dict=whole_state(policy.model))
     _save_heads(folder, policy)
     renderer.tokenizer.save_pretrained(folder)
-    _write_card(folder, {**card, "method": {"name": "full", "options": {}}, "merged": card["method"]})
+    whole = {"method": {"name": "full", "options": {}}, "merged": card["method"], "precision": _whole(card)}
+    _write_card(folder, {**card, **whole})
+
+
+def _whole(card: Mapping[str, Any]) -> str:
+    """What a model answers in whose base is no longer held in fewer bits."""
+    return "fp32" if card["precision"] == "fp32" else WHOLE
 
 
 def _write_card(folder: Path, card: Mapping[str, Any]) -> None:
@@ -143,7 +150,7 @@ def load(
     add_tokens(tokenizer, tokens)
     renderer = Renderer(tokenizer, card["templates"].get("default"), card["sequence_length"])
     in_fp8 = shared is None and serves_fp8(torch.device(device))  # weights in fp8 are one adapter's alone
-    precision = card["precision"] if card["precision"] != "fp8" or in_fp8 else "bf16"
+    precision = card["precision"] if card["precision"] != "fp8" or in_fp8 else WHOLE
     placement = Placement(device, torch.get_num_threads(), 1, precision, card["packed"], None, 4096, False, 1)
     policy = _policy(local, renderer, objective, method, placement, card["pooling"], tokens, shared)
     if trained:
@@ -170,7 +177,7 @@ def load_gguf(
     renderer = Renderer(load_tokenizer(local), None, card["sequence_length"])
     whole = METHODS.get("full")
     placement = Placement(
-        str(like.device), torch.get_num_threads(), 1, card["precision"], card["packed"], None, 4096, False, 1
+        str(like.device), torch.get_num_threads(), 1, _whole(card), card["packed"], None, 4096, False, 1
     )
     policy = _policy(local, renderer, objective, whole(whole.Options(), 0.0), placement, card["pooling"])
     policy.eval()
@@ -236,7 +243,8 @@ def _policy(
     precision = "fp32" if placement.precision == "fp32" else "bf16"
     changes = method.facts.reference == "snapshot"
     dtype = "fp32" if changes else precision
-    model = load_backbone(local, dtype, head, placement.device) if shared is None else shared.model(head)
+    in_nf4 = placement.precision == "int4"
+    model = shared.model(head) if shared else load_backbone(local, dtype, head, placement.device, in_nf4=in_nf4)
     added = add_tokens(renderer.tokenizer, tokens)
     widen(model, max(added, default=-1) + 1)
     policy = Policy(

@@ -23,6 +23,7 @@ LENGTH_LIMIT = 2048  # tokens of an example where the recipe names none
 MICRO_TOKENS = {"cpu": 2048, "mps": 4096, "cuda": 16384}  # beyond these a larger micro-batch was not faster
 MEMORY_SHARE = 0.7  # of what is free: the rest is for other processes and what the model leaves out
 FP8_GAIN = 1.35  # of whole LoRA steps over bf16: only the frozen products are in fp8
+INT4_GAIN = 0.8  # weights are made anew in both passes: by the bytes that moves; not measured yet
 EFFICIENCY = {"cpu": 0.7, "mps": 0.4, "cuda": 0.45}  # of the probed matrix-product rate, whole steps
 
 
@@ -240,7 +241,8 @@ def predict(
     share = epoch.trained / max(1, epoch.tokens)
     total = epoch.tokens if facts.caches_vectors else _tokens_of_a_run(meaning, epoch)
     flop = memory.flop_per_token(shape, share, facts.method.frozen_backbone, placement.recompute)
-    rate = {"fp32": speed.fp32, "bf16": speed.bf16, "fp8": FP8_GAIN * speed.bf16}[placement.precision]
+    gain = {"fp8": FP8_GAIN, "int4": INT4_GAIN}.get(placement.precision, 1.0)
+    rate = gain * (speed.fp32 if placement.precision == "fp32" else speed.bf16)
     device = placement.device.split(":")[0]
     return Prediction(peak, memory.free_bytes(torch.device(device)), total * flop / (rate * EFFICIENCY[device]), total)
 
@@ -271,6 +273,7 @@ def _shape(facts: Facts, trainable: int, precision: str) -> memory.Shape:
         model.intermediate,
         model.vocabulary,
         4 if precision == "fp32" else 2,
+        model.linear_parameters if precision == "int4" else 0,
     )
 
 

@@ -234,7 +234,7 @@ class MethodFacts:
     the output projection trains.
     `moves_output`: the output projection trains and the embeddings do not, so a tied one must be untied, which
     `unties` does. `packs`, `recomputes`: segments may share a row, layers may run again in the backward.
-    `tokens` are added to the vocabulary and their rows train. `fp8_base`: its frozen weights may be held in fp8.
+    `tokens` are added to the vocabulary and their rows train. `frozen_in`: what else than bf16 the base may be in.
     `learning_rate_source` says where the default rate is from.
     """
 
@@ -251,7 +251,7 @@ class MethodFacts:
     unties: bool = False
     packs: bool = True
     recomputes: bool = True
-    fp8_base: bool = False
+    frozen_in: frozenset[str] = frozenset()
     tokens: tuple[str, ...] = ()
 
 

@@ -33,13 +33,15 @@ def _conversation(index: int) -> dict[str, Any]:
     return {"prompt": f"Say the number {index} twice.", "completion": f"{index} {index}"}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_run_learns_and_answers(tiny_llama: Path, tmp_path: Path, precision: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "precision"), [("lora", "fp32"), ("lora", "bf16"), ("dora", "bf16"), ("lora", "int4"), ("dora", "int4")]
+)
+def test_a_run_learns_and_answers(tiny_llama: Path, tmp_path: Path, method: str, precision: str) -> None:
     rows = [_conversation(index) for index in range(40)]
     recipe = {
         "model": str(tiny_llama),
         "objective": "sft",
-        "method": "lora",
+        "method": method,
         "precision": precision,
         "place": {"device": "cuda"},
         "train": {"epochs": 4, "batch_size": 8, "learning_rate": 1e-2, "save_every": 5},

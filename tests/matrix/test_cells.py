@@ -37,6 +37,8 @@ CONDITIONS: dict[str, dict[str, Any]] = {
     "bf16": {"precision": "bf16"},
     "bf16, unserved": {"precision": "bf16"},
     "fp8, unserved": {"precision": "fp8"},
+    "int4": {"precision": "int4"},
+    "int4, other layers": {"precision": "int4"},
     "unpackable": {},
     "bf16, a model of fp32": {"precision": "bf16"},
 }
@@ -88,6 +90,7 @@ class Cell:
             packable=self.kind != "encoder-decoder" and self.condition != "unpackable",
             pooling=DEFAULT_POOLING[self.kind],
             has_template=True,
+            linear_parameters=0 if self.condition == "int4, other layers" else 800,
             autocasts=self.condition != "bf16, a model of fp32",
         )
         return Facts(
@@ -118,6 +121,10 @@ class Cell:
             axes.add(("precision", "model"))
         if self.condition == "bf16, unserved":
             axes.add(("precision", "hardware"))
+        if self.condition.startswith("int4") and self.method not in ("lora", "dora"):
+            axes.add(("precision", "method"))
+        if self.condition == "int4, other layers":
+            axes.add(("precision", "model"))
         if self.condition == "fp8, unserved":
             axes.add(("precision", "hardware"))
             if self.method != "lora":

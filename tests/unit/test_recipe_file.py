@@ -192,7 +192,7 @@ def test_a_wrong_value_in_one_line(tmp_path: Path) -> None:
         ("seed: true", "seed must be a whole number of at least 0 and below 2147483648, not true"),
         ("seed:", "seed is empty; it must be a whole number of at least 0 and below 2147483648"),
         ("out: 3", "out must be a path, not 3"),
-        ("precision: fp16", 'precision must be one of auto, fp32, bf16, fp8, not "fp16"'),
+        ("precision: fp16", 'precision must be one of auto, fp32, bf16, fp8, int4, not "fp16"'),
         ("train: {schedule: cosin}", 'train.schedule must be one of linear, cosine, constant, not "cosin"'),
         ("train: {epochs: true}", "train.epochs must be a number above 0, not true"),
         ("train: {clip: .inf}", "train.clip must be a finite number, not inf"),

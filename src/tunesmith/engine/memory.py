@@ -7,7 +7,10 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from tunesmith.kernels import nf4
+
 GIB = 2**30
+NF4_SCRATCH = 12  # bytes a weight of the layer that is made anew: codes as integers, fp32, fp32 scaled, bf16
 ADAM_BYTES = 16  # of one trainable parameter: fp32 weight, gradient and two moments
 LOGIT_CHUNK = {"cpu": 3 * 64 * 2**20, "mps": 3 * 2**30, "cuda": 3 * 2**30}  # what the loss holds at once
 
@@ -24,6 +27,7 @@ class Shape:
     intermediate: int
     vocabulary: int
     weight_bytes: int  # of one frozen parameter
+    in_nf4: int = 0  # frozen parameters that are held in 4 bits
 
 
 def activation_bytes(shape: Shape, bytes_each: int, recompute: bool) -> int:
@@ -41,7 +45,9 @@ def activation_bytes(shape: Shape, bytes_each: int, recompute: bool) -> int:
 def static_bytes(shape: Shape, device: torch.device) -> int:
     """Weights, optimizer, and the loss's scratch: what does not grow with the batch."""
     frozen = shape.parameters - shape.trainable
-    return frozen * shape.weight_bytes + shape.trainable * ADAM_BYTES + LOGIT_CHUNK[device.type]
+    spared = int(shape.in_nf4 * (shape.weight_bytes - nf4.BYTES))
+    anew = NF4_SCRATCH * shape.width * shape.intermediate if shape.in_nf4 else 0
+    return frozen * shape.weight_bytes - spared + anew + shape.trainable * ADAM_BYTES + LOGIT_CHUNK[device.type]
 
 
 def process_bytes(device: torch.device) -> int:

@@ -25,7 +25,7 @@ class Dora(Lora):
         summary="LoRA with the weights' magnitudes trained apart: often better at low rank, slower",
         when="LoRA at rank 8 or less is not good enough, and a slower step is no matter",
         learning_rate_source="LoRA's, as Liu et al. 2024 compare the two",
-        fp8_base=False,
+        frozen_in=frozenset({"int4"}),
     )
 
     class Options(Lora.Options):

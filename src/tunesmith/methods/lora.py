@@ -33,7 +33,7 @@ class Lora(PeftAdapter):
         mergeable=True,
         learning_rate=2e-4,
         learning_rate_source="Hu et al. 2021 (table 11) for GPT-2, and Dettmers et al. 2023 (QLoRA) up to 13B",
-        fp8_base=True,
+        frozen_in=frozenset({"fp8", "int4"}),
     )
 
     class Options(LowRankOptions):
@@ -62,9 +62,8 @@ class Lora(PeftAdapter):
     def __init__(self, options: Any, dropout: float) -> None:
         super().__init__(options, dropout)
         self._is_offset = options.init in starts.STARTS
-        self.facts = replace(
-            self.facts, fp8_base=self.facts.fp8_base and not self._is_offset, tokens=tuple(options.tokens)
-        )
+        frozen_in = self.facts.frozen_in - ({"fp8"} if self._is_offset else set())  # e4m3 is too rough for B A - B0 A0
+        self.facts = replace(self.facts, frozen_in=frozen_in, tokens=tuple(options.tokens))
 
     def attach(self, policy: Policy) -> None:
         super().attach(policy)

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from tunesmith.compat import quiet_transformers
 from tunesmith.errors import InputError
+from tunesmith.kernels.nf4 import give_back
 from tunesmith.models.policy import Policy
 from tunesmith.recipe import Positive, Strict
 
@@ -79,6 +80,7 @@ class PeftAdapter(ABC):
         (to / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours comes when the model is measured
 
     def merge(self, policy: Policy) -> None:
+        give_back(policy.model)  # a base in 4 bits takes no update: it goes into the weights that those bits stand for
         with peft_speaks():
             policy.model = self._peft.merge_and_unload()
 

@@ -94,12 +94,15 @@ def load_backbone(
     kind_of_head: Head,
     device: str | torch.device = "cpu",
     attn_implementation: str = "sdpa",
+    *,
+    in_nf4: bool = False,
 ) -> nn.Module:
     """The model with its weights, in evaluation mode, every parameter from the checkpoint.
 
     "lm" has the language-model head, "pooled" ends at the last hidden states (a pooler that nothing
-    would use is not built). Raises RefusedError when the checkpoint lacks weights of the model or
-    has them in other shapes, InputError for a head the model cannot have, ResourceError for memory.
+    would use is not built). `in_nf4`: linear layers are held in 4 bits, and the device never has all of them
+    whole. Raises RefusedError when the checkpoint lacks weights of the model or has them in other shapes, InputError
+    for a head the model cannot have, ResourceError for memory.
     """
     import torch
 
@@ -120,6 +123,10 @@ def load_backbone(
                 **extra,
             )
             _judge(report, local)
+            if in_nf4:
+                from tunesmith.kernels.nf4 import hold_in_nf4
+
+                hold_in_nf4(model, device)
             return model.to(device)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise ResourceError(

@@ -12,11 +12,14 @@ from tunesmith.models.load import Dtype, Head, load_backbone
 
 
 class SharedBase:
-    """A base loaded once. `head` is the widest that any of its models will have: "lm" serves "pooled" too."""
+    """A base loaded once, its linear layers in 4 bits if `in_nf4`.
 
-    def __init__(self, local: LocalModel, dtype: Dtype, head: Head, device: str) -> None:
+    `head` is the widest that any of its models will have: "lm" serves "pooled" too.
+    """
+
+    def __init__(self, local: LocalModel, dtype: Dtype, head: Head, device: str, *, in_nf4: bool = False) -> None:
         self.local, self.dtype, self.head = local, dtype, head
-        self._model: Any = load_backbone(local, dtype, head, device)
+        self._model: Any = load_backbone(local, dtype, head, device, in_nf4=in_nf4)
         self._placed = [(p, p.data) for p in self._model.parameters()]
 
     def model(self, head: Head) -> Any:

@@ -66,6 +66,7 @@ def model_card(summary: Summary, library: Library) -> str:
             "head": head,
             "library": library,
             "plugged": adapter_hub.is_plugged(str(plan["base"]["model_type"])),
+            "tokens": plan["meaning"]["method"][1].get("tokens"),
             "chat": set(plan["audit"]["train"]["formats"]) != {"text"},
             "labels": (plan["meaning"]["objective"][2] or {}).get("labels"),
             "base": _base(summary, entry),
