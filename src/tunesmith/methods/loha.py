@@ -24,8 +24,8 @@ class Loha(PeftAdapter):
         heads=frozenset({"lm", "pooled"}),
         reference="switch",
         mergeable=True,
-        learning_rate=1e-3,
-        learning_rate_source="five times LoRA's: its update starts smaller; not tuned on a task yet",
+        learning_rate=3e-3,
+        learning_rate_source="best of 3e-3 (0.855) and 1e-2 (0.850) on 10 rows a class of BANKING77, four epochs",
     )
 
     class Options(LowRankOptions):

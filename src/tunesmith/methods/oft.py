@@ -27,8 +27,8 @@ class Oft(PeftAdapter):
         heads=frozenset({"lm", "pooled"}),
         reference="switch",
         mergeable=True,
-        learning_rate=1e-3,
-        learning_rate_source="five times LoRA's: a rotation starts at none at all; not tuned on a task yet",
+        learning_rate=3e-3,
+        learning_rate_source="best of 3e-3 (0.826) and 1e-2 (0.786) on 10 rows a class of BANKING77, four epochs",
     )
 
     class Options(Strict):
