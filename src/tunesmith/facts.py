@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -33,6 +34,7 @@ class ModelFacts:
     """A base by its config alone. `packable`: its attention stays inside segments; `autocasts`: it runs in bf16.
 
     `linear_parameters` are those that int4 holds in 4 bits.
+    `takes_keys`: keys and values can be put before those of its attention, by us and by other libraries.
     """
 
     name: str
@@ -51,6 +53,7 @@ class ModelFacts:
     has_template: bool
     autocasts: bool = True
     linear_parameters: int = 0
+    takes_keys: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,17 @@ class Facts:
         return self.method.frozen_backbone and self.needs.head == "pooled"
 
     @property
+    def context_length(self) -> int | None:
+        """Tokens of a text that the model sees, beside the method's virtual ones; None where nothing sets a limit."""
+        length = self.model.context_length
+        return None if length is None else length - self.method.virtual_tokens
+
+    @property
+    def shares_beginnings(self) -> bool:
+        """Whether what all texts of a micro-batch begin with runs once."""
+        return self.packed and self.model.kind == "decoder"
+
+    @property
     def packed(self) -> bool:
         return self.model.packable and self.method.packs
 
@@ -96,6 +110,7 @@ def gather_model(
     text = meta.module.config.get_text_config()  # type: ignore[union-attr]
     intermediate = getattr(text, "intermediate_size", None) or 4 * meta.width
     usual = local.entry.pooling if local.entry is not None else None
+    packable = is_packable(meta)
     facts = ModelFacts(
         name=local.name,
         model_type=meta.model_type,
@@ -108,11 +123,12 @@ def gather_model(
         vocabulary=meta.vocab_size,
         context_length=meta.context_length,
         tied_embeddings=meta.tied_embeddings,
-        packable=is_packable(meta),
+        packable=packable,
         pooling=pooling or usual or DEFAULT_POOLING[meta.kind],
         has_template=has_template,
         autocasts=meta.model_type not in FP32_ONLY,
         linear_parameters=sum(linear.weight.numel() for _, linear in served_linears(meta.module)),
+        takes_keys=packable and "past_key_values" in inspect.signature(meta.module.forward).parameters,
     )
     return facts, meta
 

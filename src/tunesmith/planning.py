@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,22 +136,22 @@ def make_plan(
     workers, tags = recipe.place.workers, recipe.evaluate.tags
     prepared = prepare(recipe.data, base, objective, renderer, recipe.seed, cache_dir(), workers, memory, tell, tags)
     _check_labels(objective, previous)
-    measured = _measured(recipe, objective, prepared)
-    trainable, total = _count(meta, facts, method, objective, tokens)
+    trainable, total = _count(meta, facts, method, objective, replace(tokens, encode=renderer.plain))
     training = settings.resolve_meaning(
         facts, length, prepared.train.lengths, prepared.repeats, _longest_answer(prepared), defaults
     )
     longest = max(int(s.lengths.max(initial=1)) for s in _stores(prepared))
-    placement, shape, peak = settings.resolve_placement(facts, training, speed, trainable, longest, defaults)
+    epoch = _epoch(facts, prepared)
+    placement, shape, peak = settings.resolve_placement(facts, training, speed, trainable, longest, epoch, defaults)
     plan = Plan(
         meaning=_meaning(recipe, facts, method, objective, local, renderer, prepared, training),
         placement=placement,
         training=training,
-        prediction=settings.predict(facts, training, placement, shape, speed, peak, _epoch(prepared)),
+        prediction=settings.predict(facts, training, placement, shape, speed, peak, epoch),
         base=_describe_base(local, facts),
         audit=prepared.audit.to_json(),
         parameters={"trainable": trainable, "total": total},
-        metrics=measured,
+        metrics=_measured(recipe, objective, prepared),
         defaults=_all_defaults(recipe, origin, defaults),
         substitutions=substitutions,
         warnings=_warnings(recipe, prepared),
@@ -259,10 +259,12 @@ def _longest_answer(prepared: Prepared) -> int:
     return int(prepared.train.trained.max(initial=0))
 
 
-def _epoch(prepared: Prepared) -> settings.Epoch:
+def _epoch(facts: Facts, prepared: Prepared) -> settings.Epoch:
     repeats, store = prepared.repeats, prepared.train
+    once = facts.shares_beginnings or facts.method.feeds_attention  # a micro-batch has its virtual tokens once
+    virtual = 0 if once else facts.method.virtual_tokens
     return settings.Epoch(
-        float(repeats.sum()), int((store.lengths * repeats).sum()), int((store.trained * repeats).sum())
+        float(repeats.sum()), int((store.lengths * repeats).sum()), int((store.trained * repeats).sum()), virtual
     )
 
 

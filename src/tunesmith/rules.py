@@ -46,6 +46,13 @@ RULES: tuple[Rule, ...] = (
         "choose such a base or another method",
     ),
     Rule(
+        ("method", "model"),
+        lambda f: f.method.feeds_attention and f.model.kind in f.method.kinds and not f.model.takes_keys,
+        "{f.method_name} puts keys and values into the attention of every layer, and that of {f.model.model_type} "
+        "models takes none",
+        "use method prompt, whose virtual tokens are part of the text, or lora",
+    ),
+    Rule(
         ("method", "objective"),
         lambda f: f.needs.head not in f.method.heads,
         "{f.method_name} trains a {heads_of_method} head, and {f.objective_name} needs a {f.needs.head} head",
@@ -70,19 +77,24 @@ RULES: tuple[Rule, ...] = (
         "leave method.tokens out, or choose a decoder or an encoder",
     ),
     Rule(
+        ("method", "model"),
+        lambda f: f.context_length is not None and f.context_length < 1,
+        "{f.method_name} puts {f.method.virtual_tokens} tokens before each text, "
+        "and {f.model.name} sees {f.model.context_length} in all",
+        "set method.virtual_tokens to a small part of that",
+    ),
+    Rule(
         ("train.sequence_length", "model"),
-        lambda f: f.model.context_length is not None and (f.recipe.train.sequence_length or 0) > f.model.context_length,
+        lambda f: f.context_length is not None and (f.recipe.train.sequence_length or 0) > max(f.context_length, 0),
         "train.sequence_length is {f.recipe.train.sequence_length}, "
-        "and {f.model.name} sees {f.model.context_length} tokens",
-        "set train.sequence_length to {f.model.context_length} or less",
+        "and {f.model.name} sees {f.model.context_length} tokens{virtual}",
+        "set train.sequence_length to {f.context_length} or less",
     ),
     Rule(
         ("evaluate.max_new_tokens", "model"),
-        lambda f: (
-            f.model.context_length is not None and (f.recipe.evaluate.max_new_tokens or 0) >= f.model.context_length
-        ),
+        lambda f: f.context_length is not None and (f.recipe.evaluate.max_new_tokens or 0) >= max(f.context_length, 1),
         "evaluate.max_new_tokens is {f.recipe.evaluate.max_new_tokens}, "
-        "and {f.model.name} sees {f.model.context_length} tokens, the prompt among them",
+        "and {f.model.name} sees {f.model.context_length} tokens, the prompt among them{virtual}",
         "set evaluate.max_new_tokens to the length of a long answer",
     ),
     Rule(
@@ -230,6 +242,7 @@ def judge(facts: Facts) -> tuple[list[Conflict], list[str]]:
         "kinds_of_objective": " or ".join(sorted(facts.needs.kinds)),
         "kinds_of_method": " or ".join(sorted(facts.method.kinds)),
         "heads_of_method": " or ".join(sorted(facts.method.heads)),
+        "virtual": f", {facts.method.virtual_tokens} of them virtual" if facts.method.virtual_tokens else "",
         "missing_trackers": ", ".join(name for name, _ in facts.missing_trackers),
         "missing_packages": " ".join(package for _, package in facts.missing_trackers),
     }

@@ -135,7 +135,7 @@ def base_of(folder: Path, card: Mapping[str, Any]) -> LocalModel:
 def load(
     folder: Path, device: str, shared: SharedBase | None = None, *, trained: bool = True
 ) -> tuple[Policy, Objective, Method, Renderer, dict[str, Any]]:
-    """What `save` wrote, on its base, ready to answer; the card also tells the base's `context_length`.
+    """What `save` wrote, on its base, ready to answer; the card also tells `context_length`, the tokens it sees.
 
     `shared`: the base's weights where others stand on them too; not `trained`: the base alone. Raises RefusedError
     when a file is not as it was saved, or the base's bytes are not those it was trained on.
@@ -161,7 +161,9 @@ def load(
         shared.check(str(folder))
         accelerate(policy, layers=False)
     policy.eval()
-    return policy, objective, method, renderer, card | {"context_length": context_length(policy.config, local)}
+    context = context_length(policy.config, local)
+    room = None if context is None else context - method.facts.virtual_tokens
+    return policy, objective, method, renderer, card | {"context_length": room}
 
 
 def load_gguf(
@@ -250,7 +252,7 @@ def _policy(
     policy = Policy(
         model,
         _kind(model),
-        Tokens(tuple(renderer.end_ids) if head == "lm" else (), renderer.pad_id, added),
+        Tokens(tuple(renderer.end_ids) if head == "lm" else (), renderer.pad_id, added, renderer.plain),
         packed=placement.packed,
         pooling=pooling,
         autocast=torch.bfloat16 if precision == "bf16" else None,

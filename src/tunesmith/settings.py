@@ -86,11 +86,17 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class Epoch:
-    """One pass over the training rows, each as often as its weight says."""
+    """One pass over the training rows, each as often as its weight says, with `virtual` more tokens before each."""
 
     examples: float
     tokens: int
     trained: int
+    virtual: int = 0
+
+    @property
+    def density(self) -> float:
+        """The share of real tokens among the positions that run."""
+        return self.tokens / max(1.0, self.tokens + self.virtual * self.examples)
 
 
 def length_limit(facts: Facts, defaults: list[Default]) -> int:
@@ -98,12 +104,14 @@ def length_limit(facts: Facts, defaults: list[Default]) -> int:
     asked = facts.recipe.train.sequence_length
     if asked is not None:
         return asked
-    context = facts.model.context_length or LENGTH_LIMIT
+    context = facts.context_length or LENGTH_LIMIT
     limit = min(context, LENGTH_LIMIT)
+    virtual = facts.method.virtual_tokens
+    own = f" beside {virtual} virtual tokens" if virtual else ""
     why = (
-        "the model's context"
+        f"the model's context{own}"
         if limit == context
-        else f"the lesser of {LENGTH_LIMIT} and the model's context of {context}"
+        else f"the lesser of {LENGTH_LIMIT} and the model's context of {context}{own}"
     )
     defaults.append(Default("train.sequence_length", limit, why))
     return limit
@@ -168,10 +176,9 @@ def resolve_meaning(
 
 
 def resolve_placement(
-    facts: Facts, meaning: Meaning, speed: Speed, trainable: int, longest: int, defaults: list[Default]
+    facts: Facts, meaning: Meaning, speed: Speed, trainable: int, longest: int, epoch: Epoch, defaults: list[Default]
 ) -> tuple[Placement, memory.Shape, int]:
     """Device, precision, micro-batch and recomputation: the fastest that fits into free memory.
-
     Returns the shape that memory was predicted from, and the predicted peak in bytes. Raises
     ResourceError where not even one example fits.
     """
@@ -182,8 +189,8 @@ def resolve_placement(
     free = memory.free_bytes(device)
     room = MEMORY_SHARE * free - memory.static_bytes(shape, device)
     each = 4 if precision == "fp32" else 2
-    kept = memory.activation_bytes(shape, each, recompute=False)
-    less = memory.activation_bytes(shape, each, recompute=True)
+    kept = math.ceil(memory.activation_bytes(shape, each, recompute=False) / epoch.density)
+    less = math.ceil(memory.activation_bytes(shape, each, recompute=True) / epoch.density)
     recompute = bool(train.recompute)
     if train.recompute is None and facts.method.recomputes and not facts.method.frozen_backbone:
         recompute = room < kept * longest
@@ -196,7 +203,8 @@ def resolve_placement(
             f"and {MEMORY_SHARE * free / memory.GIB:.1f} GiB may be used on {device}",
             "lower train.sequence_length, choose a smaller base, or free memory",
         )
-    tokens = int(min(MICRO_TOKENS[device.type], max(longest, room // per_token)))
+    usual = int(epoch.density * MICRO_TOKENS[device.type])
+    tokens = int(min(usual, max(longest, room // per_token)))
     if train.micro_batch_size is None:
         defaults.append(
             Default("train.micro_batch_size", f"up to {tokens} tokens", f"fits into {free / memory.GIB:.1f} GiB free")
@@ -221,9 +229,7 @@ def resolve_placement(
         recompute=recompute,
         save_every=save,
     )
-    step_tokens = min(
-        tokens, MICRO_TOKENS[device.type], _tokens_of_a_micro_batch(meaning, train.micro_batch_size, longest)
-    )
+    step_tokens = min(tokens, usual, _tokens_of_a_micro_batch(meaning, train.micro_batch_size, longest))
     held = memory.process_bytes(device) + memory.static_bytes(shape, device)
     return placement, shape, held + per_token * step_tokens
 
@@ -244,7 +250,8 @@ def predict(
     gain = {"fp8": FP8_GAIN, "int4": INT4_GAIN}.get(placement.precision, 1.0)
     rate = gain * (speed.fp32 if placement.precision == "fp32" else speed.bf16)
     device = placement.device.split(":")[0]
-    return Prediction(peak, memory.free_bytes(torch.device(device)), total * flop / (rate * EFFICIENCY[device]), total)
+    seconds = total / epoch.density * flop / (rate * EFFICIENCY[device])
+    return Prediction(peak, memory.free_bytes(torch.device(device)), seconds, total)
 
 
 def as_json(value: Meaning | Placement | Prediction | Default) -> dict[str, Any]:

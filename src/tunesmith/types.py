@@ -235,6 +235,8 @@ class MethodFacts:
     `moves_output`: the output projection trains and the embeddings do not, so a tied one must be untied, which
     `unties` does. `packs`, `recomputes`: segments may share a row, layers may run again in the backward.
     `tokens` are added to the vocabulary and their rows train. `frozen_in`: what else than bf16 the base may be in.
+    `virtual_tokens` stand before every text and count against the model's context. `feeds_attention`: keys and values
+    of its own go into every layer's attention.
     `learning_rate_source` says where the default rate is from.
     """
 
@@ -253,6 +255,8 @@ class MethodFacts:
     recomputes: bool = True
     frozen_in: frozenset[str] = frozenset()
     tokens: tuple[str, ...] = ()
+    virtual_tokens: int = 0
+    feeds_attention: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -118,7 +118,12 @@ def model_of(family: str) -> nn.Module:
 def policy_of(family: str, *, packed: bool | None = None) -> Policy:
     """A policy over `model_of(family)`, an encoder's with a head; its `weights` are the model's as they are made."""
     kind = FAMILIES[family]
-    policy = Policy(model_of(family), kind, Tokens((1,), 0), packed=family not in PADDED if packed is None else packed)
+    policy = Policy(
+        model_of(family),
+        kind,
+        Tokens((1,), 0, encode=text_ids),
+        packed=family not in PADDED if packed is None else packed,
+    )
     if kind == "encoder":
         policy.add_head(Head(HeadSpec("label", len(LABELS), LABELS), policy.width))
 
@@ -128,6 +133,11 @@ def policy_of(family: str, *, packed: bool | None = None) -> Policy:
 
     policy.weights = weights
     return policy
+
+
+def text_ids(text: str) -> list[int]:
+    """A token for each letter."""
+    return [3 + ord(letter) % (VOCABULARY - 3) for letter in text]
 
 
 def _extra(family: str) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from tunesmith.types import ModelKind
 # The built-in ones by name: what another test registers is not ours to judge.
 METHOD_NAMES = (
     *("adalora", "bottleneck", "dora", "full", "head", "ia3", "loha", "lokr", "lora", "oft", "partial", "vera"),
+    *("prompt", "p_tuning", "prefix"),
 )
 OBJECTIVE_NAMES = ("classify", "sft")
 KINDS: tuple[ModelKind, ...] = get_args(ModelKind)
@@ -92,6 +93,7 @@ class Cell:
             has_template=True,
             linear_parameters=0 if self.condition == "int4, other layers" else 800,
             autocasts=self.condition != "bf16, a model of fp32",
+            takes_keys=self.condition != "unpackable",
         )
         return Facts(
             recipe=parse_recipe(self.recipe(model.name)),
@@ -113,6 +115,8 @@ class Cell:
             axes.add(("objective", "model"))
         if self.method == "head" and (self.kind == "encoder-decoder" or self.objective == "sft"):
             axes.add(("method", "model"))  # of an encoder-decoder there is no head; a tied projection asks for untie
+        if self.method == "prefix" and (self.kind == "encoder-decoder" or self.condition == "unpackable"):
+            axes.add(("method", "model"))  # no attention of ours to put keys into
         if (self.method, self.condition) == ("head", "recompute"):
             axes.add(("train.recompute", "method"))
         if self.condition == "early stopping, unwatched":

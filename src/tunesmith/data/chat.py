@@ -173,6 +173,10 @@ class Renderer:
             weights[0] = 0
         return self._cut(ids, weights)
 
+    def plain(self, text: str) -> list[int]:
+        """The tokens of a text alone, nothing put around it and nothing cut."""
+        return self._aligner.read(text)
+
     def decode(self, ids: Sequence[int] | NDArray[np.integer[Any]]) -> str:
         """Exactly the text of the tokens, special ones included."""
         return self._aligner.decode([int(i) for i in ids])

@@ -7,6 +7,7 @@ each attention call; a call without them fails, because a missing mask contamina
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -28,12 +29,15 @@ class Bounds:
     The first `shared` positions of a row stand before each of its segments but the first, which begins
     with them (see `shared_prefix`). `calls` counts attention calls that used the bounds, so that a model
     which never asks is found out. `made` keeps what a backend makes of the bounds once for all layers.
+    `before`: keys and values [K, P, D] of attention modules, for P positions at the beginning of every row that are
+    counted in the bounds and among the shared ones, and that have no queries.
     """
 
     rows: list[list[tuple[int, int]]]
     calls: int = field(default=0)
     shared: int = 0
     made: dict[Any, Any] = field(default_factory=dict[Any, Any])
+    before: Mapping[nn.Module, tuple[Tensor, Tensor]] | None = None
 
     def prefix(self, start: int) -> int:
         """How many positions from the row's beginning the segment at `start` has before its own."""
@@ -71,14 +75,34 @@ def segment_attention(
         )
     bounds.calls += 1
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    if bounds.shared and not causal:
+    count = 0
+    if bounds.before is not None:
+        key_PD, value_PD = bounds.before[module]
+        count = key_PD.shape[1]
+        query_BHTD = F.pad(query_BHTD, (0, 0, count, 0))  # queries that nobody reads, so that rows stay square
+        key_BKTD, value_BKTD = _joined(key_PD, key_BKTD), _joined(value_PD, value_BKTD)
+    if bounds.shared > count and not causal:
         raise RuntimeError(f"{type(module).__name__} looks ahead, so beginnings cannot be shared")
     window = cuda_attention.reach(bounds, sliding_window)
-    if softcap is None and window is None and dropout == 0 and _is_plain_cpu(query_BHTD, key_BKTD, value_BKTD):
-        return cast(Any, _CpuSegments.apply)(query_BHTD, key_BKTD, value_BKTD, bounds, causal, scaling), None
     look = cuda_attention.Look(bounds, query_BHTD.shape[2], causal, window, softcap, scaling)
+    return _attended(query_BHTD, key_BKTD, value_BKTD, look, dropout)[:, count:], None
+
+
+def _joined(before_KPD: Tensor, x_BKTD: Tensor) -> Tensor:
+    """What every row begins with, and the row."""
+    before_BKPD = before_KPD.to(x_BKTD.dtype).expand(x_BKTD.shape[0], -1, -1, -1)
+    return torch.cat((before_BKPD, x_BKTD), dim=2)
+
+
+def _attended(
+    query_BHTD: Tensor, key_BKTD: Tensor, value_BKTD: Tensor, look: cuda_attention.Look, dropout: float
+) -> Tensor:
+    """[B, T, H, D], by the backend that serves these rows."""
+    bounds, causal, window, softcap, scaling = look.bounds, look.causal, look.window, look.softcap, look.scaling
+    if softcap is None and window is None and dropout == 0 and _is_plain_cpu(query_BHTD, key_BKTD, value_BKTD):
+        return cast(Any, _CpuSegments.apply)(query_BHTD, key_BKTD, value_BKTD, bounds, causal, scaling)
     if query_BHTD.is_cuda and dropout == 0 and cuda_attention.backend(look, query_BHTD.dtype) != "each":
-        return cuda_attention.attend(query_BHTD, key_BKTD, value_BKTD, look).contiguous(), None
+        return cuda_attention.attend(query_BHTD, key_BKTD, value_BKTD, look).contiguous()
     groups = query_BHTD.shape[1] // key_BKTD.shape[1]
     if groups > 1:
         key_BKTD, value_BKTD = (x.repeat_interleave(groups, dim=1) for x in (key_BKTD, value_BKTD))
@@ -99,7 +123,7 @@ def segment_attention(
         _lay_out([(a, b, attend(row, a, b)) for a, b in spans], query_BHTD[row : row + 1], value_BKTD.shape[-1])
         for row, spans in enumerate(bounds.rows)
     ]
-    return (rows[0] if len(rows) == 1 else torch.cat(rows)).transpose(1, 2).contiguous(), None
+    return (rows[0] if len(rows) == 1 else torch.cat(rows)).transpose(1, 2).contiguous()
 
 
 class _CpuSegments(torch.autograd.Function):

@@ -253,6 +253,7 @@ def _forward(self: Any, hidden_states: Tensor, *args: Any, **keywords: Any) -> T
     positions = keywords.get("position_embeddings")
     plain = (
         isinstance(bounds, Bounds)
+        and bounds.before is None
         and positions is not None
         and not args
         and keywords.get("past_key_values") is None

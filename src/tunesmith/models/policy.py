@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from tunesmith.kernels import attention, shared_prefix
 from tunesmith.losses.linear_cross_entropy import linear_logprobs
 from tunesmith.models.heads import Head, pool
 from tunesmith.models.sample import generate
-from tunesmith.types import Batch, Completion, ModelKind, SampleSpec, Scores, Stream, Want
+from tunesmith.models.virtual import Virtual, VirtualKeys, VirtualTokens, before_all, before_each, behind
+from tunesmith.types import Batch, Completion, ModelKind, SampleSpec, Scores, Segment, Stream, Want
 
 # Families whose position embeddings begin after the padding index (RoBERTa, arXiv 1907.11692).
 OFFSET_POSITIONS = frozenset(
@@ -25,15 +27,21 @@ OFFSET_POSITIONS = frozenset(
 
 
 WeightsOf = Callable[[Path | None], dict[str, Tensor]]
+Restore = Callable[[Tensor], Tensor]  # hidden states of the positions that ran -> those of the batch's own
+
+
+def _no_text(text: str) -> list[int]:
+    raise RuntimeError("this policy was made without a tokenizer")
 
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """The token ids that a policy needs to know: what ends an answer, what pads a row, and what was added."""
+    """The token ids that a policy needs to know: what ends an answer, pads a row, was added, and those of a text."""
 
     end: tuple[int, ...]
     pad: int
     added: tuple[int, ...] = ()
+    encode: Callable[[str], list[int]] = _no_text
 
 
 class Policy(nn.Module):
@@ -43,7 +51,8 @@ class Policy(nn.Module):
     padding; else each piece has a padded row. `pooling` is how a segment becomes one vector.
     `autocast` is the dtype of matrix products, None for the weights' own. `share_prefixes`: what all
     segments of a row begin with is computed once, where that changes nothing. `weights` reads the base's state, or that
-    of a folder that its `save_pretrained` wrote, from disk, for methods that change it.
+    of a folder that its `save_pretrained` wrote, from disk, for methods that change it. `virtual`: tokens that stand
+    before every segment and are seen by nobody but the model.
     """
 
     def __init__(
@@ -66,11 +75,12 @@ class Policy(nn.Module):
         self.share_prefixes = True
         self.asked = 0  # attention calls of the last packed forward
         self.weights: WeightsOf = _no_weights
+        self.virtual: Virtual | None = None
+        self._virtual_off = False
         self.heads = nn.ModuleDict()
         self._position_offset = int(self.config.pad_token_id) + 1 if self.config.model_type in OFFSET_POSITIONS else 0
-        if packed:
-            attention.register()
-        self._attention(attention.IMPLEMENTATION if packed else "sdpa")
+        attention.register()
+        self._attention(self._implementation)
 
     @property
     def config(self) -> Any:
@@ -86,6 +96,20 @@ class Policy(nn.Module):
 
     def add_head(self, head: Head) -> None:
         self.heads[head.spec.name] = head.to(self.device)
+
+    def put_before(self, virtual: Virtual) -> None:
+        """Puts virtual tokens, or their keys and values in each layer, before every segment from now on."""
+        self.virtual = virtual.to(self.device)
+        self._attention(self._implementation)
+
+    @contextmanager
+    def without_virtual(self) -> Generator[None]:
+        """Inside, no virtual tokens stand before the segments."""
+        before, self._virtual_off = self._virtual_off, True
+        try:
+            yield
+        finally:
+            self._virtual_off = before
 
     def precision(self) -> AbstractContextManager[Any]:
         """The context every forward runs in."""
@@ -113,9 +137,10 @@ class Policy(nn.Module):
         self._attention("sdpa")  # generation pads left and keeps a cache: segments do not apply
         try:
             with self.precision():
-                return generate(self.model, prompts, spec, self.tokens.end, self.tokens.pad, self._context())
+                tokens = self.tokens
+                return generate(self.model, prompts, spec, tokens.end, tokens.pad, self._context(), self._virtual)
         finally:
-            self._attention(attention.IMPLEMENTATION if self.packed else "sdpa")
+            self._attention(self._implementation)
 
     def check_projection(self) -> None:
         """Compares this class's log-probabilities with the model's own logits on a few tokens.
@@ -136,7 +161,7 @@ class Policy(nn.Module):
             projection = self._projection()
             ours_T, _ = linear_logprobs(hidden_TD, projection["weight_VD"], ids[0], **_without(projection, "weight_VD"))
             theirs_T = logits_TV.log_softmax(-1).gather(-1, ids[0][:, None])[:, 0]
-        self._attention(attention.IMPLEMENTATION if self.packed else "sdpa")
+        self._attention(self._implementation)
         self.train(training)
         if not logits_TV.isfinite().all():
             raise RefusedError(
@@ -174,35 +199,95 @@ class Policy(nn.Module):
     def _hidden(self, batch: Batch) -> Tensor:
         """Last hidden states [B, T, D] of the decoder stream if there is one, else of the input."""
         stream = batch.streams["input"]
-        inputs: dict[str, Any] = {"input_ids": stream.input_ids_BT}
+        segments = [segment for segment in batch.segments if segment.stream == "input"]
+        virtual_PD = self._virtual.exact() if isinstance(self._virtual, VirtualTokens) else None
         if self.kind == "encoder-decoder":
             decoder = batch.streams["decoder"]
-            inputs |= {
-                "attention_mask": _inside(stream),
-                "decoder_input_ids": decoder.input_ids_BT,
-                "decoder_attention_mask": _inside(decoder),
-            }
-            return self._forward(**inputs, **batch.extra)
-        inputs["position_ids"] = stream.position_ids_BT + self._position_offset
-        if not self.packed:
-            return self._forward(attention_mask=_inside(stream), **inputs, **batch.extra)
-        prefix = shared_prefix.find(stream, batch.segments) if self._may_share(batch) else None
-        if prefix is not None:
-            inputs = {name: prefix.shorten(value) for name, value in inputs.items()}
-            bounds = prefix.bounds
-        else:
-            bounds = attention.Bounds([[] for _ in range(stream.input_ids_BT.shape[0])])
-            for segment in batch.segments:
-                bounds.rows[segment.row].append((segment.start, segment.stop))
+            return self._forward(
+                **self._padded(stream, segments, virtual_PD)[0],
+                decoder_input_ids=decoder.input_ids_BT,
+                decoder_attention_mask=_inside(decoder),
+                **batch.extra,
+            )
+        if not self._is_held:
+            inputs, restore = self._padded(stream, segments, virtual_PD)
+            return restore(self._forward(**inputs, **batch.extra))
+        inputs, bounds, restore = self._held(batch, virtual_PD)
         hidden_BTD = self._forward(**inputs, **batch.extra, **{attention.KEYWORD: bounds})
         self.asked = bounds.calls
         if not self.asked:
             raise RuntimeError(f"{type(self.model).__name__} never asked for segment bounds; its plan must not pack")
-        return hidden_BTD if prefix is None else prefix.restore(hidden_BTD)
+        return restore(hidden_BTD)
+
+    def _padded(
+        self, stream: Stream, segments: Sequence[Segment], virtual_PD: Tensor | None
+    ) -> tuple[dict[str, Any], Restore]:
+        """Rows of one segment each under a mask; an encoder-decoder counts its positions itself."""
+        ids_BT, position_BT, mask_BT = stream.input_ids_BT, stream.position_ids_BT, _inside(stream)
+        inputs: dict[str, Any] = {"input_ids": ids_BT}
+        restore = _as_it_is
+        if virtual_PD is not None:
+            layout = before_each(stream, segments, len(virtual_PD))
+            inputs = {"inputs_embeds": layout.lay_out(virtual_PD, self.embedded(ids_BT))}
+            position_BT, mask_BT = layout.position_BK, layout.inside_BK.long()
+            restore = partial(layout.restore, text_BT=ids_BT)
+        if self.kind != "encoder-decoder":
+            inputs["position_ids"] = position_BT + self._position_offset
+        return {**inputs, "attention_mask": mask_BT}, restore
+
+    def _held(self, batch: Batch, virtual_PD: Tensor | None) -> tuple[dict[str, Any], attention.Bounds, Restore]:
+        """Rows of several segments under bounds; what all of them begin with stands there once, where it may."""
+        stream, may_share = batch.streams["input"], self._may_share(batch)
+        ids_BT, position_BT = stream.input_ids_BT, stream.position_ids_BT
+        shared = shared_prefix.find(stream, batch.segments) if may_share else None
+        bounds = _bounds(batch) if shared is None else shared.bounds
+        if virtual_PD is None:
+            position_BT = position_BT + self._position_offset
+            if isinstance(self._virtual, VirtualKeys):
+                position_BT, bounds = position_BT + self._virtual.count, behind(bounds, self._virtual.count)
+                bounds.before = self._virtual.by_module(self.model)
+            inputs = {"input_ids": ids_BT, "position_ids": position_BT}
+            if shared is None:
+                return inputs, bounds, _as_it_is
+            return {name: shared.shorten(value) for name, value in inputs.items()}, bounds, shared.restore
+        layout = (
+            before_all(stream, bounds, shared, len(virtual_PD))
+            if may_share and len(ids_BT) == 1
+            else before_each(stream, batch.segments, len(virtual_PD))
+        )
+        inputs = {
+            "inputs_embeds": layout.lay_out(virtual_PD, self.embedded(ids_BT)),
+            "position_ids": layout.position_BK + self._position_offset,
+        }
+        return inputs, layout.bounds, partial(layout.restore, text_BT=ids_BT)
+
+    @property
+    def _virtual(self) -> Virtual | None:
+        """What stands before every segment now."""
+        return None if self._virtual_off else self.virtual
+
+    def embedded(self, ids_BT: Tensor) -> Tensor:
+        """Embeddings of tokens, in the shape of their ids and one more dimension: [B, T, D]."""
+        return self.model.get_input_embeddings()(ids_BT)
+
+    @property
+    def _is_held(self) -> bool:
+        """Whether attention is ours: for rows of several segments, and for keys that stand before each of them."""
+        return self.packed or isinstance(self.virtual, VirtualKeys)
+
+    @property
+    def _implementation(self) -> str:
+        return attention.IMPLEMENTATION if self._is_held else "sdpa"
 
     def _may_share(self, batch: Batch) -> bool:
         """Whether what all segments begin with may run once: see `shared_prefix`."""
-        return self.share_prefixes and self.kind == "decoder" and not batch.extra and shared_prefix.serves(self.model)
+        return (
+            self.packed
+            and self.share_prefixes
+            and self.kind == "decoder"
+            and not batch.extra
+            and shared_prefix.serves(self.model)
+        )
 
     def _forward(self, **inputs: Any) -> Tensor:
         """Last hidden states below the output projection: [B, T, D]."""
@@ -259,6 +344,18 @@ class Policy(nn.Module):
     def _attention(self, implementation: str) -> None:
         if getattr(self.config, "_attn_implementation", None) != implementation:
             self.model.set_attn_implementation(implementation)
+
+
+def _bounds(batch: Batch) -> attention.Bounds:
+    """Where the segments of a packed batch lie."""
+    bounds = attention.Bounds([[] for _ in range(batch.streams["input"].input_ids_BT.shape[0])])
+    for segment in batch.segments:
+        bounds.rows[segment.row].append((segment.start, segment.stop))
+    return bounds
+
+
+def _as_it_is(hidden_BTD: Tensor) -> Tensor:
+    return hidden_BTD
 
 
 def _no_weights(folder: Path | None) -> dict[str, Tensor]:
