@@ -83,13 +83,13 @@ def commands(page: str) -> list[list[str]]:
 def test_every_command_of_the_readme_runs_in_its_order(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
     monkeypatch.setattr("webbrowser.open", opened.append)
-    monkeypatch.setattr("sys.stdin", io.StringIO("Where is my parcel?\n/base\n"))
     found = commands("README.md")
     verbs = {words[0] for words in found}
     assert verbs >= {"plan", "train", "resume", "evaluate", "predict", "export", "chat", "report"}
     for words in found:
         for name in words[1:3] if words[0] == "compare" else ():
             shutil.copytree("runs/recipe", name)
+        monkeypatch.setattr("sys.stdin", io.StringIO("Where is my parcel?\n"))
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = main(words)
