@@ -3,39 +3,22 @@
 from __future__ import annotations
 
 import math
+import shutil
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
-from tunesmith import measuring, session
+from tunesmith import combining, exporting, measuring, session
+from tunesmith.adapter_folders import Saved, check_one_base, saved
 from tunesmith.data.given import PathLike, Rows
 from tunesmith.engine.precision import choose_device
-from tunesmith.errors import InputError, RefusedError
-from tunesmith.loaded import Loaded, folder_of
-from tunesmith.methods import METHODS
-from tunesmith.models.saved import read_card
+from tunesmith.errors import InputError
+from tunesmith.loaded import Loaded
 from tunesmith.models.shared import SharedBase
 from tunesmith.rundir import RunDir
 from tunesmith.types import Prediction
-
-BASE = "base"
-
-
-@dataclass(frozen=True, slots=True)
-class Saved:
-    """An adapter on disk, under the name that it goes by here."""
-
-    name: str
-    path: Path
-    folder: Path
-    card: dict[str, Any]
-
-    @property
-    def base_in(self) -> str:
-        """What the base's weights are held in where several adapters stand on them."""
-        precision = str(self.card["precision"])
-        return precision if precision in ("fp32", "int4") else "bf16"
 
 
 class Adapters:
@@ -60,6 +43,8 @@ class Adapters:
             in_nf4=first.base_in == "int4",
         )
         self._loaded = {one.name: self._load(one) for one in saved}
+        self._made = Path(mkdtemp(prefix="tunesmith-"))
+        weakref.finalize(self, shutil.rmtree, self._made, ignore_errors=True)
         self._base: Loaded | None = None
         self._active: str | None = first.name
 
@@ -90,6 +75,29 @@ class Adapters:
         self._loaded[name], self._saved[name] = self._load(one), one
         return self._loaded[name]
 
+    def combine(
+        self,
+        name: str,
+        weights: Mapping[str, float],
+        how: str | None = None,
+        *,
+        density: float | None = None,
+        rank: int | None = None,
+        seed: int | None = None,
+    ) -> Loaded:
+        """A new adapter of those that `weights` names, as `combine` writes it; `save` keeps it."""
+        parts = [self._saved[one] for one in weights if self[one]]
+        asked = combining.combination(parts, list(weights.values()), how, density, rank, seed)
+        to = self._made / str(len(self._saved))
+        return self.add(name, combining.combine(parts, asked, to))
+
+    def save(self, name: str, to: PathLike) -> Path:
+        """Writes an adapter as a folder that PEFT loads, and every verb of tunesmith."""
+        self[name]
+        to = Path(to)
+        combining.check_free(to)
+        return exporting.copy(self._saved[name].folder, to).path
+
     def use(self, name: str | None) -> Loaded:
         """Switches to an adapter, or with None to the base, which answers as the first adapter that generates asks."""
         found = self._bare() if name is None else self[name]
@@ -119,77 +127,6 @@ def load_adapters(runs: Sequence[PathLike] | Mapping[str, PathLike], device: str
     or a file is not as it was.
     """
     return Adapters(saved(runs), device)
-
-
-def saved(runs: Sequence[PathLike] | Mapping[str, PathLike]) -> list[Saved]:
-    """The adapters of runs by name. InputError for a name that two would have."""
-    named = runs.items() if isinstance(runs, Mapping) else [(_name(Path(run)), run) for run in runs]
-    found: dict[str, Saved] = {}
-    for name, run in named:
-        if name in found or name == BASE:
-            taken = f"of {found[name].path} too" if name in found else "what the base is called"
-            raise InputError(f"{run} would be called {name!r}, which is {taken}", "give it a name: NAME=RUN")
-        path = Path(run)
-        folder = folder_of(path)
-        found[name] = Saved(name, path, folder, read_card(folder))
-    if not found:
-        raise InputError("there is no adapter to load", "give the folder of a run")
-    return list(found.values())
-
-
-def by_name(words: Sequence[str]) -> dict[str, str]:
-    """RUN or NAME=RUN, as the command line has them. InputError for a name given twice."""
-    found: dict[str, str] = {}
-    for word in words:
-        name, equals, run = word.partition("=")
-        if not equals or Path(word).exists():
-            name, run = _name(Path(word)), word
-        if name in found:
-            raise InputError(f"{run} and {found[name]} are both called {name!r}", f"name one: other={run}")
-        found[name] = run
-    return found
-
-
-def _name(path: Path) -> str:
-    absolute = path.absolute()
-    return absolute.parent.name if absolute.name == "model" else absolute.name
-
-
-def check_one_base(saved: Sequence[Saved]) -> None:
-    """Raises what `clash` finds."""
-    if (found := clash(saved)) is not None:
-        raise found
-
-
-def clash(saved: Sequence[Saved]) -> InputError | RefusedError | None:
-    """Why the first that cannot stand on the same base as the first one cannot; None where all can."""
-    first = saved[0]
-    for one in saved:
-        method = one.card["method"]["name"]
-        if METHODS.get(method).facts.reference != "switch":
-            return InputError(
-                f"{one.path} is by {method}, which is a whole model of its own and no adapter",
-                "load it by itself, or train an adapter (lora)",
-            )
-        base, other = first.card["base"], one.card["base"]
-        if other["sha256"] != base["sha256"]:
-            return RefusedError(
-                f"{first.path} stands on {base['name']} ({base['sha256'][:12]}...), "
-                f"and {one.path} on {other['name']} ({other['sha256'][:12]}...)",
-                "load together only adapters of one base",
-            )
-        if one.card.get("tokens") and len(saved) > 1:
-            return InputError(
-                f"{one.path} added tokens to the vocabulary, and its base has rows for them that no other's has",
-                "load it by itself",
-            )
-        if one.base_in != first.base_in:
-            return InputError(
-                f"{first.path} was trained over a base in {first.card['precision']}, "
-                f"and {one.path} over one in {one.card['precision']}",
-                "load them apart, or train one again with the other's `precision`",
-            )
-    return None
 
 
 def describe(one: Saved) -> dict[str, Any]:

@@ -13,12 +13,12 @@ from typing import Any, Literal
 
 from tunesmith import exporting, measuring, rundir, training
 from tunesmith.chatting import Chat, default_sampling
-from tunesmith.data.given import PathLike, Rows, check_kinds, check_name, paths, questions
+from tunesmith.data.given import PathLike, Rows, check_kinds, check_name, paths, questions, to_answer
 from tunesmith.errors import InputError, StoppedError
 from tunesmith.evaluation.preflight import check_metrics
 from tunesmith.events import Listen, StopRun, Together
 from tunesmith.exporting import Exported
-from tunesmith.loaded import load
+from tunesmith.loaded import folder_of, load
 from tunesmith.models.cache import cache_dir
 from tunesmith.planning import Assets, Plan, make_plan
 from tunesmith.plugins import load_plugins
@@ -217,16 +217,17 @@ def export(
     *,
     merge: bool = False,
     dtype: str | None = None,
+    data: PathLike | Rows | None = None,
     device: str = "auto",
     plugins: Sequence[PathLike] = (),
 ) -> Exported:
-    """Writes a run's model to a new folder, or to a new file where `to` ends in .gguf.
+    """Writes a run's model, or one exported or combined, to a new folder, or to a new file where `to` ends in .gguf.
 
-    `merge` makes adapter and base one model, checked on the run's own rows; a GGUF file always is one model.
-    `dtype` (fp32, bf16, fp16; q8_0 in GGUF) is of a merged model's or GGUF file's weights.
+    `merge` makes adapter and base one model, checked on the rows of `data`, the run's own if left out; a GGUF file
+    always is one model. `dtype` (fp32, bf16, fp16; q8_0 in GGUF) is of a merged model's or GGUF file's weights.
     """
     path, to = Path(path), Path(to)
-    run = RunDir.open(path)
+    folder = folder_of(path)
     load_plugins(plugins)
     gguf = to.suffix == ".gguf"
     if to.exists() and (gguf or not to.is_dir() or any(to.iterdir())):
@@ -235,14 +236,20 @@ def export(
         raise InputError("dtype is of a merged model, and merge is not asked for", "add --merge, or leave --dtype out")
     if dtype is not None and dtype not in (known := exporting.dtypes(gguf)):
         raise InputError(f"no {'GGUF file' if gguf else 'folder'} has weights of {dtype}", f"one of {', '.join(known)}")
+    if data is None and (merge or gguf) and not (path / "recipe.yaml").is_file():
+        raise InputError(f"{path} is no run: it has no rows to check a merged model on", "give them with --data FILE")
     loaded = load(path, device)
     if not merge and not gguf:
-        return exporting.copy(run.model, to)
-    recipe, _ = load_recipe(path / "recipe.yaml")
-    prepared = _planned(recipe, Origin(), Together([]))[1].prepared
+        return exporting.copy(folder, to)
+    if data is None:
+        recipe, _ = load_recipe(path / "recipe.yaml")
+        rows = exporting.rows_to_check(_planned(recipe, Origin(), Together([]))[1].prepared)
+    else:
+        rows = to_answer(data, loaded.card.get("columns", {}))[: exporting.CHECKED_ROWS]
+        check_kinds(rows, loaded.objective.needs.head, asking=True)
     parts = (loaded.policy, loaded.objective, loaded.method, loaded.renderer, loaded.card)
     write = exporting.to_gguf if gguf else exporting.merge
-    return write(parts, exporting.rows_to_check(prepared), to, dtype or "fp32")
+    return write(parts, rows, to, dtype or "fp32")
 
 
 def evaluate(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from tunesmith.types import (
     Batch,
+    Combination,
     Example,
     GradientMode,
     HeadSpec,
@@ -88,6 +89,16 @@ class Fitted(Protocol):
 
     def fit(self, policy: Policy, batches: Iterable[Batch]) -> None:
         """Called once, after `attach`, with a few batches that hold no padding; the base's outputs stay as they are."""
+        ...
+
+
+@runtime_checkable
+class Combinable(Protocol):
+    """A method whose adapters add up to one of the same method, in the ways that its facts name."""
+
+    @classmethod
+    def combine(cls, folders: Sequence[Path], combination: Combination, to: Path) -> Any:
+        """Writes into `to` what `load` takes; returns the options that it has. InputError where it cannot be."""
         ...
 
 

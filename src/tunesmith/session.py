@@ -94,7 +94,7 @@ def save(folder: Path, policy: Policy, recipe: Recipe, plan: Plan, assets: Asset
         "sequence_length": plan.training.sequence_length,
         "max_new_tokens": plan.training.max_new_tokens,
     }
-    _write_card(folder, card)
+    write_card(folder, card)
 
 
 def save_merged(folder: Path, policy: Policy, renderer: Renderer, card: Mapping[str, Any], dtype: torch.dtype) -> None:
@@ -106,7 +106,7 @@ def save_merged(folder: Path, policy: Policy, renderer: Renderer, card: Mapping[
     _save_heads(folder, policy)
     renderer.tokenizer.save_pretrained(folder)
     whole = {"method": {"name": "full", "options": {}}, "merged": card["method"], "precision": _whole(card)}
-    _write_card(folder, {**card, **whole})
+    write_card(folder, {**card, **whole})
 
 
 def _whole(card: Mapping[str, Any]) -> str:
@@ -114,7 +114,7 @@ def _whole(card: Mapping[str, Any]) -> str:
     return "fp32" if card["precision"] == "fp32" else WHOLE
 
 
-def _write_card(folder: Path, card: Mapping[str, Any]) -> None:
+def write_card(folder: Path, card: Mapping[str, Any]) -> None:
     """The last file of a model: what it is, and the sha256 of all others."""
     hashes = {path.name: rundir.sha256_file(path) for path in sorted(folder.iterdir()) if path.is_file()}
     rundir.write_json(folder / CARD, {**card, "files": hashes})

@@ -237,7 +237,8 @@ class MethodFacts:
     `tokens` are added to the vocabulary and their rows train. `frozen_in`: what else than bf16 the base may be in.
     `virtual_tokens` stand before every text and count against the model's context. `feeds_attention`: keys and values
     of its own go into every layer's attention.
-    `learning_rate_source` says where the default rate is from.
+    `learning_rate_source` says where the default rate is from. `combines`: the ways in which several of its adapters
+    become one.
     """
 
     summary: str
@@ -257,6 +258,22 @@ class MethodFacts:
     tokens: tuple[str, ...] = ()
     virtual_tokens: int = 0
     feeds_attention: bool = False
+    combines: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Combination:
+    """How adapters become one: the way, what each counts, and what the way asks for.
+
+    `density`: the share of entries that a pruning way keeps; `rank`: where a way cuts to one, the largest of the
+    adapters' if None; `seed`: of what is drawn.
+    """
+
+    how: str
+    weights: tuple[float, ...]
+    density: float = 0.5
+    rank: int | None = None
+    seed: int = 17
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,12 +15,13 @@ def _add(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace, call: Call) -> int:
-    from tunesmith import adapters, api
+    from tunesmith import adapter_folders, api
+    from tunesmith.adapters import describe
 
     api.load_plugins(options.plugins)
-    found = adapters.saved(adapters.by_name(options.paths))
-    described = [adapters.describe(one) for one in found]
-    clash = adapters.clash(found)
+    found = adapter_folders.saved(adapter_folders.by_name(options.paths))
+    described = [describe(one) for one in found]
+    clash = adapter_folders.clash(found)
     if call.json:
         call.print_json({"adapters": described, "one_base": clash is None, "clash": clash and str(clash)})
         return 0

@@ -11,6 +11,7 @@ from tunesmith import __version__
 from tunesmith.cli import (
     adapters,
     chat,
+    combine,
     compare,
     demo,
     evaluate,
@@ -39,6 +40,7 @@ VERBS: dict[str, Verb] = {
         compare,
         chat,
         adapters,
+        combine,
         report,
         export,
         methods,

@@ -36,13 +36,15 @@ def _add(parser: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace, call: Call) -> int:
     given = {name: value for name in SAMPLING if (value := getattr(options, name)) is not None}
     prompt = _prompt(options.prompt)
-    from tunesmith import adapters, api
+    from tunesmith import api
+    from tunesmith.adapter_folders import by_name
+    from tunesmith.adapters import load_adapters
     from tunesmith.protocols import Converses
 
     api.load_plugins(options.plugins)
     if prompt is None and not call.json:
         sys.stderr.write(f"loading {', '.join(options.paths)}\n")
-    several = adapters.load_adapters(adapters.by_name(options.paths)) if len(options.paths) > 1 else None
+    several = load_adapters(by_name(options.paths)) if len(options.paths) > 1 else None
     loaded = api.load(options.paths[0]) if several is None else several[several.names[0]]
     if several is not None:
         _check_kinds(several)

@@ -20,13 +20,15 @@ def _add(parser: argparse.ArgumentParser) -> None:
         choices=("fp32", "bf16", "fp16", "q8_0"),
         help="of a merged model's weights; q8_0 in GGUF only; fp32 if left out",
     )
+    parser.add_argument("--data", metavar="F", type=Path, help="rows to check a merged model on; the run's if left out")
     add_plugins(parser)
 
 
 def _run(options: argparse.Namespace, call: Call) -> int:
     from tunesmith import api
 
-    done = api.export(options.path, options.to, merge=options.merge, dtype=options.dtype, plugins=options.plugins)
+    asked = {key: getattr(options, key) for key in ("merge", "dtype", "data", "plugins")}
+    done = api.export(options.path, options.to, **asked)
     check = done.check
     if call.json:
         found = {"path": str(done.path)}

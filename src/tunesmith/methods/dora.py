@@ -26,6 +26,7 @@ class Dora(Lora):
         when="LoRA at rank 8 or less is not good enough, and a slower step is no matter",
         learning_rate_source="LoRA's, as Liu et al. 2024 compare the two",
         frozen_in=frozenset({"int4"}),
+        combines=frozenset(),  # magnitudes of different weights have no sum
     )
 
     class Options(Lora.Options):

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
+import torch
 from pydantic import Field
+from torch import Tensor
 
 from tunesmith.errors import InputError
 from tunesmith.methods import METHODS
 from tunesmith.methods.peft_adapter import PeftAdapter, has_transposed_linears, linear_layers, linear_names, task_type
 from tunesmith.models.policy import Policy
 from tunesmith.recipe import Strict
-from tunesmith.types import MethodFacts
+from tunesmith.types import Combination, MethodFacts
 
 if TYPE_CHECKING:
     from peft import IA3Config
@@ -36,6 +41,7 @@ class Ia3(PeftAdapter):
         mergeable=True,
         learning_rate=3e-3,
         learning_rate_source="Liu et al. 2022, who use it for every task",
+        combines=frozenset({"linear"}),
     )
 
     class Options(Strict):
@@ -66,3 +72,29 @@ class Ia3(PeftAdapter):
             fan_in_fan_out=has_transposed_linears(policy),
             task_type=task_type(policy),
         )
+
+    @classmethod
+    def combine(cls, folders: Sequence[Path], combination: Combination, to: Path) -> Options:
+        """1 + sum of weight * (l - 1): a vector of ones changes nothing, and neither does a layer left alone."""
+        from peft import IA3Config
+        from safetensors.torch import load_file, save_file
+
+        configs = [cast("IA3Config", IA3Config.from_pretrained(str(folder))) for folder in folders]
+        states = [load_file(folder / "adapter_model.safetensors") for folder in folders]
+        merged: dict[str, Tensor] = {}
+        for key in sorted({key for state in states for key in state}):
+            held = [(weight, s[key]) for weight, s in zip(combination.weights, states, strict=True) if key in s]
+            if len({vector.shape for _, vector in held}) > 1:
+                raise InputError(
+                    f"{key} scales a layer's inputs in one adapter and its outputs in another",
+                    "combine adapters with the same targets and feedforward",
+                )
+            merged[key] = 1 + sum((weight * (vector.float() - 1) for weight, vector in held), torch.zeros(()))
+        targets, inner = (
+            sorted({name for config in configs for name in getattr(config, key) or []})
+            for key in ("target_modules", "feedforward_modules")
+        )
+        made = replace(configs[0], target_modules=targets, feedforward_modules=inner, inference_mode=True)
+        save_file(merged, to / "adapter_model.safetensors", metadata={"format": "pt"})
+        made.save_pretrained(str(to))
+        return cls.Options(targets=[name for name in targets if name not in inner], feedforward=inner)

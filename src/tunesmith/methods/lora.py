@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from tunesmith.methods import METHODS, starts
+from tunesmith.methods import METHODS, low_rank_sum, starts
 from tunesmith.methods.peft_adapter import LowRankOptions, PeftAdapter, has_transposed_linears, task_type, token_rows
 from tunesmith.models.policy import Policy
 from tunesmith.recipe import Positive
-from tunesmith.types import Batch, MethodFacts
+from tunesmith.types import Batch, Combination, MethodFacts
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -34,6 +34,7 @@ class Lora(PeftAdapter):
         learning_rate=2e-4,
         learning_rate_source="Hu et al. 2021 (table 11) for GPT-2, and Dettmers et al. 2023 (QLoRA) up to 13B",
         frozen_in=frozenset({"fp8", "int4"}),
+        combines=frozenset(low_rank_sum.WAYS),
     )
 
     class Options(LowRankOptions):
@@ -125,3 +126,9 @@ class Lora(PeftAdapter):
             {"params": [p for name, p in trained.items() if name not in fast]},
             {"params": [trained[name] for name in trained if name in fast], "times": self.options.plus},
         ]
+
+    @classmethod
+    def combine(cls, folders: Sequence[Path], combination: Combination, to: Path) -> Options:
+        made = low_rank_sum.combine(folders, combination, to)
+        keys = {"rank": made.r, "alpha": made.r, "targets": made.target_modules, "ranks": made.rank_pattern}
+        return cls.Options.model_validate(keys)
