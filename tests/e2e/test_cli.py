@@ -30,9 +30,9 @@ from tunesmith.evaluation import METRICS
 from tunesmith.evaluation.metrics import quotient
 
 
-@METRICS.register("answer_length")
+@METRICS.register("words_answered")
 class AnswerLength:
-    name: ClassVar[str] = "answer_length"
+    name: ClassVar[str] = "words_answered"
     higher_is_better: ClassVar[bool] = True
     kind: ClassVar[str] = "mean"
     bounds: ClassVar[tuple[float, float]] = (0.0, float("inf"))
@@ -378,12 +378,12 @@ def test_schema_is_that_of_a_recipe() -> None:
 def test_a_plugin_registers_a_metric_that_a_recipe_uses(project: Path) -> None:
     plugin = project / "length.py"
     plugin.write_text(METRIC)
-    words = (project / "chat.yaml", "train.max_steps=1", "evaluate.metrics=[answer_length]")
+    words = (project / "chat.yaml", "train.max_steps=1", "evaluate.metrics=[words_answered]")
     planned = call("plan", *words, "--plugin", plugin, "--json")
-    assert planned.json["metrics"] == ["answer_length"]
+    assert planned.json["metrics"] == ["words_answered"]
     done = call("train", *words, "--plugin", plugin, "--out", project / "plugin-run", "--json")
     assert done.code == 0, done.err
-    assert {record["metric"] for record in done.json["records"]} == {"answer_length"}
+    assert {record["metric"] for record in done.json["records"]} == {"words_answered"}
     manifest = json.loads((project / "plugin-run" / "manifest.json").read_text())
     assert list(manifest["plugins"]) == ["length.py"]
 
