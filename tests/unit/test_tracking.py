@@ -173,7 +173,8 @@ def test_a_tracker_is_told_everything_once(
     (outcome,) = memory.outcomes
     records = read_json(run / "evaluation.json")
     assert (outcome.state, outcome.step, list(outcome.records)) == ("finished", STEPS, records)
-    assert [file.name for file in outcome.files] == ["report.html", "MODEL_CARD.md", "evaluation.json", "comparison.json"]
+    kept = ["report.html", "MODEL_CARD.md", "evaluation.json", "comparison.json"]
+    assert [file.name for file in outcome.files] == kept
     tuned = next(r for r in records if r["model"] == "tuned" and r["metric"] == "loss")
     name = "evaluation/test/tuned/loss"
     numbers = outcome.numbers()
