@@ -37,6 +37,9 @@ CHATML = (
 )
 
 
+pytest_plugins = ["raised"]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs a GPU where there is none; torch is not asked unless such a test was collected."""
     needing = [item for item in items if item.get_closest_marker("gpu")]

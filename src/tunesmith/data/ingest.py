@@ -59,8 +59,6 @@ def given(
         train = [one("train", data.train)]
     else:
         train = [_of_set(item, data, of_train) for item in data.train]
-    if not train:
-        raise InputError("data.train is an empty list", "name at least one training set")
     validation = None
     if "validation" in held:
         validation = one("validation", "validation", held.pop("validation"))
