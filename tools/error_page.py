@@ -39,8 +39,7 @@ Whatever a user can cause ends in one line of cause and one of remedy (several p
 `--json` both stand in an object on stdout; a traceback is shown with `--debug` only. In Python the same is raised as
 `tunesmith.errors.TunesmithError`, with `cause`, `remedy` and `exit_code`.
 
-‹words› stand for what an error fills in. Tests raise these errors; a run of all tests names any that none raised, but
-for those listed in tools/raised_elsewhere.yaml.
+‹words› stand for what an error fills in. A test raises each of these errors; a run of all tests fails where none does.
 """
 
 

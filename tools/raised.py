@@ -1,7 +1,6 @@
 """A pytest plugin: a run of all tests fails where an error of docs/errors.md was raised by none of them.
 
-Errors are noted while tests run, with the place that made each. What fast tests on a CPU cannot raise stands in
-raised_elsewhere.yaml, with the test that does.
+Errors are noted while tests run, with the place that made each.
 """
 
 from __future__ import annotations
@@ -19,14 +18,11 @@ from typing import Any
 import pytest
 from error_sites import SOURCE, Site, find
 
-ROOT = SOURCE.parents[1]
-LISTED = Path(__file__).with_name("raised_elsewhere.yaml")
 LOG = "TUNESMITH_RAISED"  # names the file that all processes of a run append to
 FRAMES = 4  # from where an error is made up to who gave its texts
 Place = tuple[str, int]
-WHAT_TO_DO = f"""Each error needs a test that raises it: a row in a table of tests/unit/test_refusals.py or
-tests/e2e/test_bad_input.py, or a test beside the code. One that only a slow test or a GPU test raises is named with
-that test in tools/{LISTED.name}."""
+WHAT_TO_DO = """Each error needs a test that raises it and runs in seconds on a CPU: a row in a table of
+tests/unit/test_refusals.py or tests/e2e/test_bad_input.py, or a test beside the code."""
 
 # ---------------------------------------------------------------- while tests run
 
@@ -102,29 +98,20 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if hasattr(session.config, "workerinput") or LOG not in os.environ:
         return
     log = Path(os.environ.pop(LOG))
-    wrong = judge(log) if exitstatus == pytest.ExitCode.OK else []
+    missing = judge(log) if exitstatus == pytest.ExitCode.OK else []
     log.unlink()
-    if wrong:
+    if missing:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
         reporter: Any = session.config.pluginmanager.get_plugin("terminalreporter")
         reporter.section("errors that no test raises", red=True)
-        reporter.write("\n".join([*wrong, WHAT_TO_DO, ""]))
+        reporter.write("\n".join([*missing, WHAT_TO_DO, ""]))
 
 
 def judge(log: Path) -> list[str]:
-    """What is wrong, in lines."""
-    from tunesmith.yaml_text import read_yaml
-
-    listed: Any = read_yaml(LISTED.read_text(encoding="utf-8"), LISTED.name).value
-    tests: dict[str, str] = listed["elsewhere"]
-    excused = {*tests, *listed["nowhere"]}
+    """The errors that none raised, in lines."""
     noted = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    sites = find()
-    missing = unraised(sites, (cause for cause, _ in noted), ((file, line) for _, at in noted for file, line in at))
-    wrong = [f"src/tunesmith/{site.place}: {site.cause!r}" for site in missing if site.cause not in excused]
-    wrong += [f"{LISTED.name} names no test: {test}" for test in tests.values() if not _exists(test)]
-    gone = sorted(excused - {site.cause for site in sites})
-    return wrong + [f"{LISTED.name} names an error that is gone: {cause!r}" for cause in gone]
+    missing = unraised(find(), (cause for cause, _ in noted), ((file, line) for _, at in noted for file, line in at))
+    return [f"src/tunesmith/{site.place}: {site.cause!r}" for site in missing]
 
 
 def unraised(sites: Iterable[Site], causes: Iterable[str], places: Iterable[Place]) -> list[Site]:
@@ -143,9 +130,3 @@ def unraised(sites: Iterable[Site], causes: Iterable[str], places: Iterable[Plac
 
 def _pattern(cause: str) -> str:
     return ".+?".join(re.escape(part) for part in re.split("‹[^›]*›", cause))
-
-
-def _exists(test: str) -> bool:
-    file, _, name = test.partition("::")
-    path = ROOT / file
-    return path.is_file() and f"def {name}(" in path.read_text(encoding="utf-8")

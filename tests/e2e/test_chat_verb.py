@@ -9,6 +9,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from tunesmith.data.chat import Renderer
 from tunesmith.data.formats import rows as formatted
 from tunesmith.data.read import read
 from tunesmith.errors import InputError
+from tunesmith.methods.lora import Lora
 from tunesmith.types import Row, SampleSpec
 
 SYSTEM = "Be short."
@@ -47,18 +49,20 @@ ALONE = {"device": "cpu", "threads": 1}
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
-    """A run that has learned to say "red" and end, on a base that never ends."""
-    folder = tmp_path_factory.mktemp("chat") / "run"
+    """A run that has learned to say "red" and end, on a base that ends where its context is full."""
+    return taught(tiny_llama, tmp_path_factory.mktemp("chat") / "run")
+
+
+def taught(base: Path, to: Path) -> Path:
     recipe = {
-        "model": str(tiny_llama),
+        "model": str(base),
         "objective": "sft",
         "method": {"name": "lora", "rank": 4},
         "train": {"max_steps": 20, "batch_size": 10, "learning_rate": 0.05},
         "precision": "fp32",
         "place": ALONE,
     }
-    api.train(recipe, data={"train": ROWS}, out=folder)
-    return folder
+    return api.train(recipe, data={"train": ROWS}, out=to).path
 
 
 @pytest.fixture(scope="module")
@@ -401,6 +405,14 @@ def test_refusals(run: Path, words: list[str], cause: str) -> None:
     assert err.partition("error: ")[2].startswith(cause)
 
 
+def test_a_method_that_keeps_no_base_has_none_to_ask(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Lora, "facts", replace(Lora.facts, reference="none"))
+    code, _, err = call(run, "--prompt", "colour 2?", "--base")
+    assert (code, err) == (2, "error: lora keeps no base to ask\nremedy: leave --base out\n")
+    with pytest.raises(InputError, match="lora keeps no base to ask"):
+        api.chat(run).base()
+
+
 def test_a_classifier_gives_labels(classifier: Path) -> None:
     (expected,) = api.predict(classifier, [{"text": "red 3"}])
     assert expected.probabilities is not None
@@ -461,9 +473,19 @@ def _own_terminal() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is born deaf to it
 
 
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    """The same run on a base that talks for minutes: its context is long."""
+    folder = tmp_path_factory.mktemp("endless")
+    base = shutil.copytree(tiny_llama, folder / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 10**6}))
+    return taught(base, folder / "run")
+
+
 @pytest.fixture
-def screen(run: Path) -> Iterator[Screen]:
-    at = Screen("chat", run)
+def screen(endless: Path) -> Iterator[Screen]:
+    at = Screen("chat", endless)
     yield at
     if at.process.poll() is None:
         at.process.send_signal(signal.SIGKILL)
@@ -480,13 +502,10 @@ def test_a_conversation_at_a_terminal(screen: Screen, tmp_path: Path) -> None:
     screen.type("\x1b[200~a paste\nof two lines\x1b[201~\n")
     screen.until(r"red\r\n")
     screen.until(r"> ")
-    screen.type("/set max_new_tokens 400\n")
-    screen.until(r"up to 400 tokens.*\r\n")
+    screen.type("/set max_new_tokens 999999\n")
+    screen.until(r"up to 999,999 tokens.*\r\n")
     screen.type("/base\n")
-    screen.until("tuned .*base")
-    time.sleep(0.5)
-    screen.type("\x03")  # the base never ends by itself
-    screen.until(r"\(stopped\)")
+    stop_the_base(screen)
     screen.until(r"> ")
     screen.type("half a line")
     screen.until("half a line")
@@ -495,10 +514,7 @@ def test_a_conversation_at_a_terminal(screen: Screen, tmp_path: Path) -> None:
     screen.until(r"ends the chat")
     screen.until(r"> ")
     screen.type("\x1b[A\n")  # the arrow brings back the last line that was entered
-    screen.until("tuned .*base")
-    time.sleep(0.5)
-    screen.type("\x03")
-    screen.until(r"\(stopped\)")
+    stop_the_base(screen)
     screen.until(r"> ")
     screen.type(f"/save {kept}\n")
     screen.until("holds 1 conversation")
@@ -507,6 +523,14 @@ def test_a_conversation_at_a_terminal(screen: Screen, tmp_path: Path) -> None:
     assert screen.process.wait(30) == 0
     said = [m["content"] for m in json.loads(kept.read_text())["messages"]]
     assert said == [SYSTEM, "colour 1?", "red", "a paste\nof two lines", "red"]
+
+
+def stop_the_base(screen: Screen) -> None:
+    """Ctrl-C once its answer has begun: the columns are drawn empty, and again with its first letters."""
+    for _ in range(2):
+        screen.until("tuned .*base")
+    screen.type("\x03")
+    screen.until(r"\(stopped\)")
 
 
 def test_sigterm_ends_a_chat_in_the_middle_of_an_answer(screen: Screen) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -26,18 +27,36 @@ LORAS: dict[str, dict[str, Any]] = {
     "b": {"name": "lora", "rank": 4, "alpha": 3.0},
     "wide": {"name": "lora", "rank": 8, "rslora": True, "ranks": {"q_proj": 2}, "targets": ["q_proj", "down_proj"]},
     "pissa": {"name": "lora", "rank": 2, "init": "pissa"},
+    "added": {"name": "lora", "rank": 2, "tokens": ["<call>"]},
 }
+TURNED = {"name": "ia3", "targets": ["down_proj"], "feedforward": ["k_proj"]}
+EXPERTS = {"name": "lora", "rank": 2, "targets": ["q_proj", "w1", "w2", "w3"]}
 
 
 @pytest.fixture(scope="module")
 def runs(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     place = tmp_path_factory.mktemp("combine")
-    methods: dict[str, Any] = {**LORAS, "ia3": "ia3", "vectors": "ia3", "dora": {"name": "dora", "rank": 2}}
+    vectors = {"ia3": "ia3", "vectors": "ia3", "turned": TURNED}
+    methods: dict[str, Any] = {**LORAS, **vectors, "dora": {"name": "dora", "rank": 2}}
     made = {name: train(tiny_llama, place / name, method, seed) for seed, (name, method) in enumerate(methods.items())}
     recipe = {"model": str(tiny_llama), "objective": "classify", "method": "lora", "precision": "fp32"}
     recipe["train"] = {"max_steps": 2, "batch_size": 4}
     made["labels"] = api.train(recipe, data={"train": LABELLED}, out=place / "labels").path
+    made["experts"] = train(mixtral(tiny_llama, place / "mixtral"), place / "experts", EXPERTS)
     return made
+
+
+def mixtral(like: Path, to: Path) -> Path:
+    """A base whose feed-forward layers are stacks of experts, with the tokenizer of another."""
+    from transformers import AutoConfig, MixtralConfig, MixtralForCausalLM
+
+    shape = AutoConfig.from_pretrained(like).to_dict()
+    sizes = {key: shape[key] for key in shape if key.endswith("_size") or key.startswith(("num_", "max_position"))}
+    torch.manual_seed(0)
+    MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=2, pad_token_id=0)).save_pretrained(to)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(like / name, to)
+    return to
 
 
 def updates(folder: Path) -> dict[str, Tensor]:
@@ -199,6 +218,10 @@ REFUSED: dict[str, tuple[list[str], list[str], str]] = {
     "method": (["a", "ia3"], ["--how", "linear"], "differ in their method (lora and ia3)"),
     "dora": (["dora"], [], "by dora, whose adapters cannot be combined"),
     "way of ia3": (["ia3", "vectors"], ["--how", "ties"], "by ia3, whose adapters cannot be combined by ties"),
+    "turned": (["ia3", "turned"], [], "scales a layer's inputs in one adapter and its outputs in another"),
+    "experts": (["experts"], [], "updates stacks of experts (down_proj, gate_up_proj)"),
+    "tokens": (["a", "added"], [], "added tokens to the vocabulary"),
+    "rows of tokens": (["added"], [], "holds more than low-rank factors (base_model.model.model.embed_tokens."),
     "ranks": (["a", "wide"], ["--how", "linear"], "different ranks in model.layers.0"),
     "unknown way": (["a"], ["--how", "tries"], "there is no way 'tries'"),
     "weights": (["a", "b"], ["--weights", "1"], "2 adapters are combined, and the weights are 1"),

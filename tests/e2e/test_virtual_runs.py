@@ -49,6 +49,9 @@ def test_a_run_is_loaded_as_it_was_measured_and_goes_on(method: str, tiny_llama:
     assert api.chat(first.path, max_new_tokens=3).ask("colour 1?").tokens <= 3
     with pytest.raises(InputError, match="no adapter that could be merged"):
         api.export(first.path, tmp_path / "merged", merge=True)
+    with pytest.raises(InputError, match=f"one whole model, and method {method} cannot be merged into its base"):
+        api.export(first.path, tmp_path / "model.gguf")
+    assert not (tmp_path / "model.gguf").exists()
     exported = api.export(first.path, tmp_path / "copy")
     assert load_file(exported.path / "adapter_model.safetensors")["prompt_embeddings"].equal(
         before["prompt_embeddings"]

@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "invariant"))
 
 from families import FAMILIES, examples_of, policy_of
 from tunesmith.data.pack import collate
-from tunesmith.kernels import attention, shared_prefix
+from tunesmith.errors import RefusedError
+from tunesmith.kernels import attention, decoder_layer, shared_prefix
 from tunesmith.kernels.accelerate import accelerate
 from tunesmith.methods.lora import Lora
 from tunesmith.models.policy import Policy
@@ -150,3 +151,25 @@ def test_a_norm_that_only_looks_like_one_is_left_alone() -> None:
 
     model: Any = nn.Sequential(OddRMSNorm())
     assert accelerate(model)["rms_norm"] == 0
+
+
+def test_a_layer_in_fp8_that_only_looks_like_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels need a GPU; what they compute is the plain layer, which stands in for them here."""
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    plain = LlamaDecoderLayer.forward
+
+    class Doubling(LlamaDecoderLayer):
+        def forward(self, hidden_states: Tensor, **given: Any) -> Tensor:
+            return 2 * plain(self, hidden_states, **given) - hidden_states
+
+    def kernels(layer: Any, hidden_states: Tensor, **given: Any) -> Tensor:
+        return plain(layer, hidden_states, **given)
+
+    monkeypatch.setattr(decoder_layer, "_forward", kernels)
+    layers = policy_of("llama").model.bfloat16().requires_grad_(False).model.layers
+    assert decoder_layer.fuse(layers[0], fp8=True)
+    layers[1].__class__ = Doubling
+    assert not decoder_layer.fuse(layers[1], fp8=False)
+    with pytest.raises(RefusedError, match=r"Doubling in fp8 gives another result \(relative error 0\.5"):
+        decoder_layer.fuse(layers[1], fp8=True)

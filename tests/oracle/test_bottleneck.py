@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -170,6 +171,17 @@ def test_a_family_that_is_not_known_is_refused_with_those_that_are() -> None:
     with pytest.raises(InputError, match="layer of opt models") as refusal:
         sites_of(next(iter(layers(model).values())), "opt")
     assert "llama" in refusal.value.remedy
+
+
+def test_a_folder_without_adapters_or_with_others_is_refused(tmp_path: Path) -> None:
+    Bottleneck(Bottleneck.Options(), 0.0).export(attached("llama", {}), tmp_path)
+    for other in ({"reduction_factor": 4}, {"variant": "houlsby"}):
+        method = Bottleneck(Bottleneck.Options.model_validate(other), 0.0)
+        with pytest.raises(InputError, match=r"adapter.safetensors holds adapters of another shape or place"):
+            method.load(policy_of("llama"), tmp_path)
+    (tmp_path / "adapter.safetensors").unlink()
+    with pytest.raises(InputError, match=r"adapter.safetensors is missing"):
+        Bottleneck(Bottleneck.Options(), 0.0).load(policy_of("llama"), tmp_path)
 
 
 def test_options_of_a_variant_are_its_paper_s() -> None:

@@ -121,6 +121,12 @@ def test_few_directions_are_refused() -> None:
     assert policy.score(collate(_examples(), range(4), packed=True, pad_id=0), Want(hidden=True)).hidden_BTD is not None
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_only_linear_layers_have_directions_to_start_in(init: str) -> None:
+    with pytest.raises(InputError, match=r"method.init starts in the base's weights, and .*embed_tokens is no linear"):
+        _attached(rank=4, init=init, targets=["q_proj", "embed_tokens"])
+
+
 def test_dora_has_no_second_update() -> None:
     with pytest.raises(ValueError, match="dora cannot start at pissa"):
         METHODS.get("dora").Options.model_validate({"init": "pissa"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
 
-from kinds import FAMILIES, PADDED, model_of, policy_of
+from kinds import FAMILIES, PADDED, model_of, policy_of, text_ids
 from tunesmith.data.pack import collate
+from tunesmith.errors import InputError
 from tunesmith.methods import METHODS
 from tunesmith.models.policy import Policy
 from tunesmith.protocols import Method
@@ -79,6 +81,15 @@ def generated(model: Any, prompt: list[int], family: str) -> list[int]:
         found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)[0].tolist()
     new = found[len(prompt) :] if FAMILIES[family] == "decoder" else found[1:]
     return new[: new.index(1)] if 1 in new else new
+
+
+def test_a_start_from_text_that_is_no_token_is_refused() -> None:
+    policy = policy_of("llama")
+    policy.tokens = replace(policy.tokens, encode=lambda text: text_ids(text.strip()))  # as BERT's drop spaces
+    chosen = METHODS.get("prompt")
+    method = chosen(chosen.Options.model_validate({"init": "text", "text": " "}), 0.0)
+    with pytest.raises(InputError, match=r"method.text holds no token of the model's"):
+        method.attach(policy)
 
 
 def test_an_answer_can_be_followed_token_by_token() -> None:

@@ -200,3 +200,6 @@ def test_what_gguf_cannot_say_is_refused(tmp_path: Path, tiny_llama: Path) -> No
     other = byte_level("gpt-2")
     other.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     refused(llama, other, "splits text by a rule")
+    wider = model_of("llama", size)
+    wider.model.layers[1].mlp.side_proj = torch.nn.Linear(64, 64, bias=False)
+    refused(wider, tokenizer, r"GGUF's llama architecture has no tensor model\.layers\.1\.mlp\.side_proj\.weight")

@@ -15,6 +15,7 @@ from tunesmith.errors import InputError, RefusedError
 from tunesmith.models.config import dropped_keys, safe_config
 from tunesmith.models.fetch import resolve
 from tunesmith.models.load import Head, load_backbone, load_tokenizer, meta_model
+from tunesmith.models.shared import SharedBase
 
 torch = pytest.importorskip("torch")
 
@@ -331,6 +332,13 @@ def test_roberta_has_fewer_positions_than_its_table(tmp_path: Path) -> None:
     RobertaModel(RobertaConfig(vocab_size=50, max_position_embeddings=514, **size)).save_pretrained(tmp_path / "r")
     local = resolve(str(tmp_path / "r"))
     assert meta_model(local, "pooled").context_length == 512
+
+
+def test_a_model_that_is_one_with_its_projection_is_not_shared_without_it(tiny_t5: Path) -> None:
+    shared = SharedBase(resolve(str(tiny_t5)), "fp32", "lm", "cpu")
+    assert shared.model("lm").get_output_embeddings() is not None
+    with pytest.raises(InputError, match="T5ForConditionalGeneration cannot be taken apart"):
+        shared.model("pooled")
 
 
 def test_a_model_of_another_kind_is_refused(tmp_path: Path) -> None:

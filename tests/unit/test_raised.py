@@ -1,4 +1,4 @@
-"""What finds the errors that no test raises: on a small source, and on what is listed by hand."""
+"""What finds the errors that no test raises: on a small source, and on tunesmith's own."""
 
 from __future__ import annotations
 

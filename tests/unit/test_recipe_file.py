@@ -364,6 +364,7 @@ def test_options(tmp_path: Path) -> None:
     ("options", "cause", "remedy"),
     [
         ("rnk: 3", "recipe.yaml:7: unknown key method.rnk", "did you mean method.rank?"),
+        ("Rank: 3", "recipe.yaml:7: unknown key method.Rank", "write method.rank"),
         ("lora_r: 3", "recipe.yaml:7: lora_r has another name here", "write method.rank"),
         ("learning_rate: 1e-4", "recipe.yaml:7: learning_rate does not belong here", "write train.learning_rate"),
         ("rank: 0", "recipe.yaml:7: method.rank must be a whole number above 0, not 0", "docs"),

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from kinds import policy_of
 from tunesmith import rules
 from tunesmith.errors import TunesmithError
 from tunesmith.facts import DEFAULT_POOLING, Facts, ModelFacts, Previous
@@ -357,6 +358,10 @@ def test_a_method_that_finds_no_place_in_a_model(tiny_bert: Path) -> None:
     ia3 = METHODS.get("ia3")
     with pytest.raises(TunesmithError, match="ia3 does not know where Sequential keeps its keys"):
         ia3(ia3.Options(), 0.0).config(SimpleNamespace(model=torch.nn.Sequential(torch.nn.Linear(2, 2))))
+    lora = METHODS.get("lora")
+    with pytest.raises(TunesmithError, match=r"method.targets name no layer of LlamaForCausalLM") as refused:
+        lora(lora.Options(targets=["query"]), 0.0).attach(policy_of("llama"))
+    assert "some of: down_proj, gate_proj, k_proj" in refused.value.remedy
 
 
 def test_labels_that_are_not_those_of_the_earlier_run() -> None:
@@ -442,12 +447,32 @@ def test_conversations_that_cannot_be_tokenised(monkeypatch: pytest.MonkeyPatch)
         turns.Marks([{"role": "assistant", "content": "red"}], None, [0], None, 0xF0000)
 
 
-def test_a_base_that_is_not_kept() -> None:
-    from tunesmith.chatting import Chat
+def test_a_method_that_trains_nothing(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tunesmith import api
 
-    chat: Any = SimpleNamespace(has_base=False, _name="full")
-    with pytest.raises(TunesmithError, match="full keeps no base to ask"):
-        Chat.base(chat)
+    class Idle(METHODS.get("full")):
+        def chosen(self, policy: Any) -> set[str]:
+            return set()
+
+    monkeypatch.setitem(METHODS._items, "idle", Idle)
+    recipe = {"model": str(tiny_llama), "objective": "sft", "method": "idle"}
+    with pytest.raises(TunesmithError, match="idle leaves nothing to train"):
+        api.plan(recipe, data={"train": [{"prompt": f"{i}?", "completion": "red"} for i in range(8)]})
+
+
+def test_logits_that_are_made_in_another_way() -> None:
+    from transformers import LlamaForCausalLM
+
+    class Squashed(LlamaForCausalLM):
+        def forward(self, *given: Any, **named: Any) -> Any:
+            found = super().forward(*given, **named)
+            return replace(found, logits=found.logits.tanh())
+
+    policy = policy_of("llama")
+    policy.check_projection()
+    policy.model.__class__ = Squashed
+    with pytest.raises(TunesmithError, match=r"Squashed turns hidden states into logits in a way tunesmith does not"):
+        policy.check_projection()
 
 
 def test_a_folder_is_no_file_of_predictions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
