@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -101,10 +102,10 @@ def dense(case: Case, inputs: list[Tensor]) -> Tensor:
     return torch.stack(out).unflatten(0, (len(case.rows), case.length))
 
 
-def compare(case: Case, dtype: torch.dtype, tolerance: float) -> None:
+def compare(case: Case, dtype: torch.dtype, tolerance: float, attend: Callable[..., Tensor] = segments) -> None:
     """Outputs and the gradients of all three inputs, for an upstream gradient that differs everywhere."""
     ours, theirs = case.inputs(dtype), case.inputs(dtype)
-    found, expected = segments(case, ours), dense(case, theirs)
+    found, expected = attend(case, ours), dense(case, theirs)
     assert found.shape == expected.shape
     assert found.is_contiguous()
     torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)

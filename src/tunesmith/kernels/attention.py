@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from tunesmith.kernels import cuda_attention
+from tunesmith.kernels import cuda_attention, padded_attention
 
 IMPLEMENTATION = "segments"
 KEYWORD = "segment_bounds"  # the keyword of the model's forward that carries Bounds to attention
@@ -106,12 +106,15 @@ def _attended(
     groups = query_BHTD.shape[1] // key_BKTD.shape[1]
     if groups > 1:
         key_BKTD, value_BKTD = (x.repeat_interleave(groups, dim=1) for x in (key_BKTD, value_BKTD))
+    if query_BHTD.is_cuda and padded_attention.serves(bounds):
+        return padded_attention.attend(query_BHTD, key_BKTD, value_BKTD, look, dropout)
 
     def attend(row: int, start: int, stop: int) -> Tensor:
         prefix = bounds.prefix(start)
         q, k, v = (_segment(x, row, start, stop, prefix) for x in (query_BHTD, key_BKTD, value_BKTD))
         if softcap is not None:
-            out = _softcapped(q, k, v, causal, window, softcap, scaling, dropout)
+            seen = None if causal and window is None else _window_mask(q.shape[2], window, causal, q.device)
+            out = padded_attention.softcapped(q, k, v, seen, softcap, scaling, dropout)
         elif window is None or q.shape[2] <= window:
             out = F.scaled_dot_product_attention(q, k, v, None, dropout, causal, scale=scaling)
         else:
@@ -212,19 +215,6 @@ def _window_mask(length: int, window: int | None, causal: bool, device: torch.de
     distance = t[:, None] - t[None, :]
     reach = length if window is None else window
     return ((distance >= 0) if causal else (distance > -reach)) & (distance < reach)
-
-
-def _softcapped(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, softcap: float, scaling: float | None, p: float
-) -> Tensor:
-    """Attention with scores c * tanh(s / c) (Gemma 2, arXiv 2408.00118, section 2)."""
-    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = softcap * torch.tanh(q @ k.transpose(-1, -2) * (scale / softcap))
-    if causal or window is not None:
-        mask = _window_mask(q.shape[2], window, causal, q.device)
-        scores = scores.masked_fill(~mask, float("-inf"))
-    probabilities = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
-    return F.dropout(probabilities, p, training=p > 0) @ v
 
 
 def register() -> None:
