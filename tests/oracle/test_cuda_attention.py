@@ -83,14 +83,18 @@ def test_the_backend_follows_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
         return Look(Bounds(rows, **keywords), length, True, None, None, None)
 
     half = torch.bfloat16
-    assert cuda_attention.backend(look([[(0, 512), (512, 1024)]], 1024), half) == "dense"
-    assert cuda_attention.backend(look([[(0, 512)], [(0, 512)]], 512), half) == "dense"
-    assert cuda_attention.backend(look([[(0, 500), (500, 1024)]], 1024), half) == "blocks"
-    assert cuda_attention.backend(look([[(0, 512), (512, 1024)]], 1024, shared=8), half) == "blocks"
-    assert cuda_attention.backend(look([[(0, 50), (50, 90)]], 90), half) == "each"
-    assert cuda_attention.backend(look([[(0, 500), (500, 1024)]], 1024), torch.float32) == "each"
-    assert cuda_attention.padded_length(look([[(0, 500), (500, 8100)]], 8100)) == 8192
-    assert {cuda_attention.padded_length(look([[(0, 5), (5, n)]], n)) for n in range(4097, 8193)} == {
+    assert cuda_attention.backend(look([[(0, 512), (512, 1024)]], 1024), 4096, half) == "dense"
+    assert cuda_attention.backend(look([[(0, 512)], [(0, 512)]], 512), 4096, half) == "dense"
+    assert cuda_attention.backend(look([[(0, 500), (500, 1024)]], 1024), 4096, half) == "blocks"
+    assert cuda_attention.backend(look([[(0, 512), (512, 1024)]], 1024, shared=8), 4096, half) == "blocks"
+    assert cuda_attention.backend(look([[(0, 50), (50, 90)]], 90), 4096, half) == "padded"
+    assert cuda_attention.backend(look([[(0, 500), (500, 1024)]], 1024), 384, half) == "padded"
+    assert cuda_attention.backend(look([[(0, 50), (50, 90)]], 90, shared=8), 4096, half) == "each"
+    assert cuda_attention.backend(look([[(0, 500), (500, 1024)]], 1024), 4096, torch.float32) == "padded"
+    with torch.no_grad():
+        assert cuda_attention.backend(look([[(0, 500), (500, 1024)]], 1024), 4096, half) == "padded"
+    assert cuda_attention.padded_length(look([[(0, 500), (500, 8100)]], 8100), 4096) == 8192
+    assert {cuda_attention.padded_length(look([[(0, 5), (5, n)]], n), 4096) for n in range(4097, 8193)} == {
         5120,
         6144,
         7168,
@@ -112,6 +116,7 @@ def _both(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds, **keywords: object) -
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("small", [0, cuda_attention.SMALL])
 @pytest.mark.parametrize(
     ("lengths", "shared", "keywords"),
     [
@@ -125,8 +130,10 @@ def _both(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds, **keywords: object) -
     ],
 )
 def test_on_cuda_attention_is_that_of_the_segments(
-    lengths: list[int], shared: int, keywords: dict[str, object]
+    lengths: list[int], shared: int, keywords: dict[str, object], small: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In blocks, and as one padded batch where a beginning is not shared."""
+    monkeypatch.setattr(cuda_attention, "SMALL", small)
     bounds = _bounds(lengths, 0, shared)
     q, k, v = (torch.randn(1, heads, sum(lengths), 64).bfloat16().float() for heads in (4, 2, 2))
     found, expected = _both(q, k, v, bounds, **keywords)

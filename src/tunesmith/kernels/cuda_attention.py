@@ -1,10 +1,11 @@
 """Attention over segments on CUDA: the backend follows the rows, and a mask is made once for all layers.
 
-Rows whose segments are all of one length are a dense batch for cuDNN. Everything else goes through
-FlexAttention, compiled once for a few lengths, with the blocks of each row's segments. Short rows are left
-to one call per segment. On an H100 (bfloat16, 32 heads, 8 key heads, width 128, 8,192 positions, forward and
-backward): 2 x 4,096 took 2.00 ms in cuDNN and 3.05 in FlexAttention; 28 segments 1.05 ms in FlexAttention
-(compiled for any length 2.93), 2.92 in torch's varlen. cuDNN's ragged layout fails in torch 2.11.
+Rows whose segments are all of one length are a dense batch for cuDNN. Little rows are padded_attention's, which
+compiles nothing. Everything else goes through FlexAttention, compiled once for a few lengths, with the blocks of
+each row's segments; what neither serves takes one call per segment. On an H100 (bfloat16, 32 heads, 8 key heads,
+width 128, 8,192 positions, forward and backward): 2 x 4,096 took 2.00 ms in cuDNN and 3.05 in FlexAttention;
+28 segments 1.05 ms in FlexAttention (compiled for any length 2.93), 2.92 in torch's varlen. cuDNN's ragged layout
+fails in torch 2.11.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tunesmith import compat
+from tunesmith.kernels import padded_attention
 
 if TYPE_CHECKING:
     from tunesmith.kernels.attention import Bounds
@@ -29,7 +31,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("tunesmith.kernels")
 
 BLOCK = 128
-SHORTEST = 512  # below, compiling costs more than calls per segment do
+SHORTEST = 512  # below, compiling costs more than it saves
+SMALL = 4 << 20  # features of a padded batch: up to here it takes as long as blocks, for both wait for launches
+FORWARD = 16  # times as many where nothing is learnt: blocks would be compiled for a few forwards
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -69,16 +73,21 @@ def reach(bounds: Bounds, window: int | None) -> int | None:
     return window if longest > window else None
 
 
-def backend(look: Look, dtype: torch.dtype) -> Literal["dense", "blocks", "each"]:
-    """How these rows are computed: see the module."""
+def backend(look: Look, features: int, dtype: torch.dtype) -> Literal["dense", "blocks", "padded", "each"]:
+    """How these rows are computed: see the module. `features`: the width of all query heads."""
     if look.dense is not None:
         return "dense"
-    return "blocks" if dtype in HALF and look.length >= SHORTEST and _flex_is_there() else "each"
+    pads = padded_attention.serves(look.bounds)
+    most = SMALL if torch.is_grad_enabled() else FORWARD * SMALL
+    small = pads and padded_attention.positions(look.bounds) * features <= most
+    if dtype in HALF and look.length >= SHORTEST and not small and _flex_is_there():
+        return "blocks"
+    return "padded" if pads else "each"
 
 
-def padded_length(look: Look, dtype: torch.dtype = torch.bfloat16) -> int:
+def padded_length(look: Look, features: int, dtype: torch.dtype = torch.bfloat16) -> int:
     """Positions that attention computes: for blocks one of four lengths an octave, so that few graphs are compiled."""
-    if backend(look, dtype) != "blocks":
+    if backend(look, features, dtype) != "blocks":
         return look.length
     step = max(BLOCK, (1 << (look.length - 1).bit_length()) // 8)
     return -(-look.length // step) * step
@@ -87,11 +96,12 @@ def padded_length(look: Look, dtype: torch.dtype = torch.bfloat16) -> int:
 def attend(query_BHTD: Tensor, key_BKTD: Tensor, value_BKTD: Tensor, look: Look) -> Tensor:
     """[B, T, H, D], for inputs of `padded_length` positions or of the rows' own; padding is cut off only if added here.
 
-    `backend` must not be "each".
+    `backend` must be "dense" or "blocks".
     """
     if look.dense is not None:
         return _dense(query_BHTD, key_BKTD, value_BKTD, look)
-    missing = padded_length(look, query_BHTD.dtype) - query_BHTD.shape[2]
+    features = query_BHTD.shape[1] * query_BHTD.shape[3]
+    missing = padded_length(look, features, query_BHTD.dtype) - query_BHTD.shape[2]
     if missing:
         query_BHTD, key_BKTD, value_BKTD = (F.pad(x, (0, 0, 0, missing)) for x in (query_BHTD, key_BKTD, value_BKTD))
     mask = _mask(look, query_BHTD.shape[2], query_BHTD.device)

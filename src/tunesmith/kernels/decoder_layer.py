@@ -284,10 +284,11 @@ def _run(self: Any, hidden_states: Tensor, bounds: Bounds, positions: tuple[Tens
     project, feed = (cast(Callable[..., Any], f.apply) for f in (_Project, _Feed))
     with torch.autocast("cuda", enabled=False):
         cos_ND, sin_ND = (angle.squeeze(0).to(torch.bfloat16) for angle in positions)
-        padded = cuda_attention.padded_length(look)
+        features = fast.heads * fast.width
+        padded = cuda_attention.padded_length(look, features)
         # squeeze and not [0], whose gradient would be copied into zeros.
         q, k, v, x_ND = project(hidden_states.squeeze(0), cos_ND, sin_ND, fast, padded, *fast.qkv.parameters)
-        if cuda_attention.backend(look, torch.bfloat16) == "each":
+        if cuda_attention.backend(look, features, torch.bfloat16) in ("padded", "each"):
             window = getattr(attention, "sliding_window", None)
             options: dict[str, Any] = {KEYWORD: bounds, "scaling": look.scaling, "sliding_window": window}
             mixed_1THD = segment_attention(attention, q[None], k[None], v[None], None, **options)[0]

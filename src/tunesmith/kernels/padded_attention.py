@@ -1,6 +1,9 @@
 """Attention over many short segments on a GPU: laid out as one padded batch, so that a layer is one call.
 
-A call for each segment costs launches, not arithmetic: MEASURED
+A call for each segment costs launches and not arithmetic. On an H100 (bfloat16, forward and backward of one layer,
+benchmarks/gpu/short_segments.py): 32 messages of 8 to 60 tokens through 12 heads of 32 took 1.36 ms, each alone 10.2,
+in FlexAttention 1.63 after 15.9 s of compiling; 8 chats of 100 to 300 through 9 heads of 64 took 1.54, 3.5 and 1.61 ms.
+Large ones waste: 28 chats of 180 to 400 through 32 heads of 128 took 3.3 ms where FlexAttention took 1.9.
 """
 
 from __future__ import annotations
@@ -33,8 +36,14 @@ class Places:
 
 def serves(bounds: Bounds) -> bool:
     """Whether one padded batch is worth it. Shared beginnings would be added up by several segments at once."""
-    sizes = [stop - start for spans in bounds.rows for start, stop in spans]
-    return not bounds.shared and len(sizes) > 1 and len(sizes) * _rounded(max(sizes)) <= WASTE * sum(sizes) + EIGHT
+    sizes = _sizes(bounds)
+    return not bounds.shared and len(sizes) > 1 and positions(bounds) <= WASTE * (sum(sizes) + EIGHT)
+
+
+def positions(bounds: Bounds) -> int:
+    """How many the padded batch of these rows has."""
+    sizes = _sizes(bounds)
+    return len(sizes) * _rounded(max(sizes, default=0))
 
 
 def attend(query_BHTD: Tensor, key_BHTD: Tensor, value_BHTD: Tensor, look: Look, dropout: float) -> Tensor:
@@ -106,6 +115,10 @@ def _seen(places: Places, look: Look) -> Tensor | None:
         there = t < places.length_S[:, None, None, None]
         made[key] = near[None, None] if look.causal else (near & there) | (distance == 0)
     return made[key]
+
+
+def _sizes(bounds: Bounds) -> list[int]:
+    return [stop - start for spans in bounds.rows for start, stop in spans]
 
 
 def _rounded(size: int) -> int:
