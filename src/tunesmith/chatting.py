@@ -48,7 +48,7 @@ class Sampling(Strict):
             name = str(wrong["loc"][0])
             if name not in Sampling.model_fields:
                 raise InputError(f"there is no {name} to set", f"known: {', '.join(Sampling.model_fields)}") from error
-            remedy = wrong["msg"].replace("Input should be", "give")
+            remedy = wrong["msg"].replace("Input should be", "it must be")
             raise InputError(f"{name} cannot be {values[name]!r}", remedy) from error
 
 

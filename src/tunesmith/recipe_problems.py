@@ -44,6 +44,8 @@ class Origin:
             if above in self.lines:
                 return f"{name}:{self.lines[above]}: "
             above = above.rpartition(".")[0]
+        if any(key.startswith(f"{path}.") for key in self.overrides):
+            return "command line: "
         return f"{name}: " if name else ""
 
 

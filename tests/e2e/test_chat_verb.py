@@ -277,6 +277,7 @@ def test_sampling_is_checked(given: dict[str, Any], cause: str) -> None:
     with pytest.raises(InputError) as refused:
         Sampling().changed(**given)
     assert refused.value.cause == cause
+    assert re.match(r"it must be|known: ", refused.value.remedy)
 
 
 def test_the_system_message_is_trainings_own_unless_another_is_given(loaded: api.Loaded) -> None:
@@ -346,7 +347,7 @@ def test_two_answers_are_named_where_there_is_no_terminal(run: Path) -> None:
     code, out, err = call(run, "--prompt", "colour 2?", "--base", "--max-new-tokens", "8")
     assert code == 0
     assert out.startswith("tuned:\nred\nbase:\n")
-    assert err == "(cut after 8 tokens: /set max_new_tokens allows more)\n"
+    assert err == "(cut after 8 tokens: --max-new-tokens allows more)\n"
 
 
 def test_turns_come_line_by_line_from_a_pipe(run: Path, tmp_path: Path) -> None:

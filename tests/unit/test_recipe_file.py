@@ -337,6 +337,7 @@ def test_null_unsets(tmp_path: Path) -> None:
         ("train..epochs=3", "is not an override"),
         ("train.epochs=three", 'command line: train.epochs must be a number above 0, not "three"'),
         ("train.epoch=3", "command line: unknown key train.epoch"),
+        ("trian.epochs=3", "command line: unknown key trian"),
         ("lora_r=3", "command line: lora_r has another name here"),
         ("data.train.0.weight=2", 'data.train.0.weight cannot be set: data.train is "a.jsonl"'),
         ("model.name=x", 'model.name cannot be set: model is "m"'),

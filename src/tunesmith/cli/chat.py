@@ -100,7 +100,8 @@ def _converse(
         call.print_json(_once(chat, several, prompt, options))
         return 0
     screen = talk(sys.stdout, sys.stderr, call.json)
-    conversation = Conversation(chat, screen, both=options.base, adapters=several)
+    longer = "/set max_new_tokens" if prompt is None else "--max-new-tokens"
+    conversation = Conversation(chat, screen, both=options.base, adapters=several, longer=longer)
     if prompt is not None:
         _each(several, conversation, prompt)
         return 0

@@ -129,12 +129,23 @@ def switching(adapters: Adapters, turn_to: Callable[[str], None], talk: Talk) ->
 
 
 class Conversation:
-    """A chat with a tuned model; `both`: its base is asked each time too. `adapters`: those to switch between."""
+    """A chat with a tuned model; `both`: its base is asked each time too. `adapters`: those to switch between.
 
-    def __init__(self, chat: Chat, talk: Talk, both: bool = False, adapters: Adapters | None = None) -> None:
+    `longer`: what the user writes for longer answers.
+    """
+
+    def __init__(
+        self,
+        chat: Chat,
+        talk: Talk,
+        both: bool = False,
+        adapters: Adapters | None = None,
+        longer: str = "/set max_new_tokens",
+    ) -> None:
         self._chat = chat
         self._talk = talk
         self._both = both
+        self._longer = longer
         self._adapters = adapters
         self._last = ""
         self.commands: Sequence[Command] = (
@@ -207,7 +218,7 @@ class Conversation:
         elif not reply.finished and reply.limit < self._chat.sampling.max_new_tokens:
             found.append(f"(cut after {reply.limit:,} tokens: the {self._chat.context:,} that the model sees are full)")
         elif not reply.finished:
-            found.append(f"(cut after {reply.limit:,} tokens: /set max_new_tokens allows more)")
+            found.append(f"(cut after {reply.limit:,} tokens: {self._longer} allows more)")
         elif not reply.text:
             found.append("(an empty answer)")
         return found

@@ -20,7 +20,9 @@ TOP = 5  # labels whose probability is shown
 
 def _add(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
-    parser.add_argument("--input", metavar="F", type=Path, required=True, help="rows to answer; their answers may lack")
+    parser.add_argument(
+        "--input", metavar="F", type=Path, required=True, help="rows to answer; they need no references"
+    )
     parser.add_argument("--output", metavar="F", type=Path, help="where the lines go; stdout if left out")
     parser.add_argument(
         "--max-new-tokens", metavar="N", type=_positive, help="longest answer; the run's own if left out"
