@@ -17,7 +17,7 @@ from tunesmith.engine.precision import choose_device
 from tunesmith.errors import InputError
 from tunesmith.loaded import Loaded
 from tunesmith.models.shared import SharedBase
-from tunesmith.rundir import RunDir
+from tunesmith.rundir import RunDir, check_free
 from tunesmith.types import Prediction
 
 
@@ -95,7 +95,7 @@ class Adapters:
         """Writes an adapter as a folder that PEFT loads, and every verb of tunesmith."""
         self[name]
         to = Path(to)
-        combining.check_free(to)
+        check_free(to)
         return exporting.copy(self._saved[name].folder, to).path
 
     def use(self, name: str | None) -> Loaded:

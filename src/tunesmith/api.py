@@ -153,7 +153,7 @@ def resume(
     with run.hold(), _listening(listen, progress, path) as tell:
         hashes = load_plugins(plugins)
         recipe, _ = load_recipe(path / "recipe.yaml")
-        stored = rundir.read_json(path / "plan.json")
+        stored = rundir.read_record(path / "plan.json", "hash", "placement")
         if (path / "evaluation.json").is_file() and run.model.is_dir():
             tell("phase", {"name": "finished already"})
             if not write.is_current(path):
@@ -230,8 +230,9 @@ def export(
     folder = folder_of(path)
     load_plugins(plugins)
     gguf = to.suffix == ".gguf"
-    if to.exists() and (gguf or not to.is_dir() or any(to.iterdir())):
-        raise InputError(f"{to} exists and is not empty", "give another name, or empty it")
+    if gguf and to.is_dir():
+        raise InputError(f"{to} is a folder, and a GGUF file is a file", "give another path")
+    rundir.check_free(to)
     if dtype is not None and not (merge or gguf):
         raise InputError("dtype is of a merged model, and merge is not asked for", "add --merge, or leave --dtype out")
     if dtype is not None and dtype not in (known := exporting.dtypes(gguf)):
@@ -282,7 +283,7 @@ def evaluate(
         check_name(name)
     of = name or (Path(data).stem if isinstance(data, str | os.PathLike) else "rows")
     recipe, _ = load_recipe(path / "recipe.yaml")
-    planned = rundir.read_json(path / "plan.json")
+    planned = rundir.read_record(path / "plan.json", "audit")
     with run.hold(), _listening(listen, progress) as tell:
         loaded = load(path, device)
         rows = questions(data, recipe.data.format, recipe.data.columns, recipe.evaluate.tags)

@@ -14,7 +14,7 @@ from tunesmith.errors import InputError
 from tunesmith.methods import METHODS
 from tunesmith.methods.low_rank_sum import WAYS
 from tunesmith.protocols import Combinable
-from tunesmith.rundir import replace_folder
+from tunesmith.rundir import check_free, replace_folder
 from tunesmith.types import Combination
 
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
@@ -69,12 +69,6 @@ def combine(adapters: Sequence[Saved], asked: Combination, to: Path) -> Path:
                 shutil.copyfile(first.folder / name, folder / name)
         session.write_card(folder, _card(adapters, asked, options.model_dump(mode="json")))
     return to
-
-
-def check_free(to: Path) -> None:
-    """InputError where a folder would be written over."""
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise InputError(f"{to} exists and is not empty", "give another folder, or empty it")
 
 
 def _check(adapters: Sequence[Saved], how: str) -> None:

@@ -171,8 +171,9 @@ def _open(path: Path, name: str) -> Finished:
         raise InputError(
             f"{path} is not finished: nothing was measured yet", f"finish it with `tunesmith resume {path}`"
         )
-    plan, manifest = rundir.read_json(path / "plan.json"), rundir.read_json(path / "manifest.json")
-    return Finished(path, name, plan, int(manifest["seed"]), rundir.read_json(path / "evaluation.json"))
+    plan = rundir.read_record(path / "plan.json", "meaning", "audit")
+    seed = int(rundir.read_record(path / "manifest.json", "seed")["seed"])
+    return Finished(path, name, plan, seed, rundir.read_json(path / "evaluation.json"))
 
 
 def _check_labels(first: Finished, run: Finished) -> None:

@@ -46,5 +46,6 @@ def folder_of(path: Path) -> Path:
     folder = path / "model" if (path / "model" / session.CARD).is_file() else path
     if not (folder / session.CARD).is_file():
         hint = "finish it with `tunesmith resume`" if (path / "manifest.json").is_file() else "give a run's folder"
-        raise InputError(f"{path} holds no model of tunesmith", hint)
+        what = "holds no model of tunesmith" if path.exists() else "is not there"
+        raise InputError(f"{path} {what}", hint)
     return folder

@@ -16,7 +16,7 @@ import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from filelock import FileLock, Timeout
 
@@ -84,14 +84,38 @@ def write_json(path: Path, value: Any) -> None:
     write_file(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n").encode())
 
 
+def read_text(path: Path) -> str:
+    """The text of a file that tunesmith wrote; one that is not there is refused by name."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise InputError(f"{path} is missing", f"check that {path.parent} is a run of tunesmith") from error
+
+
 def read_json(path: Path) -> Any:
     """The JSON of a file that tunesmith wrote; a damaged one is refused by name."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{path} is missing", f"check that {path.parent} is a run of tunesmith") from error
+        return json.loads(read_text(path))
     except ValueError as error:
         raise InputError(f"{path} is damaged: {error}", "restore it, or start the run again") from error
+
+
+def read_record(path: Path, *keys: str) -> dict[str, Any]:
+    """`read_json` of an object; one that lacks any of `keys` is refused as damaged."""
+    found = read_json(path)
+    lacking = [key for key in keys if key not in found] if isinstance(found, dict) else ["an object"]
+    if lacking:
+        raise InputError(f"{path} is damaged: it lacks {', '.join(lacking)}", "restore it, or start the run again")
+    return cast("dict[str, Any]", found)
+
+
+def check_free(path: Path) -> None:
+    """InputError where something new would take the place of a file, or of a folder that holds something."""
+    if path.is_dir():
+        if any(path.iterdir()):
+            raise InputError(f"{path} exists and is not empty", "give another path, or empty it")
+    elif path.exists():
+        raise InputError(f"{path} is a file that exists already", "give another path")
 
 
 def sha256_file(path: Path) -> str:
@@ -104,14 +128,18 @@ def sha256_file(path: Path) -> str:
 def replace_folder(path: Path) -> Generator[Path]:
     """Gives an empty folder aside; on leaving it takes the name `path`, replacing what was there.
 
-    Its files are fsynced first. Where the body fails, `path` stays as it was.
+    Its files are fsynced first, and readable by whom the umask lets (safetensors writes for the owner alone).
+    Where the body fails, `path` stays as it was.
     """
     aside = path.with_name(f".{path.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
     with disk_errors(str(path)):
         aside.mkdir(parents=True)
         yield aside
+        mode = aside.stat().st_mode & 0o666
         for file in sorted(p for p in aside.rglob("*") if p.is_file()):
+            if file.stat().st_mode & 0o666 != mode:
+                file.chmod(mode)
             with open(file, "rb+") as handle:
                 sync_file(handle)
         for folder in sorted(p for p in [aside, *aside.rglob("*")] if p.is_dir()):
@@ -226,6 +254,8 @@ class RunDir:
                     f"{path} was stopped before its run began, so there is nothing to go on from",
                     f"start it again: `tunesmith train RECIPE --out {path}`",
                 )
+            if not path.exists():
+                raise InputError(f"there is no folder {path}", "give the folder that `tunesmith train` printed")
             raise InputError(
                 f"{path} is not a run of tunesmith (it has no manifest.json)",
                 "give the folder that `tunesmith train` printed",

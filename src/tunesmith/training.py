@@ -55,8 +55,9 @@ def begin(run: RunDir, recipe: Recipe, plan: Plan, plugins: Mapping[str, str]) -
 
 def check_same(run: RunDir, plan: Plan, plugins: Mapping[str, str]) -> None:
     """Raises RefusedError naming all that differs from when the run began."""
-    before, now = rundir.read_json(run.path / "manifest.json"), _manifest(plan, plugins)
-    stored = rundir.read_json(run.path / "plan.json")
+    before = rundir.read_record(run.path / "manifest.json", "libraries", "plugins", "machine")
+    now = _manifest(plan, plugins)
+    stored = rundir.read_record(run.path / "plan.json", "meaning", "resume")
     differences = [
         *(
             line
@@ -298,5 +299,5 @@ def check_run_folder(path: Path) -> None:
     """Raises InputError where a new run cannot be put; one that was stopped before its manifest gives way."""
     if (path / "manifest.json").exists():
         raise InputError(f"{path} holds a run already", f"go on with `tunesmith resume {path}`, or give another --out")
-    if path.exists() and not (path.is_dir() and rundir.is_unbegun(path)):
-        raise InputError(f"{path} exists and is not empty", "give another --out, or empty it")
+    if not (path.is_dir() and rundir.is_unbegun(path)):
+        rundir.check_free(path)

@@ -110,6 +110,16 @@ def test_a_gguf_file_answers_as_the_run_does(
     api.plan(recipe, data={"train": ROWS})  # what was written is a base for others
 
 
+def test_a_gguf_file_takes_no_others_place(run: Path, tmp_path: Path) -> None:
+    file, folder = tmp_path / "a.gguf", tmp_path / "b.gguf"
+    file.write_bytes(b"mine")
+    folder.mkdir()
+    for to, cause in ((file, "is a file that exists already"), (folder, "is a folder, and a GGUF file is a file")):
+        with pytest.raises(InputError, match=cause):
+            api.export(run, to)
+    assert file.read_bytes() == b"mine"
+
+
 def test_a_gguf_file_that_answers_otherwise_is_refused_and_leaves_nothing(
     nameable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -246,6 +246,35 @@ def test_wrong_folders_are_refused(tmp_path: Path) -> None:
     assert "is not a run of tunesmith" in err
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "cause"),
+    [
+        ("plan.json", "{}", "is damaged: it lacks meaning"),
+        ("manifest.json", "[]", "is damaged: it lacks an object"),
+        ("recipe.yaml", None, "is missing"),
+        ("predictions/test.jsonl", '{"key": "a"}', "test.jsonl:1 is damaged: it lacks 'where'"),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_named(
+    classified: Path, tmp_path: Path, name: str, content: str | None, cause: str
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(classified, run)
+    page = (run / "report.html").read_bytes()
+    (run / name).unlink() if content is None else (run / name).write_text(content)
+    code, _, err = call("report", run)
+    assert code == 2
+    assert cause in err
+    assert "remedy: " in err
+    assert (run / "report.html").read_bytes() == page
+
+
+def test_its_commands_name_the_recipe_that_is_there(classified: Path) -> None:
+    _, text, _ = call("report", classified, "--format", "md")
+    (planned,) = re.findall(r"^tunesmith plan (\S+) +# must say plan", text, re.MULTILINE)
+    assert (classified.parent / planned).is_file()
+
+
 def test_more_rows_renew_report_and_card(chatting: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(chatting, run)

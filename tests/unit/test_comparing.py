@@ -391,7 +391,7 @@ def test_damaged_answers_are_refused_by_line(two: tuple[Path, Path]) -> None:
     path = two[1] / "predictions" / "test.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([*lines[:4], b'{"key": 3}\n', *lines[5:]]))
-    assert "test.jsonl:5 is damaged" in refusal(*two)
+    assert "test.jsonl:5 is damaged: it lacks 'where'" in refusal(*two)
 
 
 # ---------------------------------------------------------------- as it is shown

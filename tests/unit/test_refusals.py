@@ -252,6 +252,15 @@ def test_answers_on_disk_that_are_damaged(tmp_path: Path) -> None:
         list(answers.read(tmp_path, "test"))
 
 
+def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+    from tunesmith.loaded import folder_of
+
+    with pytest.raises(TunesmithError, match="typo is not there"):
+        folder_of(tmp_path / "typo")
+    with pytest.raises(TunesmithError, match="holds no model of tunesmith"):
+        folder_of(tmp_path)
+
+
 def test_an_earlier_run_or_a_template_that_is_not_there(tmp_path: Path) -> None:
     from tunesmith.planning import _previous, _template
 

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tunesmith.errors import InputError
 from tunesmith.report import answers as side_by_side
 from tunesmith.report.answers import OUTCOMES, compact, gather
 from tunesmith.report.classes import classes_of
@@ -30,6 +31,7 @@ def kept(path: Path, rows: list[tuple[str | None, dict[str, dict[str, Any]]]], t
     lines = [
         {
             "key": str(i),
+            "shown": str(i),
             "where": f"/data/of/me/test.jsonl:{i}",
             "input": f"{text} {i}",
             "reference": r,
@@ -40,6 +42,18 @@ def kept(path: Path, rows: list[tuple[str | None, dict[str, dict[str, Any]]]], t
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
+
+
+def test_a_damaged_answer_is_named_by_its_line(tmp_path: Path) -> None:
+    path = kept(tmp_path / "p.jsonl", pairs(("a", "b", "a"), ("a", "a", "b")))
+    whole = path.read_text()
+    for damaged, why in (
+        (whole.replace('"where": "/data/of/me/test.jsonl:2", ', ""), "it lacks 'where'"),
+        (whole[:-9], "unexpected end of data"),
+    ):
+        path.write_text(damaged)
+        with pytest.raises(InputError, match=rf"p\.jsonl:2 is damaged: {why}"):
+            gather(path, "test", ["accuracy"], 2)
 
 
 def pairs(*found: tuple[str | None, str, str]) -> list[tuple[str | None, dict[str, dict[str, Any]]]]:

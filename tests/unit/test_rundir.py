@@ -191,6 +191,51 @@ def test_json_is_read_back_and_damage_is_named(tmp_path: Path) -> None:
         rundir.read_json(tmp_path / "b.json")
 
 
+@pytest.mark.parametrize(("content", "lacks"), [("[]", "an object"), ("3", "an object"), ('{"a": 1}', "b, c")])
+def test_a_record_that_lacks_something_is_damaged(content: str, lacks: str, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(content)
+    with pytest.raises(InputError) as error:
+        rundir.read_record(path, "a", "b", "c")
+    assert error.value.cause == f"{path} is damaged: it lacks {lacks}"
+    path.write_text('{"a": 1, "b": null, "c": 2}')
+    assert rundir.read_record(path, "a", "b", "c") == {"a": 1, "b": None, "c": 2}
+
+
+def test_nothing_is_told_to_empty_a_file(tmp_path: Path) -> None:
+    rundir.check_free(tmp_path / "new")
+    rundir.check_free(tmp_path)
+    file = tmp_path / "train.csv"
+    file.write_text("text,label")
+    for path, cause, remedy in (
+        (file, f"{file} is a file that exists already", "give another path"),
+        (tmp_path, f"{tmp_path} exists and is not empty", "give another path, or empty it"),
+    ):
+        with pytest.raises(InputError) as error:
+            rundir.check_free(path)
+        assert (error.value.cause, error.value.remedy) == (cause, remedy)
+
+
+def test_a_run_that_is_not_there_is_said_to_be_so(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"there is no folder {tmp_path / 'typo'}"):
+        RunDir.open(tmp_path / "typo")
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_what_is_saved_is_readable_by_whom_the_umask_lets(umask: int, mode: int, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    before = os.umask(umask)
+    try:
+        with rundir.replace_folder(tmp_path / "model") as folder:
+            save_file({"w": torch.ones(2)}, folder / "model.safetensors")  # for its owner alone
+            (folder / "config.json").write_text("{}")
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "model").iterdir()} == {mode}
+
+
 def test_a_hash_is_the_published_one(tmp_path: Path) -> None:
     (tmp_path / "abc").write_bytes(b"abc")
     expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, appendix B.1

@@ -59,15 +59,21 @@ def write(run: Path, name: str, rows: Sequence[Row], found: Mapping[str, Sequenc
 
 def read(run: Path, name: str) -> Iterator[Answered]:
     """The rows of the set `name` in their order; a damaged file is refused by name and line."""
-    path = run / FOLDER / f"{name}.jsonl"
+    return read_file(run / FOLDER / f"{name}.jsonl")
+
+
+def read_file(path: Path) -> Iterator[Answered]:
+    """`read` of a set's file, which stands in its run's folder of answers."""
+    run = path.parent.parent
     copies = Counter[str]()
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 found = _read(orjson.loads(line), copies)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
+                why = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
                 raise InputError(
-                    f"{path}:{number} is damaged: {error}",
+                    f"{path}:{number} is damaged: {why}",
                     f"measure the set again: `tunesmith evaluate {run} --data F`",
                 ) from error
             yield found

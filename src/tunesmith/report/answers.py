@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import orjson
-
 from tunesmith.errors import InputError
 from tunesmith.evaluation import METRICS
+from tunesmith.evaluation.answers import read_file
 from tunesmith.evaluation.metrics import Joint, RowMetric
 from tunesmith.report.before_after import TUNED
 from tunesmith.report.findings import file_name
@@ -79,10 +78,14 @@ def gather(path: Path, data: str, metrics: Sequence[str], measured: int, budget:
     if not path.is_file():
         return None
     judge = _judge(metrics)
-    found = list(_read(path, judge))
-    if not found:
+    rows = list(read_file(path))
+    if not rows:
         return None
-    before = next((model for model in _models(path) if model != TUNED), None)
+    before = next((model for model in rows[0].answers if model != TUNED), None)
+    found = [
+        _judged(judge, row.where, row.input, row.answers[before] if before else None, row.answers[TUNED], row.tags)
+        for row in rows
+    ]
     return _sample(data, before, TUNED, judge, measured, found, budget)
 
 
@@ -130,19 +133,6 @@ def compact(answers: Answers) -> dict[str, Any]:
     }
 
 
-def _read(path: Path, judge: RowMetric | None) -> Iterator[Answer]:
-    for line in path.read_bytes().splitlines():
-        row = orjson.loads(line)
-        answers = {
-            model: Prediction(
-                a["output"], row["reference"], row["where"], a["scores"], a["probabilities"], a["finished"]
-            )
-            for model, a in row["answers"].items()
-        }
-        before = next((answer for model, answer in answers.items() if model != TUNED), None)
-        yield _judged(judge, row["where"], row["input"], before, answers[TUNED], row["tags"])
-
-
 def _judged(
     judge: RowMetric | None,
     where: str,
@@ -177,11 +167,6 @@ def _sample(
     counts = Counter(answer.outcome for answer in found)
     shown = tuple(_fitting(found, counts, budget))
     return Answers(data, before, after, None if judge is None else judge.name, measured, len(found), counts, shown)
-
-
-def _models(path: Path) -> list[str]:
-    with path.open("rb") as lines:
-        return list(orjson.loads(lines.readline())["answers"])
 
 
 def _judge(names: Sequence[str]) -> RowMetric | None:

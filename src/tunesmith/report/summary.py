@@ -27,6 +27,7 @@ from tunesmith.report.findings import Finding, file_name, findings, splits
 from tunesmith.report.verdict import Verdict, verdicts
 
 Json = Mapping[str, Any]
+PLANNED = ("meaning", "base", "audit", "parameters", "prediction", "placement", "hash")
 MEASURED = {"records": "evaluation.json", "effects": "comparison.json", "details": "details.json"}
 
 
@@ -73,13 +74,14 @@ class Summary:
 
     @property
     def commands(self) -> str:
-        """How to make the run again and go on with it, as lines of a shell."""
+        """How to make the run again and go on with it, as lines of a shell in the folder that holds the run's."""
+        run = shlex.quote(self.name)
         tests = next(iter(self.plan["audit"]["tests"]), "test")
         lines = [
-            ("tunesmith plan recipe.yaml", f"must say plan {self.plan['hash'][:12]}…"),
-            ("tunesmith train recipe.yaml", "the run again"),
-            (f"tunesmith evaluate {shlex.quote(self.name)} --data more.jsonl", f"on rows beside {tests}"),
-            (f"tunesmith predict {shlex.quote(self.name)} --input new.jsonl", "answers to rows without a reference"),
+            (f"tunesmith plan {run}/recipe.yaml", f"must say plan {self.plan['hash'][:12]}…"),
+            (f"tunesmith train {run}/recipe.yaml", "the run again"),
+            (f"tunesmith evaluate {run} --data more.jsonl", f"on rows beside {tests}"),
+            (f"tunesmith predict {run} --input new.jsonl", "answers to rows without a reference"),
         ]
         width = max(len(command) for command, _ in lines)
         return "\n".join(f"{command:{width}}  # {what}" for command, what in lines)
@@ -92,7 +94,8 @@ class Summary:
 def summarise(run: Path) -> Summary:
     """The summary of a run, finished or not. InputError if `run` is no run, or a file of it is damaged."""
     rundir.RunDir.open(run)
-    plan, manifest = rundir.read_json(run / "plan.json"), rundir.read_json(run / "manifest.json")
+    plan = rundir.read_record(run / "plan.json", *PLANNED)
+    manifest = rundir.read_record(run / "manifest.json", "libraries", "machine", "seed")
     found = {k: rundir.read_json(run / name) if (run / name).is_file() else None for k, name in MEASURED.items()}
     records, effects = found["records"] or [], found["effects"] or []
     finished = found["records"] is not None and (run / "model").is_dir()
@@ -107,7 +110,7 @@ def summarise(run: Path) -> Summary:
         method=(method_text(plan), _meaning(METHODS, plan["meaning"]["method"][0])),
         asked=_asked(plan),
         finished=finished,
-        recipe=(run / "recipe.yaml").read_text(encoding="utf-8"),
+        recipe=rundir.read_text(run / "recipe.yaml"),
         plan=plan,
         manifest=manifest,
         records=records,
