@@ -1,6 +1,6 @@
 """What the error bars are worth: how often 95% intervals hold the true value, how often tests find what is or is not.
 
-    python benchmarks/error_bars.py [--samples 2000] [--processes N]
+    python benchmarks/error_bars.py [--samples 2000] [--processes N] [--power-only]
 
 Draws samples of 50, 200 and 1,000 rows from populations whose true values are known (populations.py) and gives them
 to the intervals and tests that `evaluate` and `compare` use. Writes benchmarks/results/error_bars.json and .md.
@@ -104,7 +104,7 @@ def carried_out(job: Job) -> tuple[Job, dict[str, int]]:
 
 
 def rows_needed(population: Population) -> int:
-    """With how many rows the better model is found in 4 of 5 repetitions, as `compare` tells it from many rows."""
+    """With how many rows the better model is found in 4 of 5 repetitions or more, as `compare` tells from many rows."""
     tables = population.draw(PILOT, population.gain, np.random.default_rng(2))
     units = side_by_side(population.metric, *tables, population.clusters(PILOT)).units_needed(LEVEL)
     assert units is not None
@@ -145,14 +145,10 @@ def check_tables() -> None:
         np.testing.assert_allclose(statistics(made, answers), table(metric, actual_N, shares_NL), atol=1e-12)
 
 
-def measured(samples: int, processes: int) -> dict[str, Any]:
-    """Every figure as a share of its samples."""
-    for population in POPULATIONS:
-        print(f"{population.name}: {population.values}", flush=True)
-    sizes = {place: rows_needed(p) for place, p in enumerate(POPULATIONS) if p.gain}
+def shares(todo: list[Job], processes: int) -> dict[tuple[str, int | None, int], float]:
+    """Every figure, by its population and size, as a share of its samples."""
     counts: defaultdict[tuple[str, int | None, int], int] = defaultdict(int)
     totals: defaultdict[tuple[str, int | None, int], int] = defaultdict(int)
-    todo = list(jobs(samples, sizes))
     with multiprocessing.get_context("fork").Pool(processes) as pool:
         for done, (job, hits) in enumerate(pool.imap_unordered(carried_out, todo), 1):
             for figure, count in hits.items():
@@ -160,30 +156,36 @@ def measured(samples: int, processes: int) -> dict[str, Any]:
                 totals[figure, job.place, job.count] += job.samples
             if done % 100 == 0:
                 print(f"{done:,} of {len(todo):,} parts", flush=True)
-    share = {key: round(count / totals[key], 4) for key, count in counts.items()}
+    return {key: round(count / totals[key], 4) for key, count in counts.items()}
+
+
+def measured(samples: int, processes: int, before: dict[str, Any] | None) -> dict[str, Any]:
+    """All figures; those of an outcome `before` stay, but for power."""
+    sizes = {place: rows_needed(p) for place, p in enumerate(POPULATIONS) if p.gain}
+    share = shares([j for j in jobs(samples, sizes) if before is None or j.what == "power"], processes)
 
     def by_size(figure: str, place: int | None) -> dict[str, float]:
         return {str(count): share[figure, place, count] for count in SIZES}
 
     populations = {
-        population.name: {
+        population.name: before["populations"][population.name]
+        if before is not None
+        else {
             "metric": population.metric.name,
             "coverage of values": by_size("value", place),
             "coverage of differences": by_size("difference", place),
             "false alarms": by_size("false alarms", place),
-            **(
-                {
-                    "true difference": round(population.values[1], 4),
-                    "rows stated": sizes[place],
-                    "power at these rows": share["power", place, sizes[place]],
-                }
-                if place in sizes
-                else {}
-            ),
         }
         for place, population in enumerate(POPULATIONS)
     }
-    return {"populations": populations, "false alarms of a family after Holm": by_size("family", None)}
+    for place, count in sizes.items():
+        populations[POPULATIONS[place].name] |= {
+            "true difference": round(POPULATIONS[place].values[1], 4),
+            "rows stated": count,
+            "power at these rows": share["power", place, count],
+        }
+    alarms = "false alarms of a family after Holm"
+    return {"populations": populations, alarms: by_size("family", None) if before is None else before[alarms]}
 
 
 def report(samples: int, figures: dict[str, Any]) -> dict[str, Any]:
@@ -237,9 +239,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=2000)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--power-only", action="store_true", help="all else stays as the last run found it")
     arguments = parser.parse_args()
     check_tables()
-    outcome = report(arguments.samples, measured(arguments.samples, arguments.processes))
+    kept = json.loads((RESULTS / "error_bars.json").read_text(encoding="utf-8")) if arguments.power_only else None
+    outcome = report(arguments.samples, measured(arguments.samples, arguments.processes, kept))
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "error_bars.json").write_text(json.dumps(outcome, indent=1) + "\n", encoding="utf-8")
     (RESULTS / "error_bars.md").write_text(markdown(outcome), encoding="utf-8")
