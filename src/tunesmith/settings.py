@@ -265,6 +265,8 @@ def _precision(facts: Facts, speed: Speed, defaults: list[Default]) -> str:
         defaults.append(Default("precision", "fp32", f"{facts.model.model_type} models do not run in bf16"))
         return "fp32"
     rates = f"fp32 {speed.fp32 / 1e9:.0f}, bf16 {speed.bf16 / 1e9:.0f} GFLOP/s measured here"
+    if speed.fp32 < speed.bf16 and speed.best == "fp32":
+        rates += f"; whole steps gain from bf16 above {speed.worth:g} times"
     defaults.append(Default("precision", speed.best, rates))
     return speed.best
 

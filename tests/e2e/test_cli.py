@@ -410,7 +410,7 @@ WRONG: dict[str, tuple[int, str, list[str]]] = {
     "run exists": (2, "holds a run", ["train", "{project}/chat.yaml", "--out", "{run}"]),
     "folder is full": (2, "not empty", ["train", "{project}/chat.yaml", "--out", "{project}"]),
     "no run to resume": (2, "not a run", ["resume", "{project}"]),
-    "no run to evaluate": (2, "not a run", ["evaluate", "{project}/nowhere"]),
+    "no run to evaluate": (2, "there is no folder", ["evaluate", "{project}/nowhere"]),
     "no model to ask": (2, "no model", ["predict", "{project}", "--input", "{project}/ask.jsonl"]),
     "no input": (2, "nothing.jsonl", ["predict", "{run}", "--input", "{project}/nothing.jsonl"]),
     "no folder for output": (
@@ -423,7 +423,7 @@ WRONG: dict[str, tuple[int, str, list[str]]] = {
     "no plugin": (2, "--plugin", ["plan", "{project}/chat.yaml", "--plugin", "{project}/none.py"]),
     "broken plugin": (2, "ZeroDivisionError", ["schema", "--plugin", "{project}/broken.py"]),
     "nothing to compare": (2, "RUN", ["compare"]),
-    "no run to compare": (2, "not a run", ["compare", "{run}", "{project}/nowhere"]),
+    "no run to compare": (2, "there is no folder", ["compare", "{run}", "{project}/nowhere"]),
     "itself to compare": (2, "given twice", ["compare", "{run}", "{run}"]),
     "no set of both": (2, "was not measured on 'late'", ["compare", "{run}", "--data", "late"]),
     "a page into a folder": (2, "is a folder", ["compare", "{run}", "--out", "{project}"]),

@@ -30,8 +30,13 @@ class Speed:
     bf16: float
 
     @property
+    def worth(self) -> float:
+        """How many times the rate of fp32 pays for bf16."""
+        return WORTH[self.device.split(":")[0]]
+
+    @property
     def best(self) -> str:
-        return "bf16" if self.bf16 > WORTH[self.device.split(":")[0]] * self.fp32 else "fp32"
+        return "bf16" if self.bf16 > self.worth * self.fp32 else "fp32"
 
 
 def choose_device(asked: str) -> torch.device:
