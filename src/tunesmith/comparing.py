@@ -55,8 +55,8 @@ class Contrast:
     """`after` less `before` by one metric, with its 95% interval; `standing` is that of `after` by `p_holm`.
 
     `p_holm` is p after Holm's correction for all tests of the set. `rows_needed`: rows in all with which a difference
-    like the one seen is found in 4 of 5 repetitions (None: never). `detectable`: the smallest difference that is
-    found so with these rows (None: they are too few).
+    like the one seen is found in at least 4 of 5 repetitions (None: never). `detectable`: the smallest difference
+    that is found so with these rows (None: they are too few).
     """
 
     data: str

@@ -103,10 +103,11 @@ def read_json(path: Path) -> Any:
 def read_record(path: Path, *keys: str) -> dict[str, Any]:
     """`read_json` of an object; one that lacks any of `keys` is refused as damaged."""
     found = read_json(path)
-    lacking = [key for key in keys if key not in found] if isinstance(found, dict) else ["an object"]
+    held = cast("dict[str, Any]", found if isinstance(found, dict) else {})
+    lacking = [key for key in keys if key not in held]
     if lacking:
         raise InputError(f"{path} is damaged: it lacks {', '.join(lacking)}", "restore it, or start the run again")
-    return cast("dict[str, Any]", found)
+    return held
 
 
 def check_free(path: Path) -> None:

@@ -250,7 +250,7 @@ def test_wrong_folders_are_refused(tmp_path: Path) -> None:
     ("name", "content", "cause"),
     [
         ("plan.json", "{}", "is damaged: it lacks meaning"),
-        ("manifest.json", "[]", "is damaged: it lacks an object"),
+        ("manifest.json", "[]", "is damaged: it lacks libraries"),
         ("recipe.yaml", None, "is missing"),
         ("predictions/test.jsonl", '{"key": "a"}', "test.jsonl:1 is damaged: it lacks 'where'"),
     ],

@@ -91,6 +91,8 @@ def test_the_backend_follows_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cuda_attention.backend(look([[(0, 500), (500, 1024)]], 1024), 384, half) == "padded"
     assert cuda_attention.backend(look([[(0, 50), (50, 90)]], 90, shared=8), 4096, half) == "each"
     assert cuda_attention.backend(look([[(0, 500), (500, 1024)]], 1024), 4096, torch.float32) == "padded"
+    assert cuda_attention.backend(look([[(0, 512), (512, 1024)]], 1024), 4096, half, 0.1) == "padded"
+    assert cuda_attention.backend(look([[(0, 1024)]], 1024), 4096, half, 0.1) == "each"
     with torch.no_grad():
         assert cuda_attention.backend(look([[(0, 500), (500, 1024)]], 1024), 4096, half) == "padded"
     assert cuda_attention.padded_length(look([[(0, 500), (500, 8100)]], 8100), 4096) == 8192

@@ -50,6 +50,8 @@ def test_a_damaged_answer_is_named_by_its_line(tmp_path: Path) -> None:
     for damaged, why in (
         (whole.replace('"where": "/data/of/me/test.jsonl:2", ', ""), "it lacks 'where'"),
         (whole[:-9], "unexpected end of data"),
+        (whole[::-1].replace('"denut"', '"rehto"', 1)[::-1], "it has no answer of tuned"),
+        (whole[::-1].replace('"esab"', '"rehto"', 1)[::-1], "it has no answer of base"),
     ):
         path.write_text(damaged)
         with pytest.raises(InputError, match=rf"p\.jsonl:2 is damaged: {why}"):

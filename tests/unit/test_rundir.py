@@ -191,7 +191,7 @@ def test_json_is_read_back_and_damage_is_named(tmp_path: Path) -> None:
         rundir.read_json(tmp_path / "b.json")
 
 
-@pytest.mark.parametrize(("content", "lacks"), [("[]", "an object"), ("3", "an object"), ('{"a": 1}', "b, c")])
+@pytest.mark.parametrize(("content", "lacks"), [("[]", "a, b, c"), ("3", "a, b, c"), ('{"a": 1}', "b, c")])
 def test_a_record_that_lacks_something_is_damaged(content: str, lacks: str, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     path.write_text(content)

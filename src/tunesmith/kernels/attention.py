@@ -101,14 +101,14 @@ def _attended(
     bounds, causal, window, softcap, scaling = look.bounds, look.causal, look.window, look.softcap, look.scaling
     if softcap is None and window is None and dropout == 0 and _is_plain_cpu(query_BHTD, key_BKTD, value_BKTD):
         return cast(Any, _CpuSegments.apply)(query_BHTD, key_BKTD, value_BKTD, bounds, causal, scaling)
-    if query_BHTD.is_cuda and dropout == 0:
-        features = query_BHTD.shape[1] * query_BHTD.shape[3]
-        if cuda_attention.backend(look, features, query_BHTD.dtype) in ("dense", "blocks"):
-            return cuda_attention.attend(query_BHTD, key_BKTD, value_BKTD, look).contiguous()
+    features = query_BHTD.shape[1] * query_BHTD.shape[3]
+    backend = cuda_attention.backend(look, features, query_BHTD.dtype, dropout) if query_BHTD.is_cuda else "each"
+    if backend in ("dense", "blocks"):
+        return cuda_attention.attend(query_BHTD, key_BKTD, value_BKTD, look).contiguous()
     groups = query_BHTD.shape[1] // key_BKTD.shape[1]
     if groups > 1:
         key_BKTD, value_BKTD = (x.repeat_interleave(groups, dim=1) for x in (key_BKTD, value_BKTD))
-    if query_BHTD.is_cuda and padded_attention.serves(bounds):
+    if backend == "padded":
         return padded_attention.attend(query_BHTD, key_BKTD, value_BKTD, look, dropout)
 
     def attend(row: int, start: int, stop: int) -> Tensor:

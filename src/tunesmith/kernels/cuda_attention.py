@@ -73,11 +73,15 @@ def reach(bounds: Bounds, window: int | None) -> int | None:
     return window if longest > window else None
 
 
-def backend(look: Look, features: int, dtype: torch.dtype) -> Literal["dense", "blocks", "padded", "each"]:
+def backend(
+    look: Look, features: int, dtype: torch.dtype, dropout: float = 0.0
+) -> Literal["dense", "blocks", "padded", "each"]:
     """How these rows are computed: see the module. `features`: the width of all query heads."""
+    pads = padded_attention.serves(look.bounds)
+    if dropout:
+        return "padded" if pads else "each"
     if look.dense is not None:
         return "dense"
-    pads = padded_attention.serves(look.bounds)
     most = SMALL if torch.is_grad_enabled() else FORWARD * SMALL
     small = pads and padded_attention.positions(look.bounds) * features <= most
     if dtype in HALF and look.length >= SHORTEST and not small and _flex_is_there():

@@ -82,6 +82,9 @@ def gather(path: Path, data: str, metrics: Sequence[str], measured: int, budget:
     if not rows:
         return None
     before = next((model for model in rows[0].answers if model != TUNED), None)
+    for number, row in enumerate(rows, 1):
+        if lacking := {before or TUNED, TUNED} - row.answers.keys():
+            raise InputError(f"{path}:{number} is damaged: it has no answer of {min(lacking)}", "measure the set again")
     found = [
         _judged(judge, row.where, row.input, row.answers[before] if before else None, row.answers[TUNED], row.tags)
         for row in rows

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 NAME, SHORT = 14, 11  # characters of a run's name over its column
 LEGEND = (
     "[low, high]: 95% intervals. p: after Holm's correction for all tests of the set. "
-    "+N rows: that many more would show a difference like the one seen in 4 of 5 repetitions. "
+    "+N rows: that many more would show a difference like the one seen in at least 4 of 5 repetitions. "
     "±: the smallest difference that these rows would show so."
 )
 

@@ -81,7 +81,7 @@ def _outlook(test: Contrast, shared: Shared) -> str:
     least = None if test.detectable is None else difference(facts_of(test.metric), test.detectable).lstrip("+")
     shows = "They are too few to show any difference"
     if least is not None:
-        shows = f"They would show a difference of {least} or more in 4 of 5 such tests"
+        shows = f"They would show a difference of {least} or more in at least 4 of 5 such tests"
     if not test.difference:
         return f"{shows}."
     if test.rows_needed is None:

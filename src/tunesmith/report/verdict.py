@@ -114,7 +114,9 @@ def _caveats(table: Table, line: Line, on_validation: bool, detectable: float | 
         found.append(f"{line.after['n']} rows can only show large differences: more test rows would say more.")
     if line.standing == "no better" and detectable is not None:
         least = f"{100 * detectable:.1f} points"
-        found.append(f"These rows would have shown a difference of {least} or more in 4 of 5 such tests (power 0.8).")
+        found.append(
+            f"These rows would have shown a difference of {least} or more in at least 4 of 5 such tests (power 0.8)."
+        )
     if line.before is not None and line.before["model"] == MAJORITY:
         found.append(
             "A base without a trained head gives no labels, so the comparison is with the label that is most frequent "
