@@ -3,7 +3,12 @@
     python benchmarks/cpu_sft.py --trl-python path/to/venv/bin/python [--steps 25] [--repeats 3]
 
 Both train on the same token ids with the same loss mask: rows are rendered once, here. What is counted are the
-tokens of the rows, never padding, over all steps but the first two. See README.md beside this file.
+tokens of the rows, never padding, over all steps but the first two. Held equal: fp32, rank, targets, no dropout, AdamW
+at a constant rate, the order of the rows. trl-defaults is SFTTrainer as it comes; trl-best takes rows of like length
+together and recomputes nothing (its packing lets examples see each other on a CPU). tunesmith-unshared does not compute
+once what rows begin with in common.
+
+TRL has an environment of its own: python -m venv V; V/bin/pip install torch trl peft datasets
 """
 
 from __future__ import annotations
@@ -139,9 +144,9 @@ def run_quietly(job: dict[str, Any], system: str, python: str) -> dict[str, Any]
 
 def check_trl(python: str | None) -> str:
     if python is None:
-        sys.exit("give --trl-python: the python of an environment with TRL (see benchmarks/README.md)")
+        sys.exit("give --trl-python: the python of an environment with TRL (see --help)")
     if subprocess.run([python, "-c", "import trl, peft, datasets"], capture_output=True, check=False).returncode:
-        sys.exit(f"{python} cannot import trl, peft and datasets (see benchmarks/README.md)")
+        sys.exit(f"{python} cannot import trl, peft and datasets (see --help)")
     return python
 
 
