@@ -4,31 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tunesmith.types import HeadSpec, Segment
 
 
-def _mean(hidden_TD: Tensor) -> Tensor:
-    return hidden_TD.mean(0)
-
-
-def _first(hidden_TD: Tensor) -> Tensor:
-    return hidden_TD[0]
-
-
-def _last(hidden_TD: Tensor) -> Tensor:
-    return hidden_TD[-1]
-
-
-POOLINGS: dict[str, Callable[[Tensor], Tensor]] = {"mean": _mean, "first": _first, "last": _last}
+POOLINGS: dict[str, Callable[[int], int]] = {"first": lambda size: 0, "last": lambda size: size - 1}  # or the mean
 
 
 def pool(hidden_BTD: Tensor, segments: Sequence[Segment], pooling: str) -> Tensor:
-    """One vector for each segment, in order: [S, D]. "first" is the CLS position of an encoder."""
-    take = POOLINGS[pooling]
-    return torch.stack([take(hidden_BTD[s.row, s.start : s.stop]) for s in segments])
+    """One vector for each segment, in order: [S, D]. "first" is the CLS position of an encoder.
+
+    One gather for all segments: a slice of each is a launch each, and in backward a row of zeros each.
+    """
+    length, device = hidden_BTD.shape[1], hidden_BTD.device
+    starts, sizes = [s.row * length + s.start for s in segments], [s.length for s in segments]
+    if pooling == "mean":
+        place = np.concatenate([np.arange(start, start + size) for start, size in zip(starts, sizes, strict=True)])
+        hidden_ND = _taken(hidden_BTD, place).float()
+        return torch.segment_reduce(hidden_ND, "mean", lengths=torch.tensor(sizes, device=device), unsafe=True)
+    within = POOLINGS[pooling]
+    return _taken(hidden_BTD, np.array([start + within(size) for start, size in zip(starts, sizes, strict=True)]))
+
+
+def _taken(hidden_BTD: Tensor, place: NDArray[np.int64]) -> Tensor:
+    return hidden_BTD.flatten(0, 1).index_select(0, torch.from_numpy(place).to(hidden_BTD.device, non_blocking=True))
 
 
 class Head(nn.Module):
