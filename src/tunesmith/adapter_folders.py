@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tunesmith.beneath import Beneath, held
 from tunesmith.data.given import PathLike
 from tunesmith.errors import InputError, RefusedError
-from tunesmith.loaded import folder_of
 from tunesmith.methods import METHODS
-from tunesmith.models.saved import read_card
+from tunesmith.models.saved import folder_of, read_card
 
 BASE = "base"
 
@@ -24,6 +24,11 @@ class Saved:
     path: Path
     folder: Path
     card: dict[str, Any]
+
+    @property
+    def beneath(self) -> list[Beneath]:
+        """The adapters that it stands on, from the base up."""
+        return held(self.folder, self.card)
 
     @property
     def base_in(self) -> str:

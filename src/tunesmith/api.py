@@ -18,8 +18,9 @@ from tunesmith.errors import InputError, StoppedError
 from tunesmith.evaluation.preflight import check_metrics
 from tunesmith.events import Listen, StopRun, Together
 from tunesmith.exporting import Exported
-from tunesmith.loaded import folder_of, load
+from tunesmith.loaded import load
 from tunesmith.models.cache import cache_dir
+from tunesmith.models.saved import folder_of
 from tunesmith.planning import Assets, Plan, make_plan
 from tunesmith.plugins import load_plugins
 from tunesmith.recipe import Recipe

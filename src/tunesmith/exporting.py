@@ -57,8 +57,10 @@ def copy(model: Path, to: Path) -> Exported:
     """The run's own model folder, byte for byte."""
     with rundir.replace_folder(to) as folder:
         for pattern in MODEL_FILES:
-            for file in model.glob(pattern):
-                shutil.copyfile(file, folder / file.name)
+            for file in model.rglob(pattern):
+                copied = folder / file.relative_to(model)
+                copied.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, copied)
     return Exported(to)
 
 

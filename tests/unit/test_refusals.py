@@ -13,6 +13,7 @@ import pytest
 
 from kinds import policy_of
 from tunesmith import rules
+from tunesmith.beneath import Beneath
 from tunesmith.errors import TunesmithError
 from tunesmith.facts import DEFAULT_POOLING, Facts, ModelFacts, Previous
 from tunesmith.methods import METHODS
@@ -47,6 +48,11 @@ def after(method: str, objective: str = "sft", **options: Any) -> Previous:
     return Previous({"name": method, "options": options}, {"name": objective})
 
 
+def stacked(trained: str = "lora", precision: str = "auto", **given: Any) -> Facts:
+    first = Beneath("first", "first", Path("first"), "lora", "lm", "base", "0000", (), "ab")
+    return replace(facts(trained, precision=precision), beneath=(replace(first, **given),), base_sha256="0000")
+
+
 def of_method(kind: ModelKind = "decoder", train: Any = None, **given: Any) -> Facts:
     found = facts(kind=kind, train=train or {})
     return replace(found, method=replace(found.method, **given))
@@ -76,6 +82,20 @@ RULES: dict[str, Callable[[], Facts]] = {
     "the earlier run trained dora, and this recipe asks for lora": lambda: replace(facts(), previous=after("dora")),
     "the earlier run had method options {'rank': 4}": lambda: replace(
         facts({"name": "lora", "rank": 8}), previous=after("lora", rank=4)
+    ),
+    "first was trained on other (f1e2d3c4b5a6...), and base has other weights (0000...)": lambda: stacked(
+        base="other", base_sha256="f1e2d3c4b5a6978"
+    ),
+    "first is by ia3, and lora stands on adapters by dora or lora": lambda: stacked(method="ia3"),
+    "first is by lora, and prompt stands on no other adapter": lambda: stacked("prompt"),
+    "first was trained below a pooled head, and sft needs a lm head": lambda: stacked(head="pooled"),
+    "first added tokens to the vocabulary": lambda: stacked(tokens=("<a>",)),
+    "method.tokens trains rows of the embeddings": lambda: replace(
+        stacked(), method=replace(METHODS.get("lora").facts, tokens=("<a>",))
+    ),
+    "precision is fp8, whose products hold the update of one adapter": lambda: stacked(precision="fp8"),
+    "model names an earlier run, which goes on with its own adapter": lambda: replace(
+        facts(adapters=["first"]), previous=after("lora")
     ),
     "the earlier run was trained for classify": lambda: replace(facts(), previous=after("lora", "classify")),
 }

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -35,6 +34,7 @@ class Lora(PeftAdapter):
         learning_rate_source="Hu et al. 2021 (table 11) for GPT-2, and Dettmers et al. 2023 (QLoRA) up to 13B",
         frozen_in=frozenset({"fp8", "int4"}),
         combines=frozenset(low_rank_sum.WAYS),
+        stands_on=frozenset({"lora", "dora"}),
     )
 
     class Options(LowRankOptions):
@@ -74,13 +74,6 @@ class Lora(PeftAdapter):
     def fit(self, policy: Policy, batches: Iterable[Batch]) -> None:
         if self.options.init == "eva":
             starts.observe(policy, self._peft, batches)
-
-    @contextmanager
-    def reference(self, policy: Policy) -> Generator[None]:
-        with super().reference(policy):
-            yield
-        if self._is_offset:
-            starts.hold(self._peft)
 
     def export(self, policy: Policy, to: Path) -> None:
         super().export(policy, to)
