@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -156,7 +156,7 @@ def make_plan(
         audit=prepared.audit.to_json(),
         parameters={"trainable": trainable, "total": total + beneath.elements(under)},
         metrics=_measured(recipe, objective, prepared),
-        defaults=_all_defaults(recipe, origin, defaults),
+        defaults=_all_defaults(recipe, origin, defaults, method),
         substitutions=substitutions,
         warnings=_warnings(recipe, prepared),
         shown=_shown(prepared, renderer),
@@ -333,15 +333,32 @@ def _describe_base(local: LocalModel, facts: Facts) -> dict[str, Any]:
     }
 
 
-def _all_defaults(recipe: Recipe, origin: Origin, resolved: list[Default]) -> list[Default]:
-    """Defaults that depended on facts, then those that the recipe's own model filled in."""
+def _all_defaults(recipe: Recipe, origin: Origin, resolved: list[Default], method: Method) -> list[Default]:
+    """The method's own, those that depended on facts, then those that the recipe's own model filled in."""
     known = {default.key for default in resolved}
     plain = [
         Default(key, value, "the recipe's default")
         for key, value in defaults_taken(recipe, origin).items()
         if key not in known and value is not None and value != {} and value != []
     ]
-    return resolved + plain
+    return [*_method_defaults(recipe, method), *resolved, *plain]
+
+
+def _method_defaults(recipe: Recipe, method: Method) -> Iterator[Default]:
+    """Options that the recipe leaves open, with where their values are from; those that do nothing are left out."""
+    options = method.options
+    implied: Mapping[str, tuple[Any, str]] = getattr(options, "implied", {})
+    for name, field in type(options).model_fields.items():
+        value = getattr(options, name)
+        if name in recipe.method.options:
+            continue
+        if value is None and name in implied:
+            yield Default(f"method.{name}", *implied[name])
+        elif value not in (None, False, [], {}):
+            extra: Any = field.json_schema_extra or {}
+            usual = value == field.get_default(call_default_factory=True)
+            source = extra.get("source", "the method's default") if usual else "the other options, or the earlier run"
+            yield Default(f"method.{name}", value, source)
 
 
 def _warnings(recipe: Recipe, prepared: Prepared) -> list[str]:

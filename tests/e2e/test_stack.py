@@ -228,3 +228,19 @@ def test_what_cannot_be_stacked_is_refused_with_a_remedy(
     assert "has other weights" in refused(adapters=[str(other)])
     planned = api.plan({**recipe, "adapters": [str(runs["lora"])]}, data={"train": ROWS[:8]})
     assert planned.beneath[0]["name"] == "lora"
+
+
+def test_the_plan_says_what_a_method_leaves_open_and_why(tiny_llama: Path) -> None:
+    def told(method: Any) -> dict[str, tuple[Any, str]]:
+        recipe = {"model": str(tiny_llama), "objective": "sft", "method": method, "train": {"max_steps": 1}}
+        found = api.plan(recipe, data={"train": ROWS[:8]}).defaults
+        return {d.key.removeprefix("method."): (d.value, d.why) for d in found if d.key.startswith("method.")}
+
+    lora = told({"name": "lora", "rank": 4})
+    assert "rank" not in lora
+    assert lora["alpha"] == (8.0, "twice the rank")
+    assert lora["targets"][0] == "all-linear"
+    assert "Dettmers et al. 2023" in lora["targets"][1]
+    assert told("partial")["top"][0] == 0.25
+    assert "top" not in told({"name": "partial", "only": "norms"})
+    assert told({"name": "bottleneck", "variant": "parallel"})["scaling"][0] == 4.0

@@ -55,6 +55,12 @@ class Partial(OwnWeights):
             None, description="share of the run in which the layers begin to train, one by one from the top"
         )
 
+        @property
+        def implied(self) -> dict[str, tuple[float, str]]:
+            """What an option that is left out comes to, and why."""
+            chosen = self.layers is not None or self.parameters is not None or self.only != "all"
+            return {} if chosen else {"top": (TOP, "that share of the layers, where nothing is chosen")}
+
         @model_validator(mode="after")
         def _one_choice(self) -> Partial.Options:
             if sum(choice is not None for choice in (self.top, self.layers, self.parameters)) > 1:

@@ -28,11 +28,24 @@ Targets = Literal["all-linear"] | list[str]
 class LowRankOptions(Strict):
     """What adapters of low rank have in common."""
 
-    rank: Positive = Field(16, description="width of the update")
+    rank: Positive = Field(
+        16,
+        description="width of the update",
+        json_schema_extra={"source": "LoRA's: ranks of 4 to 64 differ little (Hu et al. 2021, table 6)"},
+    )
     alpha: Annotated[float, Field(gt=0)] | None = Field(
         None, description="the update is scaled by alpha / rank; twice the rank if left out"
     )
-    targets: Targets = Field("all-linear", description="linear layers by name, or all-linear")
+    targets: Targets = Field(
+        "all-linear",
+        description="linear layers by name, or all-linear",
+        json_schema_extra={"source": "LoRA's: on all layers it matches full (Dettmers et al. 2023, figure 2)"},
+    )
+
+    @property
+    def implied(self) -> dict[str, tuple[float, str]]:
+        """What an option that is left out comes to, and why."""
+        return {"alpha": (self.scale, "twice the rank")}
 
     @property
     def scale(self) -> float:
