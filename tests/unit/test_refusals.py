@@ -113,6 +113,27 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "first comes after last": {"layers": [3, 1]},
     "is no regular expression": {"parameters": ["("]},
 }
+NAMED: dict[str, dict[str, Any]] = {
+    "method.targets: LlamaForCausalLM has no layer 'typo'": {"name": "lora", "targets": ["q_proj", "typo"]},
+    "method.feedforward: LlamaForCausalLM has no layer 'typo'": {"name": "ia3", "feedforward": ["typo"]},
+    "method.ranks: 'typo' is the name of no linear layer": {"name": "lora", "ranks": {"typo": 2, "q_proj": 4}},
+    "method.parameters: 'typo' is found in no parameter's name": {"name": "partial", "parameters": ["mlp", "typo"]},
+    "method partial chooses no bias of Llama": {"name": "partial", "only": "biases"},
+    "method.top is 3, and LlamaForCausalLM has 2 layers": {"name": "partial", "top": 3},
+    "ranks: '(' is no regular expression": {"name": "lora", "ranks": {"(": 2}},
+}
+
+
+@pytest.mark.parametrize("cause", NAMED)
+def test_a_name_that_a_model_lacks_is_refused_beside_those_that_it_has(cause: str, tiny_llama: Path) -> None:
+    import re
+
+    from tunesmith import api
+
+    recipe = {"model": str(tiny_llama), "objective": "sft", "method": NAMED[cause], "train": {"max_steps": 1}}
+    rows = [{"prompt": f"{i}?", "completion": "yes"} for i in range(4)]
+    with pytest.raises(TunesmithError, match=re.escape(cause)):
+        api.plan(recipe, data={"train": rows})
 
 
 @pytest.mark.parametrize("cause", OPTIONS)
@@ -128,7 +149,7 @@ def test_options_of_partial_that_mean_nothing(cause: str) -> None:
 @pytest.mark.parametrize(
     ("options", "cause"),
     [
-        ({"parameters": ["no-such-name"]}, "chooses no parameter"),
+        ({"parameters": ["no-such-name"]}, "is found in no parameter's name"),
         ({"layers": [0, 2]}, "names layers that LlamaForCausalLM lacks: it has 2"),
     ],
 )
@@ -323,10 +344,10 @@ def test_a_base_that_transformers_cannot_convert(tmp_path: Path, monkeypatch: py
     def fails(*_: Any, **__: Any) -> None:
         raise ValueError("unknown architecture")
 
-    for auto in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer):
+    for auto in (transformers.AutoConfig, transformers.AutoModelForCausalLM, transformers.AutoTokenizer):
         monkeypatch.setattr(auto, "from_pretrained", fails)
     with pytest.raises(TunesmithError, match=r"cannot convert base.gguf: unknown architecture"):
-        convert._model(tmp_path / "base.gguf", None)
+        convert._model(tmp_path / "base.gguf", {}, None)
     with pytest.raises(TunesmithError, match=r"cannot convert the tokenizer of base.gguf"):
         convert._tokenizer(tmp_path / "base.gguf", {})
     (tmp_path / "base.gguf").write_bytes(b"GGUF")
@@ -388,7 +409,9 @@ def test_a_method_that_finds_no_place_in_a_model(tiny_bert: Path) -> None:
     with pytest.raises(TunesmithError, match="ia3 does not know where Sequential keeps its keys"):
         ia3(ia3.Options(), 0.0).config(SimpleNamespace(model=torch.nn.Sequential(torch.nn.Linear(2, 2))))
     lora = METHODS.get("lora")
-    with pytest.raises(TunesmithError, match=r"method.targets name no layer of LlamaForCausalLM") as refused:
+    with pytest.raises(TunesmithError, match=r"method.targets name no layer of MixtralForCausalLM"):
+        lora(lora.Options(targets=["query"]), 0.0).attach(policy_of("mixtral"))
+    with pytest.raises(TunesmithError, match=r"method.targets: LlamaForCausalLM has no layer 'query'") as refused:
         lora(lora.Options(targets=["query"]), 0.0).attach(policy_of("llama"))
     assert "some of: down_proj, gate_proj, k_proj" in refused.value.remedy
 

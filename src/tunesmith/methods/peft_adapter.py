@@ -72,6 +72,7 @@ class PeftAdapter(ABC):
     def attach(self, policy: Policy) -> None:
         from peft import get_peft_model
 
+        self._check_names(policy)
         with peft_speaks():
             try:
                 self._peft = get_peft_model(policy.model, self.config(policy))
@@ -80,6 +81,20 @@ class PeftAdapter(ABC):
                     f"method.targets name no layer of {type(policy.model).__name__}: {error}",
                     f"use all-linear, or some of: {', '.join(linear_names(policy.model))}",
                 ) from error
+
+    def _check_names(self, policy: Policy) -> None:
+        """PEFT asks that one of the targets is there, and would pass over the others."""
+        if any(p.ndim > 2 for p in policy.model.parameters()):
+            return  # stacks of experts, whose layers PEFT knows by the names that checkpoints have
+        known = [name for name, _ in policy.model.named_modules()]
+        for key in ("targets", "feedforward"):
+            named = getattr(self.options, key, None)
+            for target in named if isinstance(named, list) else ():
+                if not any(name == target or name.endswith(f".{target}") for name in known):
+                    raise InputError(
+                        f"method.{key}: {type(policy.model).__name__} has no layer {target!r}",
+                        f"use all-linear, or some of: {', '.join(linear_names(policy.model))}",
+                    )
 
     def parameter_groups(self, policy: Policy) -> list[dict[str, Any]]:
         return [{"params": [p for p in policy.parameters() if p.requires_grad]}]
@@ -108,8 +123,8 @@ class PeftAdapter(ABC):
     def merge(self, policy: Policy) -> None:
         give_back(policy.model)  # a base in 4 bits takes no update: it goes into the weights that those bits stand for
         with peft_speaks():
-            names = self._peft.base_model.active_adapters
-            policy.model = self._peft.merge_and_unload(adapter_names=names[::-1] if self.merges_last_first else names)
+            names = self._peft.base_model.active_adapters[::-1] if self.merges_last_first else None
+            policy.model = self._peft.merge_and_unload(adapter_names=names)
 
     def load(self, policy: Policy, source: Path) -> None:
         from peft import PeftModel
