@@ -72,7 +72,7 @@ def save(adapters: Sequence[Beneath], to: Path) -> list[dict[str, str]]:
     """Copies them byte for byte into a model's folder; returns what its card says of them."""
     told: list[dict[str, str]] = []
     for place, one in enumerate(adapters, 1):
-        folder = to / FOLDER / f"{place}-{one.name}"
+        folder = to / FOLDER / f"{place:02}-{one.name}"
         folder.mkdir(parents=True)
         for name in FILES:
             shutil.copyfile(one.folder / name, folder / name)

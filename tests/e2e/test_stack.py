@@ -46,7 +46,7 @@ def test_what_is_beneath_stays_as_it_was_and_everybody_loads_the_stack(
     from transformers import AutoModelForCausalLM
 
     first, model = runs[name] / "model", runs[f"{name}+"] / "model"
-    under = model / "beneath" / f"1-{name}"
+    under = model / "beneath" / f"01-{name}"
     for file in ("adapter_model.safetensors", "adapter_config.json"):
         assert (under / file).read_bytes() == (first / file).read_bytes()
     assert (model / "adapter_model.safetensors").read_bytes() != (first / "adapter_model.safetensors").read_bytes()
@@ -98,9 +98,9 @@ def test_stacks_grow_and_go_on(runs: dict[str, Path], tiny_llama: Path, tmp_path
     third = {"name": "lora", "rank": 2, "init": "pissa"}
     top = on(tiny_llama, tmp_path / "top", third, runs["lora+"])
     card = json.loads((top / "model" / "tunesmith.json").read_text())
-    assert [one["folder"] for one in card["beneath"]] == ["beneath/1-lora", "beneath/2-lora+"]
+    assert [one["folder"] for one in card["beneath"]] == ["beneath/01-lora", "beneath/02-lora+"]
     assert [one["name"] for one in json.loads((top / "manifest.json").read_text())["beneath"]] == ["lora", "lora+"]
-    under = load_file(top / "model" / "beneath" / "2-lora+" / "adapter_model.safetensors")
+    under = load_file(top / "model" / "beneath" / "02-lora+" / "adapter_model.safetensors")
     before = load_file(runs["lora+"] / "model" / "adapter_model.safetensors")
     assert all(torch.equal(value, under[key]) for key, value in before.items())
     measured = json.loads((top / "evaluation.json").read_text())[0]
@@ -174,7 +174,7 @@ def test_a_stack_that_is_stopped_goes_on_to_the_same_bits(
 def test_a_changed_file_is_refused_and_a_copy_is_whole(runs: dict[str, Path], tmp_path: Path) -> None:
     assert call("export", runs["lora+"], "--to", tmp_path / "copy")[0] == 0
     assert answers(api.load(tmp_path / "copy", "cpu"), "lora") == answers(api.load(runs["lora+"], "cpu"), "lora")
-    weights = tmp_path / "copy" / "beneath" / "1-lora" / "adapter_model.safetensors"
+    weights = tmp_path / "copy" / "beneath" / "01-lora" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     with pytest.raises(RefusedError, match="damaged"):
         api.load(tmp_path / "copy", "cpu")
@@ -198,6 +198,18 @@ def test_stacks_are_listed_switched_and_summed(runs: dict[str, Path], tiny_llama
     code, _, err = call("combine", runs["lora+"], runs["wide"], "--how", "ties", "--to", tmp_path / "no")
     assert (code, "stands on lora, and ties sums no updates" in err) == (2, True)
     assert not (tmp_path / "no").exists()
+
+
+def test_the_card_says_how_peft_loads_a_stack(runs: dict[str, Path], tiny_llama: Path) -> None:
+    card = (runs["lora+"] / "model" / "README.md").read_text()
+    code = next(text for text in card.split("```python\n")[1:] if "PeftModel" in text).split("messages = ")[0]
+    code = code.replace("path/to/this/folder", str(runs["lora+"] / "model"))
+    names: dict[str, Any] = {}
+    exec(code.replace(f"path/to/{tiny_llama.name}", str(tiny_llama)), names)
+    policy, ids = api.load(runs["lora+"], "cpu").policy, torch.tensor([[5, 9, 40, 77, 12]])
+    policy.model.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        torch.testing.assert_close(names["model"](ids).logits, policy.model(ids).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_what_cannot_be_stacked_is_refused_with_a_remedy(
@@ -244,3 +256,17 @@ def test_the_plan_says_what_a_method_leaves_open_and_why(tiny_llama: Path) -> No
     assert told("partial")["top"][0] == 0.25
     assert "top" not in told({"name": "partial", "only": "norms"})
     assert told({"name": "bottleneck", "variant": "parallel"})["scaling"][0] == 4.0
+
+
+@pytest.mark.gpu
+def test_a_stack_on_cuda_is_measured_as_it_is_loaded(tiny_llama: Path, tmp_path: Path) -> None:
+    cuda = {"place": {"device": "cuda"}, "precision": "bf16"}
+    first = train(tiny_llama, tmp_path / "first", "lora", **cuda)
+    second = on(tiny_llama, tmp_path / "second", "lora", first, **cuda)
+    held = second / "model" / "beneath" / "01-first" / "adapter_model.safetensors"
+    assert held.read_bytes() == (first / "model" / "adapter_model.safetensors").read_bytes()
+    (measured,) = [r for r in json.loads((second / "evaluation.json").read_text()) if r["metric"] == "loss"]
+    scores = [p.scores for p in api.predict(second, ROWS[8:], device="cuda")]
+    total = {key: sum(one[key] for one in scores) for key in ("nll", "tokens")}
+    assert total["nll"] / total["tokens"] == pytest.approx(measured["value"], rel=1e-2)
+    assert api.export(second, tmp_path / "whole", merge=True, device="cuda").check is not None
