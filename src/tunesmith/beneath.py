@@ -49,7 +49,7 @@ def find(paths: Sequence[str], base: Path) -> tuple[Beneath, ...]:
                 f"adapters: {path} is by {method}, which leaves no adapter of PEFT to stand on",
                 "go on from it as `model`, or from its export with --merge",
             )
-        own = _of(path, _name(folder), folder, card, method, card["files"][FILES[0]])
+        own = _of(path, name_of(folder), folder, card, method, card["files"][FILES[0]])
         for one in (*held(folder, card), own):
             if one.sha256 in found:
                 raise InputError(
@@ -98,6 +98,7 @@ def _of(path: str, name: str, folder: Path, card: Mapping[str, Any], method: str
     return Beneath(name, path, folder, method, card["head"], base["name"], base["sha256"], tokens, sha256)
 
 
-def _name(folder: Path) -> str:
-    """What a run, or an exported folder, is called."""
-    return folder.parent.name if folder.name == "model" else folder.name
+def name_of(path: Path) -> str:
+    """What a run, its model/, or an exported folder is called."""
+    absolute = path.absolute()
+    return absolute.parent.name if absolute.name == "model" else absolute.name

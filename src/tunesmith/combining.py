@@ -18,7 +18,7 @@ from tunesmith.protocols import Combinable
 from tunesmith.rundir import check_free, replace_folder
 from tunesmith.types import Combination
 
-ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
+WEIGHTS = beneath.FILES[0]
 
 
 def combination(
@@ -66,7 +66,7 @@ def combine(adapters: Sequence[Saved], asked: Combination, to: Path) -> Path:
     with replace_folder(to) as folder:
         options = method.combine(*_with_beneath(adapters, asked), folder)
         for name in first.card["files"]:
-            if name not in ADAPTER and not name.endswith(".md") and "/" not in name:
+            if name not in beneath.FILES and not name.endswith(".md") and "/" not in name:
                 shutil.copyfile(first.folder / name, folder / name)
         session.write_card(folder, _card(adapters, asked, options.model_dump(mode="json")))
     return to
@@ -118,7 +118,7 @@ def _check(adapters: Sequence[Saved], how: str) -> None:
 def _card(adapters: Sequence[Saved], asked: Combination, options: dict[str, Any]) -> dict[str, Any]:
     first = adapters[0].card
     parts = [
-        {"name": one.name, "weight": weight, "sha256": one.card["files"][ADAPTER[0]]}
+        {"name": one.name, "weight": weight, "sha256": one.card["files"][WEIGHTS]}
         for one, weight in zip(adapters, asked.weights, strict=True)
     ]
     way = WAYS[asked.how]
