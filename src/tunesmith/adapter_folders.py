@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tunesmith.beneath import Beneath, held, name_of
 from tunesmith.data.given import PathLike
 from tunesmith.errors import InputError, RefusedError
-from tunesmith.loaded import folder_of
 from tunesmith.methods import METHODS
-from tunesmith.models.saved import read_card
+from tunesmith.models.saved import folder_of, read_card
 
 BASE = "base"
 
@@ -26,6 +26,11 @@ class Saved:
     card: dict[str, Any]
 
     @property
+    def beneath(self) -> list[Beneath]:
+        """The adapters that it stands on, from the base up."""
+        return held(self.folder, self.card)
+
+    @property
     def base_in(self) -> str:
         """What the base's weights are held in where several adapters stand on them."""
         precision = str(self.card["precision"])
@@ -34,7 +39,7 @@ class Saved:
 
 def saved(runs: Sequence[PathLike] | Mapping[str, PathLike]) -> list[Saved]:
     """The adapters of runs by name. InputError for a name that two would have."""
-    named = runs.items() if isinstance(runs, Mapping) else [(_name(Path(run)), run) for run in runs]
+    named = runs.items() if isinstance(runs, Mapping) else [(name_of(Path(run)), run) for run in runs]
     found: dict[str, Saved] = {}
     for name, run in named:
         if name in found or name == BASE:
@@ -54,16 +59,11 @@ def by_name(words: Sequence[str]) -> dict[str, str]:
     for word in words:
         name, equals, run = word.partition("=")
         if not equals or Path(word).exists():
-            name, run = _name(Path(word)), word
+            name, run = name_of(Path(word)), word
         if name in found:
             raise InputError(f"{run} and {found[name]} are both called {name!r}", f"name one: other={run}")
         found[name] = run
     return found
-
-
-def _name(path: Path) -> str:
-    absolute = path.absolute()
-    return absolute.parent.name if absolute.name == "model" else absolute.name
 
 
 def check_one_base(saved: Sequence[Saved]) -> None:

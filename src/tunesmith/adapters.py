@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
-from tunesmith import combining, exporting, measuring, session
+from tunesmith import beneath, combining, exporting, measuring, session
 from tunesmith.adapter_folders import Saved, check_one_base, saved
 from tunesmith.data.given import PathLike, Rows
 from tunesmith.engine.precision import choose_device
@@ -133,7 +133,8 @@ def describe(one: Saved) -> dict[str, Any]:
     """What a list of adapters says of one; no weights are read. `metric` is the record its run's verdict is about."""
     from safetensors import safe_open
 
-    files = [one.folder / name for name in one.card["files"] if name.endswith(".safetensors")]
+    own = [name for name in one.card["files"] if not name.startswith(f"{beneath.FOLDER}/")]
+    files = [one.folder / name for name in own if name.endswith(".safetensors")]
     elements = 0
     for file in files:
         with safe_open(file, "numpy") as held:
@@ -148,6 +149,7 @@ def describe(one: Saved) -> dict[str, Any]:
         "objective": one.card["objective"]["name"],
         "base": one.card["base"]["name"],
         "base_sha256": one.card["base"]["sha256"],
+        "beneath": [under.name for under in one.beneath],
         "metric": _headline(one.path),
     }
 

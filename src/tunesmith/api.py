@@ -18,8 +18,10 @@ from tunesmith.errors import InputError, StoppedError
 from tunesmith.evaluation.preflight import check_metrics
 from tunesmith.events import Listen, StopRun, Together
 from tunesmith.exporting import Exported
-from tunesmith.loaded import folder_of, load
+from tunesmith.loaded import load
+from tunesmith.measurable import is_model, measurable, run_of
 from tunesmith.models.cache import cache_dir
+from tunesmith.models.saved import folder_of
 from tunesmith.planning import Assets, Plan, make_plan
 from tunesmith.plugins import load_plugins
 from tunesmith.recipe import Recipe
@@ -266,29 +268,27 @@ def evaluate(
     listen: Listeners | None = None,
     progress: bool | None = None,
 ) -> Result:
-    """Measures a run's model on more rows and adds the records to its evaluation.json, under `name`.
+    """Measures a run's model, or one exported or combined, on more rows: records for its evaluation.json, under `name`.
 
     `name`: of these rows in the results; left out, the file's own without its ending, or "rows" for rows in memory.
     `metrics`, `keep` (answers, or "all"): in place of the recipe's.
     `base`: whether the base (or the majority class) is measured beside it.
     Without `data`, returns what the run has measured.
     """
-    path = Path(path)
-    run = RunDir.open(path)
+    path = run_of(Path(path))
     load_plugins(plugins)
+    of_what = measurable(path)
+    run, recipe, counts = of_what.run, of_what.recipe, of_what.label_counts
     results = measuring.read_results(run)
     if data is None:
         return _result(run, results)
     if name is not None:
         check_name(name)
     of = name or (Path(data).stem if isinstance(data, str | os.PathLike) else "rows")
-    recipe, _ = load_recipe(path / "recipe.yaml")
-    planned = rundir.read_record(path / "plan.json", "audit")
     with run.hold(), _listening(listen, progress) as tell:
         loaded = load(path, device)
         rows = questions(data, recipe.data.format, recipe.data.columns, recipe.evaluate.tags)
         check_kinds(rows, loaded.objective.needs.head, asking=False)
-        counts = planned["audit"]["train"]["labels"]
         check_metrics(metrics or recipe.evaluate.metrics or [], loaded.objective.needs.metrics, of, rows, counts)
         measuring.check_same_set(run, of, rows)
         found = measuring.measure_rows(
@@ -307,7 +307,8 @@ def evaluate(
         kept = recipe.evaluate.keep if keep is None else None if keep == "all" else keep
         measuring.write_predictions(run, of, rows, found, kept)
         measuring.write_results(run, results)
-        write.try_report(path)
+        if of_what.is_run:
+            write.try_report(path)
     return _result(run, results)
 
 
@@ -322,7 +323,12 @@ def report(
 
     Without `out`, a page replaces the run's report.html and renews the card in model/.
     """
-    path = Path(path)
+    path = run_of(Path(path))
+    if is_model(path):
+        raise InputError(
+            f"{path} is a model without its run, so there is no training to report",
+            f"see what was measured with `tunesmith evaluate {path}`, or report the run that it is of",
+        )
     run = RunDir.open(path)
     load_plugins(plugins)
     if format == "html" and out is None:

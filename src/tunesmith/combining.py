@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from tunesmith import session
+from tunesmith import beneath, session
 from tunesmith.adapter_folders import Saved, check_one_base
 from tunesmith.errors import InputError
 from tunesmith.methods import METHODS
@@ -17,7 +18,7 @@ from tunesmith.protocols import Combinable
 from tunesmith.rundir import check_free, replace_folder
 from tunesmith.types import Combination
 
-ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
+WEIGHTS = beneath.FILES[0]
 
 
 def combination(
@@ -63,12 +64,22 @@ def combine(adapters: Sequence[Saved], asked: Combination, to: Path) -> Path:
     first = adapters[0]
     method = cast("type[Combinable]", METHODS.get(first.card["method"]["name"]))
     with replace_folder(to) as folder:
-        options = method.combine([one.folder for one in adapters], asked, folder)
+        options = method.combine(*_with_beneath(adapters, asked), folder)
         for name in first.card["files"]:
-            if name not in ADAPTER and not name.endswith(".md"):
+            if name not in beneath.FILES and not name.endswith(".md") and "/" not in name:
                 shutil.copyfile(first.folder / name, folder / name)
         session.write_card(folder, _card(adapters, asked, options.model_dump(mode="json")))
     return to
+
+
+def _with_beneath(adapters: Sequence[Saved], asked: Combination) -> tuple[list[Path], Combination]:
+    """The folders whose sum is asked for: an adapter counts with those that it stands on."""
+    parts = [
+        (folder, weight)
+        for one, weight in zip(adapters, asked.weights, strict=True)
+        for folder in (*(under.folder for under in one.beneath), one.folder)
+    ]
+    return [folder for folder, _ in parts], replace(asked, weights=tuple(weight for _, weight in parts))
 
 
 def _check(adapters: Sequence[Saved], how: str) -> None:
@@ -80,6 +91,11 @@ def _check(adapters: Sequence[Saved], how: str) -> None:
             raise InputError(
                 f"{one.path} is by {method}, whose adapters cannot be combined{f' by {how}' * bool(ways)}",
                 f"combine by {' or '.join(sorted(ways))}" if ways else "load the adapters side by side instead",
+            )
+        if one.beneath and not WAYS[how].is_exact:
+            raise InputError(
+                f"{one.path} stands on {', '.join(under.name for under in one.beneath)}, and {how} sums no updates",
+                "combine it alone by cat first, which makes one adapter of it, or export it with --merge",
             )
         for what, mine, theirs in (
             ("method", first.card["method"]["name"], method),
@@ -102,11 +118,12 @@ def _check(adapters: Sequence[Saved], how: str) -> None:
 def _card(adapters: Sequence[Saved], asked: Combination, options: dict[str, Any]) -> dict[str, Any]:
     first = adapters[0].card
     parts = [
-        {"name": one.name, "weight": weight, "sha256": one.card["files"][ADAPTER[0]]}
+        {"name": one.name, "weight": weight, "sha256": one.card["files"][WEIGHTS]}
         for one, weight in zip(adapters, asked.weights, strict=True)
     ]
     way = WAYS[asked.how]
     read = {"density": asked.density if way.pruned else None, "seed": asked.seed if way.drawn else None}
     told = {"how": asked.how, "of": parts, **{key: value for key, value in read.items() if value is not None}}
     longest = {key: max(one.card[key] for one in adapters) for key in ("sequence_length", "max_new_tokens")}
-    return {**first, **longest, "method": {"name": first["method"]["name"], "options": options}, "combined": told}
+    alone = {key: value for key, value in first.items() if key != beneath.FOLDER}
+    return {**alone, **longest, "method": {"name": first["method"]["name"], "options": options}, "combined": told}

@@ -13,6 +13,7 @@ from tunesmith import rundir
 from tunesmith.errors import InputError
 from tunesmith.evaluation import answers
 from tunesmith.evaluation.answers import MAJORITY, Answered
+from tunesmith.measurable import is_model, planned, run_of
 from tunesmith.types import Prediction
 
 TUNED, ALL = "tuned", "all"
@@ -78,7 +79,7 @@ def opened(paths: Sequence[PathLike]) -> list[Finished]:
     """The runs, each finished, with labels that can be compared; told apart by their folders' names."""
     if not paths:
         raise InputError("there is no run to compare", "give the folders of two runs, or of one to see beside its base")
-    folders = [Path(path) for path in paths]
+    folders = [run_of(Path(path)) for path in paths]
     for one, other in itertools.combinations(folders, 2):
         if one.resolve() == other.resolve():
             raise InputError(f"the run {other} is given twice", "give each run once")
@@ -166,13 +167,15 @@ def taking_part(
 
 
 def _open(path: Path, name: str) -> Finished:
-    rundir.RunDir.open(path)
+    plan, seed = planned(path)
     if not (path / "evaluation.json").is_file():
+        if is_model(path):
+            raise InputError(
+                f"{path} was not measured yet", f"measure it: `tunesmith evaluate {path} --data FILE --keep all`"
+            )
         raise InputError(
             f"{path} is not finished: nothing was measured yet", f"finish it with `tunesmith resume {path}`"
         )
-    plan = rundir.read_record(path / "plan.json", "meaning", "audit")
-    seed = int(rundir.read_record(path / "manifest.json", "seed")["seed"])
     return Finished(path, name, plan, seed, rundir.read_json(path / "evaluation.json"))
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tunesmith import rundir, session
+from tunesmith import measuring, rundir, session
 from tunesmith.errors import InputError, RefusedError
 from tunesmith.models import gguf_write
 from tunesmith.protocols import Mergeable
@@ -57,8 +57,10 @@ def copy(model: Path, to: Path) -> Exported:
     """The run's own model folder, byte for byte."""
     with rundir.replace_folder(to) as folder:
         for pattern in MODEL_FILES:
-            for file in model.glob(pattern):
-                shutil.copyfile(file, folder / file.name)
+            for file in (file for file in model.rglob(pattern) if file.name not in measuring.FILES.values()):
+                copied = folder / file.relative_to(model)
+                copied.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, copied)
     return Exported(to)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from tunesmith.trackers import TRACKERS
 from tunesmith.types import Example, MethodFacts, ModelKind, ObjectiveNeeds, Piece, Want
 
 if TYPE_CHECKING:
+    from tunesmith.beneath import Beneath
     from tunesmith.engine.precision import Speed
     from tunesmith.protocols import Method, Objective
     from tunesmith.recipe import Recipe
@@ -79,6 +80,8 @@ class Facts:
     bf16_served: bool
     fp8_served: bool
     previous: Previous | None = None
+    beneath: tuple[Beneath, ...] = ()
+    base_sha256: str = ""
     missing_trackers: tuple[tuple[str, str], ...] = ()  # name and package
 
     @property
@@ -100,6 +103,10 @@ class Facts:
     @property
     def packed(self) -> bool:
         return self.model.packable and self.method.packs
+
+    def first_beneath(self, wrong: Callable[[Beneath], bool]) -> Beneath | None:
+        """The first adapter that the trained one would stand on and cannot."""
+        return next(filter(wrong, self.beneath), None)
 
 
 def gather_model(
@@ -168,6 +175,8 @@ def gather(
     objective: Objective,
     model: ModelFacts,
     previous: Previous | None,
+    beneath: tuple[Beneath, ...],
+    base_sha256: str,
 ) -> tuple[Facts, Speed | None]:
     """The facts of a run, with the measured speed of its device (None where it is not served)."""
     served = is_served(recipe.place.device)
@@ -184,6 +193,8 @@ def gather(
         bf16_served=speed is not None and speed.bf16 > 0,
         fp8_served=served and serves_fp8(choose_device(recipe.place.device)),
         previous=previous,
+        beneath=beneath,
+        base_sha256=base_sha256,
         missing_trackers=tuple(_missing_trackers(recipe.report_to)),
     )
     return facts, speed

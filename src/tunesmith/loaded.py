@@ -9,8 +9,8 @@ from typing import Any
 from tunesmith import session
 from tunesmith.data.given import PathLike, Rows, check_kinds, to_answer
 from tunesmith.engine.precision import choose_device
-from tunesmith.errors import InputError
 from tunesmith.models.policy import Policy
+from tunesmith.models.saved import folder_of
 from tunesmith.protocols import Method, Objective
 from tunesmith.types import Prediction, SampleSpec
 
@@ -39,13 +39,3 @@ def load(path: PathLike, device: str = "auto") -> Loaded:
     Raises InputError where there is none (yet), RefusedError where its base has other bytes than at training.
     """
     return Loaded(*session.load(folder_of(Path(path)), str(choose_device(device))))
-
-
-def folder_of(path: Path) -> Path:
-    """Where a run has its model, or an exported one's own folder. InputError where there is none (yet)."""
-    folder = path / "model" if (path / "model" / session.CARD).is_file() else path
-    if not (folder / session.CARD).is_file():
-        hint = "finish it with `tunesmith resume`" if (path / "manifest.json").is_file() else "give a run's folder"
-        what = "holds no model of tunesmith" if path.exists() else "is not there"
-        raise InputError(f"{path} {what}", hint)
-    return folder

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tunesmith import rules, settings
+from tunesmith import beneath, rules, settings
+from tunesmith.beneath import Beneath
 from tunesmith.data.prepare import Prepared, prepare
 from tunesmith.errors import InputError, RefusedError
 from tunesmith.evaluation.preflight import check_metrics
@@ -49,6 +50,7 @@ class Plan:
     training: settings.Meaning
     prediction: settings.Prediction
     base: dict[str, Any]
+    beneath: list[dict[str, str]]
     audit: dict[str, Any]
     parameters: dict[str, int]
     metrics: list[str]
@@ -75,6 +77,7 @@ class Plan:
             "placement": settings.as_json(self.placement),
             "prediction": settings.as_json(self.prediction),
             "base": self.base,
+            "beneath": self.beneath,
             "parameters": self.parameters,
             "metrics": self.metrics,
             "resume": self.resume,
@@ -98,6 +101,7 @@ class Assets:
     prepared: Prepared
     facts: Facts
     previous: Path | None
+    beneath: tuple[Beneath, ...]
 
 
 def make_plan(
@@ -114,8 +118,7 @@ def make_plan(
     """
     from tunesmith.data.chat import Renderer
 
-    origin = origin or Origin()
-    tell = progress or _silent
+    origin, tell = origin or Origin(), progress or _silent
     if recipe.place.threads is not None:
         torch.set_num_threads(recipe.place.threads)
     previous, previous_run = _previous(recipe.model, base)
@@ -125,9 +128,9 @@ def make_plan(
     tokens = Tokens((0,), 0, add_tokens(tokenizer, method.facts.tokens))
     pooling = getattr(objective.options, "pooling", None)
     model, meta = gather_model(local, objective.needs, tokenizer.chat_template is not None, pooling)
-    facts, speed = gather(recipe, method, objective, model, previous)
-    conflicts, substitutions = rules.judge(facts)
-    _refuse(conflicts)
+    under = _beneath(recipe, base, previous_run)
+    facts, speed = gather(recipe, method, objective, model, previous, under, local.sha256)
+    substitutions = _judged(facts)
     assert speed is not None
     metric_names(objective.needs.metrics, recipe.evaluate.metrics)  # a typing error is told before data are read
     defaults: list[Default] = []
@@ -149,27 +152,31 @@ def make_plan(
         training=training,
         prediction=settings.predict(facts, training, placement, shape, speed, peak, epoch),
         base=_describe_base(local, facts),
+        beneath=[{**one.told(), "path": one.path} for one in under],
         audit=prepared.audit.to_json(),
-        parameters={"trainable": trainable, "total": total},
+        parameters={"trainable": trainable, "total": total + beneath.elements(under)},
         metrics=_measured(recipe, objective, prepared),
-        defaults=_all_defaults(recipe, origin, defaults),
+        defaults=_all_defaults(recipe, origin, defaults, method),
         substitutions=substitutions,
         warnings=_warnings(recipe, prepared),
         shown=_shown(prepared, renderer),
         resume="exact" if placement.device == "cpu" else "same data",
         trackers=list(dict.fromkeys(recipe.report_to)),
     )
-    return plan, Assets(local, renderer, objective, method, prepared, facts, previous_run)
+    return plan, Assets(local, renderer, objective, method, prepared, facts, previous_run, under)
 
 
 def _silent(what: str, done: int, of: int | None) -> None:
     pass
 
 
-def _refuse(conflicts: Sequence[rules.Conflict]) -> None:
+def _judged(facts: Facts) -> list[str]:
+    """The substitutions; raises InputError with every conflict."""
+    conflicts, substitutions = rules.judge(facts)
     if conflicts:
         cause = "\n".join(f"{' x '.join(c.axes)}: {c.reason}" for c in conflicts)
         raise InputError(cause, "; ".join(dict.fromkeys(c.remedy for c in conflicts)))
+    return substitutions
 
 
 def _previous(model: str, base: Path) -> tuple[Previous | None, Path | None]:
@@ -181,6 +188,14 @@ def _previous(model: str, base: Path) -> tuple[Previous | None, Path | None]:
         raise InputError(f"{model} is a run that has no model yet", f"finish it with `tunesmith resume {model}`")
     saved = read_card(path / "model")
     return Previous(saved["method"], saved["objective"]), path
+
+
+def _beneath(recipe: Recipe, base: Path, previous_run: Path | None) -> tuple[Beneath, ...]:
+    """Those that the recipe names, or those that the earlier run stands on."""
+    if recipe.adapters or previous_run is None:
+        return beneath.find(recipe.adapters, base)
+    folder = previous_run / "model"
+    return tuple(beneath.held(folder, read_card(folder)))
 
 
 def _base_name(model: str, base: Path, previous_run: Path | None) -> str:
@@ -284,6 +299,7 @@ def _meaning(
         "tokenizer": local.tokenizer_sha256,
         "renderer": renderer.fingerprint,
         "earlier run": recipe.model if facts.previous is not None else None,
+        "adapters": [one.sha256 for one in facts.beneath] or None,
         "objective": [recipe.objective.name, recipe.objective.options, objective.describe()],
         "method": [recipe.method.name, method_options(method)],
         "data": {
@@ -317,15 +333,32 @@ def _describe_base(local: LocalModel, facts: Facts) -> dict[str, Any]:
     }
 
 
-def _all_defaults(recipe: Recipe, origin: Origin, resolved: list[Default]) -> list[Default]:
-    """Defaults that depended on facts, then those that the recipe's own model filled in."""
+def _all_defaults(recipe: Recipe, origin: Origin, resolved: list[Default], method: Method) -> list[Default]:
+    """The method's own, those that depended on facts, then those that the recipe's own model filled in."""
     known = {default.key for default in resolved}
     plain = [
         Default(key, value, "the recipe's default")
         for key, value in defaults_taken(recipe, origin).items()
         if key not in known and value is not None and value != {} and value != []
     ]
-    return resolved + plain
+    return [*_method_defaults(recipe, method), *resolved, *plain]
+
+
+def _method_defaults(recipe: Recipe, method: Method) -> Iterator[Default]:
+    """Options that the recipe leaves open, with where their values are from; those that do nothing are left out."""
+    options = method.options
+    implied: Mapping[str, tuple[Any, str]] = getattr(options, "implied", {})
+    for name, field in type(options).model_fields.items():
+        value = getattr(options, name)
+        if name in recipe.method.options:
+            continue
+        if value is None and name in implied:
+            yield Default(f"method.{name}", *implied[name])
+        elif value not in (None, False, [], {}):
+            extra: Any = field.json_schema_extra or {}
+            usual = value == field.get_default(call_default_factory=True)
+            source = extra.get("source", "the method's default") if usual else "the other options, or the earlier run"
+            yield Default(f"method.{name}", value, source)
 
 
 def _warnings(recipe: Recipe, prepared: Prepared) -> list[str]:

@@ -93,6 +93,15 @@ class Fitted(Protocol):
 
 
 @runtime_checkable
+class Stacked(Protocol):
+    """A method whose adapter can stand on saved ones, of the methods that its facts name."""
+
+    def stand_on(self, policy: Policy, folders: Sequence[Path]) -> None:
+        """Puts them into use beneath its own, which is attached, from the base up; they are frozen from then on."""
+        ...
+
+
+@runtime_checkable
 class Combinable(Protocol):
     """A method whose adapters add up to one of the same method, in the ways that its facts name."""
 

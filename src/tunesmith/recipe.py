@@ -238,6 +238,12 @@ class Recipe(Strict):
             examples=["lora", {"name": "lora", "rank": 16}],
         ),
     ]
+    adapters: Names = key(
+        list,
+        "adapters of earlier runs, or exported ones, that stay in use and frozen beneath a fresh one that trains; "
+        "from the base up",
+        ["runs/first"],
+    )
     train: Train = key(Train, "how long and how fast", {"epochs": 3, "learning_rate": 2e-4})
     precision: Literal["auto", "fp32", "bf16", "fp8", "int4"] = key(
         "auto",

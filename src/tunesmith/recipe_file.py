@@ -239,7 +239,12 @@ def resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
     if out is not None:
         out = Path(os.path.normpath(Path(os.path.abspath(folder)) / out.expanduser()))
     return recipe.model_copy(
-        update={"model": resolve(recipe.model), "data": data.model_copy(update=changed), "out": out}
+        update={
+            "model": resolve(recipe.model),
+            "adapters": [*map(resolve, recipe.adapters)],
+            "data": data.model_copy(update=changed),
+            "out": out,
+        }
     )
 
 

@@ -6,10 +6,13 @@ import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator
+from importlib.resources import files
 from typing import Generic, TypeVar
 
 from tunesmith.errors import InputError
+from tunesmith.yaml_text import read_yaml
 
+OTHER_NAMES = "other_names.yaml"  # beside the modules of a package, where it has one
 T = TypeVar("T")
 Item = TypeVar("Item")
 
@@ -45,7 +48,17 @@ class Registry(Generic[T]):
             return self._items[name]
         near = difflib.get_close_matches(name, self._items, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
+        if (here := self._called_here(name)) is not None:
+            hint = f"write `{here}`; "
         raise InputError(f"unknown {self.what} {name!r}", f"{hint}known: {', '.join(sorted(self._items))}")
+
+    def _called_here(self, name: str) -> str | None:
+        """What a recipe writes for a name that the field has for an item or its options."""
+        table = files(self._package).joinpath(OTHER_NAMES)
+        if not table.is_file():
+            return None
+        known: dict[str, str] = read_yaml(table.read_text(encoding="utf-8"), OTHER_NAMES).value
+        return known.get(name.lower().replace("-", "_"))
 
     def __iter__(self) -> Iterator[str]:
         self._load()

@@ -174,7 +174,8 @@ RULES: tuple[Rule, ...] = (
         ("model", "method"),
         lambda f: f.previous is not None and f.previous.method["name"] != f.method_name,
         "the earlier run trained {f.previous.method[name]}, and this recipe asks for {f.method_name}",
-        "go on with method {f.previous.method[name]}, or name the base itself as model",
+        "go on with method {f.previous.method[name]}; for a fresh adapter name the base itself as model, "
+        "and that run under adapters where it is to stay in use",
     ),
     Rule(
         ("model", "method"),
@@ -191,6 +192,51 @@ RULES: tuple[Rule, ...] = (
         lambda f: f.previous is not None and f.previous.objective["name"] != f.objective_name,
         "the earlier run was trained for {f.previous.objective[name]}, and this recipe asks for {f.objective_name}",
         "go on with the same objective, or name the base itself as model",
+    ),
+    Rule(
+        ("adapters", "model"),
+        lambda f: f.previous is not None and bool(f.recipe.adapters),
+        "model names an earlier run, which goes on with its own adapter and those beneath it, "
+        "and adapters asks for a fresh one on {listed}",
+        "name the base itself as model, and that run under adapters",
+    ),
+    Rule(
+        ("adapters", "model"),
+        lambda f: f.first_beneath(lambda one: one.base_sha256 != f.base_sha256) is not None,
+        "{other_base.path} was trained on {other_base.base} ({other_base.base_sha256:.12}...), "
+        "and {f.model.name} has other weights ({f.base_sha256:.12}...)",
+        "name that base as model, or leave the adapter out",
+    ),
+    Rule(
+        ("adapters", "method"),
+        lambda f: f.first_beneath(lambda one: one.method not in f.method.stands_on) is not None,
+        "{other_method.path} is by {other_method.method}, and {f.method_name} stands on {stands_on}",
+        "train by a method that does, or export that adapter with --merge and name its folder as model",
+    ),
+    Rule(
+        ("adapters", "objective"),
+        lambda f: f.first_beneath(lambda one: one.head != f.needs.head) is not None,
+        "{other_head.path} was trained below a {other_head.head} head, and {f.objective_name} needs a "
+        "{f.needs.head} head, whose layers go by other names",
+        "export that adapter with --merge and name its folder as model",
+    ),
+    Rule(
+        ("adapters", "tokens"),
+        lambda f: f.first_beneath(lambda one: bool(one.tokens)) is not None,
+        "{with_tokens.path} added tokens to the vocabulary, whose rows its base does not have",
+        "export that adapter with --merge and name its folder as model",
+    ),
+    Rule(
+        ("adapters", "tokens"),
+        lambda f: bool(f.beneath) and bool(f.method.tokens),
+        "method.tokens trains rows of the embeddings, and PEFT loads no adapter beside one that has such rows",
+        "leave method.tokens out, or export the earlier adapter with --merge and name its folder as model",
+    ),
+    Rule(
+        ("adapters", "precision"),
+        lambda f: bool(f.beneath) and f.recipe.precision == "fp8",
+        "precision is fp8, whose products hold the update of one adapter, and adapters names {listed}",
+        "set precision to bf16",
     ),
     Rule(
         ("report_to", "installed libraries"),
@@ -243,6 +289,13 @@ def judge(facts: Facts) -> tuple[list[Conflict], list[str]]:
         "kinds_of_method": " or ".join(sorted(facts.method.kinds)),
         "heads_of_method": " or ".join(sorted(facts.method.heads)),
         "virtual": f", {facts.method.virtual_tokens} of them virtual" if facts.method.virtual_tokens else "",
+        "listed": ", ".join(one.path for one in facts.beneath),
+        "stands_on": f"adapters by {' or '.join(sorted(facts.method.stands_on))}" * bool(facts.method.stands_on)
+        or "no other adapter",
+        "other_base": facts.first_beneath(lambda one: one.base_sha256 != facts.base_sha256),
+        "other_method": facts.first_beneath(lambda one: one.method not in facts.method.stands_on),
+        "other_head": facts.first_beneath(lambda one: one.head != facts.needs.head),
+        "with_tokens": facts.first_beneath(lambda one: bool(one.tokens)),
         "missing_trackers": ", ".join(name for name, _ in facts.missing_trackers),
         "missing_packages": " ".join(package for _, package in facts.missing_trackers),
     }

@@ -130,13 +130,17 @@ def replace_folder(path: Path) -> Generator[Path]:
     """Gives an empty folder aside; on leaving it takes the name `path`, replacing what was there.
 
     Its files are fsynced first, and readable by whom the umask lets (safetensors writes for the owner alone).
-    Where the body fails, `path` stays as it was.
+    Where the body fails, `path` stays as it was and nothing is left aside.
     """
     aside = path.with_name(f".{path.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
     with disk_errors(str(path)):
         aside.mkdir(parents=True)
-        yield aside
+        try:
+            yield aside
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
         mode = aside.stat().st_mode & 0o666
         for file in sorted(p for p in aside.rglob("*") if p.is_file()):
             if file.stat().st_mode & 0o666 != mode:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from tunesmith import __version__, rundir
+from tunesmith import __version__, beneath, rundir
+from tunesmith.beneath import Beneath
 from tunesmith.data.chat import Renderer
 from tunesmith.data.source import first_batches
 from tunesmith.engine.native import seed_step
@@ -29,7 +30,7 @@ from tunesmith.models.shared import SharedBase
 from tunesmith.models.vocabulary import add_tokens, widen
 from tunesmith.objectives import OBJECTIVES
 from tunesmith.planning import Assets, Plan
-from tunesmith.protocols import Fitted, Method, Objective
+from tunesmith.protocols import Fitted, Method, Objective, Stacked
 from tunesmith.settings import Placement
 from tunesmith.types import Batch
 
@@ -58,11 +59,12 @@ def build(plan: Plan, assets: Assets) -> Policy:
     seed_step(plan.training.seed, 0)  # the fresh parameters' draw
     if assets.previous is None:
         assets.method.attach(policy)
+        _settle(policy, placement)
+        _stand(policy, assets.method, assets.beneath)
         if isinstance(assets.method, Fitted):
             assets.method.fit(policy, _first_batches(plan, assets, policy))
-        _settle(policy, placement)
     else:
-        _load_trained(policy, assets.method, assets.previous / "model", placement)
+        _load_trained(policy, assets.method, assets.previous / "model", placement, assets.beneath)
     _accelerate(policy, placement.precision)
     if placement.recompute:
         policy.model.activation_checkpointing_enable({"use_reentrant": False})
@@ -93,6 +95,7 @@ def save(folder: Path, policy: Policy, recipe: Recipe, plan: Plan, assets: Asset
         "templates": dict(assets.renderer.templates),
         "sequence_length": plan.training.sequence_length,
         "max_new_tokens": plan.training.max_new_tokens,
+        **({beneath.FOLDER: beneath.save(assets.beneath, folder)} if assets.beneath else {}),
     }
     write_card(folder, card)
 
@@ -106,7 +109,7 @@ def save_merged(folder: Path, policy: Policy, renderer: Renderer, card: Mapping[
     _save_heads(folder, policy)
     renderer.tokenizer.save_pretrained(folder)
     whole = {"method": {"name": "full", "options": {}}, "merged": card["method"], "precision": _whole(card)}
-    write_card(folder, {**card, **whole})
+    write_card(folder, {key: value for key, value in {**card, **whole}.items() if key != beneath.FOLDER})
 
 
 def _whole(card: Mapping[str, Any]) -> str:
@@ -116,7 +119,8 @@ def _whole(card: Mapping[str, Any]) -> str:
 
 def write_card(folder: Path, card: Mapping[str, Any]) -> None:
     """The last file of a model: what it is, and the sha256 of all others."""
-    hashes = {path.name: rundir.sha256_file(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    hashes = {path.relative_to(folder).as_posix(): rundir.sha256_file(path) for path in files}
     rundir.write_json(folder / CARD, {**card, "files": hashes})
 
 
@@ -154,7 +158,7 @@ def load(
     placement = Placement(device, torch.get_num_threads(), 1, precision, card["packed"], None, 4096, False, 1)
     policy = _policy(local, renderer, objective, method, placement, card["pooling"], tokens, shared)
     if trained:
-        _load_trained(policy, method, folder, placement)
+        _load_trained(policy, method, folder, placement, beneath.held(folder, card))
     if shared is None:
         _accelerate(policy, precision)
     else:
@@ -193,10 +197,19 @@ def _first_batches(plan: Plan, assets: Assets, policy: Policy) -> Iterator[Batch
     )
 
 
-def _load_trained(policy: Policy, method: Method, folder: Path, placement: Placement) -> None:
+def _load_trained(
+    policy: Policy, method: Method, folder: Path, placement: Placement, adapters: Sequence[Beneath]
+) -> None:
     method.load(policy, folder)
     _load_heads(policy, folder)
     _settle(policy, placement)
+    _stand(policy, method, adapters)
+
+
+def _stand(policy: Policy, method: Method, adapters: Sequence[Beneath]) -> None:
+    """Puts frozen adapters beneath the method's own; they stay in fp32, as they were saved."""
+    if adapters and isinstance(method, Stacked):
+        method.stand_on(policy, [one.folder for one in adapters])
 
 
 def _settle(policy: Policy, placement: Placement) -> None:

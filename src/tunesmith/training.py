@@ -250,6 +250,7 @@ def _manifest(plan: Plan, plugins: Mapping[str, str]) -> dict[str, Any]:
             "python": platform.python_version(),
         },
         "base": plan.base,
+        "beneath": plan.beneath,
         "data": {
             "train": plan.audit["train"]["files"],
             "validation": (plan.audit["validation"] or {}).get("files"),

@@ -238,7 +238,7 @@ class MethodFacts:
     `virtual_tokens` stand before every text and count against the model's context. `feeds_attention`: keys and values
     of its own go into every layer's attention.
     `learning_rate_source` says where the default rate is from. `combines`: the ways in which several of its adapters
-    become one.
+    become one. `stands_on`: methods whose adapters, frozen, can be in use beneath one of its own.
     """
 
     summary: str
@@ -259,6 +259,7 @@ class MethodFacts:
     virtual_tokens: int = 0
     feeds_attention: bool = False
     combines: frozenset[str] = frozenset()
+    stands_on: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

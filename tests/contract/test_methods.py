@@ -103,15 +103,16 @@ CASES = [
         counted=lambda model: sum(p.numel() for n, p in model.named_parameters() if n.endswith("bias")),
     ),
 ]
+KEYS = "k|k_proj|key|key_proj|qkv_proj|query_key_value|Wqkv|c_attn"  # what makes the keys in each family
 NO_TRANSPOSED = tuple(family for family in FAMILIES if family != "gpt2")  # PEFT has no layer for GPT-2's linears there
 NO_EXPERTS = tuple(family for family in FAMILIES if family != "mixtral")
 NO_SECOND_TABLE = tuple(family for family, kind in FAMILIES.items() if kind != "encoder-decoder")
 CASES += [
     Case("dora", families=NO_EXPERTS),
     Case("ia3", families=NO_EXPERTS),
-    Case("lora", {"rank": 4, "rslora": True, "plus": 16.0, "ranks": {"k_proj|key": 2}}),
+    Case("lora", {"rank": 4, "rslora": True, "plus": 16.0, "ranks": {KEYS: 2}}),
     Case("lora", {"rank": 4, "init": "pissa"}, families=NO_EXPERTS, tolerance=1e-5),
-    Case("lora", {"rank": 4, "init": "olora", "rslora": True, "ranks": {"k_proj|key": 2}}, families=NO_EXPERTS),
+    Case("lora", {"rank": 4, "init": "olora", "rslora": True, "ranks": {KEYS: 2}}, families=NO_EXPERTS),
     Case("lora", {"rank": 4, "init": "eva"}, families=NO_EXPERTS),
     Case("lora", {"rank": 4, "init": "gaussian"}, families=("llama", "bert", "t5")),
     Case("lora", {"rank": 4, "tokens": ["<a>", "<b>"]}, families=NO_SECOND_TABLE),

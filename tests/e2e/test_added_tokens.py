@@ -76,6 +76,14 @@ def test_a_merged_model_has_them_too(run: Path, tmp_path: Path) -> None:
     assert [p.output for p in answers[0]] == [p.output for p in answers[1]]
 
 
+def test_they_are_merged_beside_a_start_of_its_own(tiny_llama: Path, tmp_path: Path) -> None:
+    method = {"name": "lora", "rank": 4, "init": "pissa", "tokens": list(ADDED)}
+    run = api.train(recipe_of(tiny_llama) | {"method": method}, data={"train": ROWS}, out=tmp_path / "pissa").path
+    done = api.export(run, tmp_path / "merged", merge=True)
+    assert done.check is not None
+    assert done.check.largest < 1e-4
+
+
 def test_a_run_goes_on_from_one_that_has_them(run: Path, tmp_path: Path) -> None:
     recipe = recipe_of(run) | {"method": "lora"}
     assert (api.train(recipe, data={"train": ROWS}, out=tmp_path / "more").path / "model/tunesmith.json").is_file()

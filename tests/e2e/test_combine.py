@@ -255,3 +255,34 @@ def test_nothing_is_written_over(runs: dict[str, Path], tmp_path: Path) -> None:
         together.save("a", tmp_path / "made")
     with pytest.raises(InputError, match="no adapter 'b'"):
         together.combine("both", {"a": 1.0, "b": 1.0})
+
+
+def test_what_was_combined_or_exported_is_measured_and_compared(runs: dict[str, Path], tmp_path: Path) -> None:
+    rows = tmp_path / "more.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    both = tmp_path / "both"
+    assert call("combine", runs["a"], runs["b"], "--to", both)[0] == 0
+    before = {p.name: p.read_bytes() for p in both.iterdir()}
+    code, _, err = call("compare", runs["a"], both)
+    assert (code, f"{both} was not measured yet" in err, "--keep all" in err) == (2, True, True)
+    code, out, err = call("evaluate", both, "--data", rows, "--metrics", "loss,exact_match", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    (loss,) = [r for r in found["records"] if (r["metric"], r["model"]) == ("loss", "tuned")]
+    scores = [p.scores for p in api.predict(both, ROWS, device="cpu")]
+    total = {key: sum(one[key] for one in scores) for key in ("nll", "tokens")}
+    assert loss["value"] == pytest.approx(total["nll"] / total["tokens"], rel=1e-5)
+    assert {r["model"] for r in found["records"]} == {"base", "tuned"}
+    assert (found["model"], found["report"]) == (str(both), None)
+    assert all((both / name).read_bytes() == content for name, content in before.items())
+    assert "next:   tunesmith compare" in call("evaluate", both)[1]
+    assert call("evaluate", runs["a"] / "model", "--data", rows, "--keep", "all")[0] == 0  # its run's results
+    assert not (runs["a"] / "model" / "evaluation.json").exists()
+    code, out, err = call("compare", runs["a"], both, "--data", "more", "--json")
+    assert code == 0, err
+    code, _, err = call("report", both)
+    assert (code, "a model without its run" in err) == (2, True)
+    assert call("export", both, "--to", tmp_path / "copy")[0] == 0
+    assert {p.name for p in (tmp_path / "copy").iterdir()} == set(before)
+    with pytest.raises(InputError, match="not a run"):
+        api.evaluate(tmp_path, rows)

@@ -16,6 +16,7 @@ from typing import Any, get_args
 import pytest
 
 from tunesmith import api, rules
+from tunesmith.beneath import Beneath
 from tunesmith.facts import DEFAULT_POOLING, Facts, ModelFacts
 from tunesmith.methods import METHODS
 from tunesmith.objectives import OBJECTIVES
@@ -39,10 +40,12 @@ CONDITIONS: dict[str, dict[str, Any]] = {
     "bf16, unserved": {"precision": "bf16"},
     "fp8, unserved": {"precision": "fp8"},
     "int4": {"precision": "int4"},
+    "on an adapter": {},
     "int4, other layers": {"precision": "int4"},
     "unpackable": {},
     "bf16, a model of fp32": {"precision": "bf16"},
 }
+FIRST = Beneath("first", "first", Path("first"), "lora", "lm", "tiny", "0000", (), "ab")
 COLOURS = ("red", "green")
 ROWS: dict[str, list[dict[str, Any]]] = {
     "sft": [{"prompt": f"colour {i}?", "completion": COLOURS[i % 2]} for i in range(20)],
@@ -106,6 +109,8 @@ class Cell:
             device_served=True,
             bf16_served=self.condition != "bf16, unserved",
             fp8_served=False,
+            beneath=(FIRST,) if self.condition == "on an adapter" else (),
+            base_sha256=FIRST.base_sha256,
         )
 
     def refused_axes(self) -> set[tuple[str, ...]]:
@@ -127,6 +132,11 @@ class Cell:
             axes.add(("precision", "hardware"))
         if self.condition.startswith("int4") and self.method not in ("lora", "dora"):
             axes.add(("precision", "method"))
+        if self.condition == "on an adapter":
+            if self.method != "lora":
+                axes.add(("adapters", "method"))
+            if self.objective == "classify":
+                axes.add(("adapters", "objective"))
         if self.condition == "int4, other layers":
             axes.add(("precision", "model"))
         if self.condition == "fp8, unserved":
@@ -183,6 +193,9 @@ def test_a_cell_that_runs_takes_two_steps(
         monkeypatch.setattr("tunesmith.facts.is_packable", lambda meta: False)
     recipe = cell.recipe(str(folder))
     del recipe["data"]["train"]
+    if cell.condition == "on an adapter":
+        first = api.train(recipe, data={"train": ROWS[cell.objective]}, out=tmp_path / "first").path
+        recipe["adapters"] = [str(first)]
     planned = api.plan(recipe, data={"train": ROWS[cell.objective]})
     assert planned.placement.packed == (cell.condition != "unpackable")
     result = api.train(recipe, data={"train": ROWS[cell.objective]}, out=tmp_path / "run")

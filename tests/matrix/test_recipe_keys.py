@@ -110,6 +110,7 @@ CHANGES: dict[str, Change] = {
     "method.vera.targets": Change(["q_proj"], {"method": {"name": "vera"}}),
     "objective.classify.pooling": Change("first", LABELLED),
     "objective.classify.hidden": Change(8, LABELLED),
+    "adapters": Change(["first"]),
     "train.epochs": Change(2, {"train.max_steps": None, "train.epochs": 1}),
     "train.max_steps": Change(3),
     "train.batch_size": Change(3),
@@ -221,6 +222,8 @@ def place(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ]
 
     write("train.jsonl", asked(0, 12))
+    given = {**BASE, "model": str(folder / "llama"), "data": {"train": str(folder / "train.jsonl")}}
+    api.train(given, out=folder / "first")
     write("other.jsonl", asked(100, 9))
     write("validation.jsonl", asked(200, 4))
     write("test.jsonl", asked(300, 3))

@@ -42,11 +42,13 @@ def byte_level(split: str) -> Any:
     return named(backend)
 
 
-def sentencepiece() -> Any:
-    """As Llama 2's: pieces joined in the order of the vocabulary, bytes where there is no piece."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+def sentencepiece(spaces: str = "everywhere") -> Any:
+    """As Llama 2's: pieces joined in the order of the vocabulary, bytes where there is no piece.
 
-    spaces = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    A space is put before each stretch of text, or before the first alone.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
     learned = Tokenizer(models.BPE())
     learned.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     learned.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=90, special_tokens=SPECIAL))
@@ -57,7 +59,10 @@ def sentencepiece() -> Any:
     backend = Tokenizer(
         models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     )
-    backend.pre_tokenizer = spaces
+    if spaces == "everywhere":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
@@ -115,7 +120,9 @@ CASES = [
     pytest.param("llama", byte_level, "gpt-2", {}, id="llama"),
     pytest.param("qwen2", byte_level, "qwen2", {}, id="qwen2"),
     pytest.param("qwen3", byte_level, "qwen2", {"head_dim": 128}, id="qwen3"),
+    pytest.param("qwen3", byte_level, "qwen2", {"head_dim": 32}, id="qwen3-other-width"),
     pytest.param("mistral", sentencepiece, None, {"sliding_window": None}, id="mistral-sentencepiece"),
+    pytest.param("llama", sentencepiece, None, {"head_dim": 32}, id="llama-sentencepiece-other-width"),
 ]
 
 
@@ -132,6 +139,17 @@ def test_what_is_read_back_is_what_was_written(
     assert [read(text).input_ids for text in TEXTS] == [tokenizer(text).input_ids for text in TEXTS]
     assert read.chat_template == "{{ messages }}"
     assert (read.eos_token, read.bos_token) == ("</s>", "<s>")
+
+
+def test_a_space_at_the_beginning_alone_is_read_as_what_the_model_is_used_for(tmp_path: Path) -> None:
+    """llama.cpp puts one before every stretch of text or before none: a conversation has none, plain text only one."""
+    tokenizer = sentencepiece("first")
+    model = model_of("llama", len(tokenizer))
+    for template, texts in (("{{ messages }}", [TEXTS[1], "<|end|> the fox"]), (None, [TEXTS[0], TEXTS[3]])):
+        file = tmp_path / f"{template is None}.gguf"
+        write_gguf(model, tokenizer, template, [3], file, "fp32")
+        _, read = back_of(file, file.with_suffix(""))
+        assert [read(text).input_ids for text in texts] == [tokenizer(text).input_ids for text in texts]
 
 
 @pytest.mark.parametrize(("dtype", "apart"), [("bf16", 2**-8), ("fp16", 2**-11), ("q8_0", 1 / 254 + 2**-11)])

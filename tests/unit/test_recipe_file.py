@@ -269,7 +269,7 @@ xyzzy: 1
         "write `train: {max_steps: ...}`",
         "12: Micro-Batch-Size does not belong here: write train.micro_batch_size",
     ]
-    assert lines[7].startswith("13: unknown key training_args: known here: data, evaluate, method")
+    assert lines[7].startswith("13: unknown key training_args: known here: adapters, data, evaluate, method")
     assert lines[8].startswith("14: per_device_train_batch_size has another name here: write train.batch_size (")
     assert lines[9].startswith("15: unknown key xyzzy: known here")
     assert error.remedy == "mend these 10; docs/recipes.md has every key"

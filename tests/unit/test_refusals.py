@@ -13,6 +13,7 @@ import pytest
 
 from kinds import policy_of
 from tunesmith import rules
+from tunesmith.beneath import Beneath
 from tunesmith.errors import TunesmithError
 from tunesmith.facts import DEFAULT_POOLING, Facts, ModelFacts, Previous
 from tunesmith.methods import METHODS
@@ -47,6 +48,11 @@ def after(method: str, objective: str = "sft", **options: Any) -> Previous:
     return Previous({"name": method, "options": options}, {"name": objective})
 
 
+def stacked(trained: str = "lora", precision: str = "auto", **given: Any) -> Facts:
+    first = Beneath("first", "first", Path("first"), "lora", "lm", "base", "0000", (), "ab")
+    return replace(facts(trained, precision=precision), beneath=(replace(first, **given),), base_sha256="0000")
+
+
 def of_method(kind: ModelKind = "decoder", train: Any = None, **given: Any) -> Facts:
     found = facts(kind=kind, train=train or {})
     return replace(found, method=replace(found.method, **given))
@@ -77,6 +83,20 @@ RULES: dict[str, Callable[[], Facts]] = {
     "the earlier run had method options {'rank': 4}": lambda: replace(
         facts({"name": "lora", "rank": 8}), previous=after("lora", rank=4)
     ),
+    "first was trained on other (f1e2d3c4b5a6...), and base has other weights (0000...)": lambda: stacked(
+        base="other", base_sha256="f1e2d3c4b5a6978"
+    ),
+    "first is by ia3, and lora stands on adapters by dora or lora": lambda: stacked(method="ia3"),
+    "first is by lora, and prompt stands on no other adapter": lambda: stacked("prompt"),
+    "first was trained below a pooled head, and sft needs a lm head": lambda: stacked(head="pooled"),
+    "first added tokens to the vocabulary": lambda: stacked(tokens=("<a>",)),
+    "method.tokens trains rows of the embeddings": lambda: replace(
+        stacked(), method=replace(METHODS.get("lora").facts, tokens=("<a>",))
+    ),
+    "precision is fp8, whose products hold the update of one adapter": lambda: stacked(precision="fp8"),
+    "model names an earlier run, which goes on with its own adapter": lambda: replace(
+        facts(adapters=["first"]), previous=after("lora")
+    ),
     "the earlier run was trained for classify": lambda: replace(facts(), previous=after("lora", "classify")),
 }
 
@@ -93,6 +113,27 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "first comes after last": {"layers": [3, 1]},
     "is no regular expression": {"parameters": ["("]},
 }
+NAMED: dict[str, dict[str, Any]] = {
+    "method.targets: LlamaForCausalLM has no layer 'typo'": {"name": "lora", "targets": ["q_proj", "typo"]},
+    "method.feedforward: LlamaForCausalLM has no layer 'typo'": {"name": "ia3", "feedforward": ["typo"]},
+    "method.ranks: 'typo' is the name of no linear layer": {"name": "lora", "ranks": {"typo": 2, "q_proj": 4}},
+    "method.parameters: 'typo' is found in no parameter's name": {"name": "partial", "parameters": ["mlp", "typo"]},
+    "method partial chooses no bias of Llama": {"name": "partial", "only": "biases"},
+    "method.top is 3, and LlamaForCausalLM has 2 layers": {"name": "partial", "top": 3},
+    "ranks: '(' is no regular expression": {"name": "lora", "ranks": {"(": 2}},
+}
+
+
+@pytest.mark.parametrize("cause", NAMED)
+def test_a_name_that_a_model_lacks_is_refused_beside_those_that_it_has(cause: str, tiny_llama: Path) -> None:
+    import re
+
+    from tunesmith import api
+
+    recipe = {"model": str(tiny_llama), "objective": "sft", "method": NAMED[cause], "train": {"max_steps": 1}}
+    rows = [{"prompt": f"{i}?", "completion": "yes"} for i in range(4)]
+    with pytest.raises(TunesmithError, match=re.escape(cause)):
+        api.plan(recipe, data={"train": rows})
 
 
 @pytest.mark.parametrize("cause", OPTIONS)
@@ -108,7 +149,7 @@ def test_options_of_partial_that_mean_nothing(cause: str) -> None:
 @pytest.mark.parametrize(
     ("options", "cause"),
     [
-        ({"parameters": ["no-such-name"]}, "chooses no parameter"),
+        ({"parameters": ["no-such-name"]}, "is found in no parameter's name"),
         ({"layers": [0, 2]}, "names layers that LlamaForCausalLM lacks: it has 2"),
     ],
 )
@@ -303,10 +344,10 @@ def test_a_base_that_transformers_cannot_convert(tmp_path: Path, monkeypatch: py
     def fails(*_: Any, **__: Any) -> None:
         raise ValueError("unknown architecture")
 
-    for auto in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer):
+    for auto in (transformers.AutoConfig, transformers.AutoModelForCausalLM, transformers.AutoTokenizer):
         monkeypatch.setattr(auto, "from_pretrained", fails)
     with pytest.raises(TunesmithError, match=r"cannot convert base.gguf: unknown architecture"):
-        convert._model(tmp_path / "base.gguf", None)
+        convert._model(tmp_path / "base.gguf", {}, None)
     with pytest.raises(TunesmithError, match=r"cannot convert the tokenizer of base.gguf"):
         convert._tokenizer(tmp_path / "base.gguf", {})
     (tmp_path / "base.gguf").write_bytes(b"GGUF")
@@ -368,7 +409,9 @@ def test_a_method_that_finds_no_place_in_a_model(tiny_bert: Path) -> None:
     with pytest.raises(TunesmithError, match="ia3 does not know where Sequential keeps its keys"):
         ia3(ia3.Options(), 0.0).config(SimpleNamespace(model=torch.nn.Sequential(torch.nn.Linear(2, 2))))
     lora = METHODS.get("lora")
-    with pytest.raises(TunesmithError, match=r"method.targets name no layer of LlamaForCausalLM") as refused:
+    with pytest.raises(TunesmithError, match=r"method.targets name no layer of MixtralForCausalLM"):
+        lora(lora.Options(targets=["query"]), 0.0).attach(policy_of("mixtral"))
+    with pytest.raises(TunesmithError, match=r"method.targets: LlamaForCausalLM has no layer 'query'") as refused:
         lora(lora.Options(targets=["query"]), 0.0).attach(policy_of("llama"))
     assert "some of: down_proj, gate_proj, k_proj" in refused.value.remedy
 

@@ -52,6 +52,30 @@ def test_an_unknown_name_comes_with_the_nearest(package: str) -> None:
     assert caught.value.remedy == "known: apple, pear"
 
 
+def test_a_name_that_others_use_is_told_in_a_recipes_words(package: str) -> None:
+    """Every hint of the methods is a recipe that is right."""
+    import inspect
+    import re
+
+    from tunesmith.methods import METHODS
+    from tunesmith.recipe import Recipe
+    from tunesmith.recipe_file import check_options, parse_recipe
+    from tunesmith.yaml_text import read_yaml
+
+    with pytest.raises(InputError) as caught:
+        METHODS.get("BitFit")
+    assert caught.value.remedy.startswith("write `method: {name: partial, only: biases}`; known: adalora")
+    table = Path(inspect.getfile(METHODS.get("lora"))).with_name("other_names.yaml").read_text()
+    for name, here in read_yaml(table, "names").value.items():
+        assert name not in METHODS
+        if not here.startswith("method: "):
+            continue
+        said = re.sub(r", (with|or) .*", "", here)
+        method = read_yaml(said, "hint").value["method"]
+        recipe: Recipe = parse_recipe({"model": "m", "data": {"train": "t"}, "objective": "sft", "method": method})
+        check_options(recipe.method, METHODS.get(recipe.method.name).Options, "method")
+
+
 def test_a_name_is_registered_once(package: str) -> None:
     registry = things(package)
     list(registry)

@@ -37,7 +37,7 @@ def _run(options: argparse.Namespace, call: Call) -> int:
     for one in described:
         table.add_row(
             one["name"],
-            one["method"],
+            " on ".join([one["method"], *reversed(one["beneath"])]),
             str(one["rank"] or ""),
             large(one["parameters"]),
             _size(one["bytes"]),

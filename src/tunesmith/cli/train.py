@@ -39,10 +39,12 @@ def _run(options: argparse.Namespace, call: Call) -> int:
 def show_result(result: Result, view: View, call: Call) -> None:
     """A finished run, for a person or for a machine."""
     if call.json:
+        from tunesmith.models.saved import folder_of
+
         call.print_json(
             {
                 "run": str(result.path),
-                "model": str(result.path / "model"),
+                "model": str(folder_of(result.path)),
                 "report": None if result.report is None else str(result.report),
                 "records": result.records,
                 "effects": result.effects,

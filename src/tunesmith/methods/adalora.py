@@ -35,6 +35,7 @@ class AdaLora(PeftAdapter):
         mergeable=True,
         learning_rate=1e-3,
         learning_rate_source="within the rates that Zhang et al. 2023 use",
+        stands_on=frozenset({"adalora"}),
     )
 
     class Options(LowRankOptions):
@@ -73,7 +74,7 @@ class _Allocation:
         config.total_step = total_steps
         config.tinit, config.tfinal = int(WARMUP * total_steps), int(SETTLE * total_steps)
         config.deltaT = max(1, (total_steps - config.tinit - config.tfinal) // 20)
-        self._adapted, self._allocator = adapted, adapted.rankallocator
+        self._adapted, self._allocator, self._total_steps = adapted, adapted.rankallocator, total_steps
         self._allocator.peft_config = config
         self._allocator.set_total_step(total_steps)
 
@@ -93,7 +94,8 @@ class _Allocation:
         return {"orthogonality": total}
 
     def after_step(self, engine: Engine, number: int) -> None:
-        self._adapted.update_and_allocate(number)
+        if self._total_steps > 1:  # a lone step has no importance to prune by
+            self._adapted.update_and_allocate(number)
 
     def state(self) -> dict[str, Any]:
         found = {kind: dict(getattr(self._allocator, kind)) for kind in ("ipt", "exp_avg_ipt", "exp_avg_unc")}

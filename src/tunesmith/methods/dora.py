@@ -27,6 +27,7 @@ class Dora(Lora):
         learning_rate_source="LoRA's, as Liu et al. 2024 compare the two",
         frozen_in=frozenset({"int4"}),
         combines=frozenset(),  # magnitudes of different weights have no sum
+        stands_on=frozenset(),  # and those of a weight are not those of a sum that it is part of
     )
 
     class Options(Lora.Options):

@@ -41,6 +41,7 @@ class Ia3(PeftAdapter):
         mergeable=True,
         learning_rate=3e-3,
         learning_rate_source="Liu et al. 2022, who use it for every task",
+        stands_on=frozenset({"ia3"}),
         combines=frozenset({"linear"}),
     )
 

@@ -26,6 +26,7 @@ class Loha(PeftAdapter):
         mergeable=True,
         learning_rate=3e-3,
         learning_rate_source="best of 3e-3 (0.855) and 1e-2 (0.850) on 10 rows a class of BANKING77, four epochs",
+        stands_on=frozenset({"loha"}),
     )
 
     class Options(LowRankOptions):

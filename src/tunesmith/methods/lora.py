@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
-from contextlib import contextmanager
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from tunesmith.errors import InputError
 from tunesmith.methods import METHODS, low_rank_sum, starts
-from tunesmith.methods.peft_adapter import LowRankOptions, PeftAdapter, has_transposed_linears, task_type, token_rows
+from tunesmith.methods.peft_adapter import (
+    LowRankOptions,
+    PeftAdapter,
+    has_transposed_linears,
+    linear_layers,
+    task_type,
+    token_rows,
+)
 from tunesmith.models.policy import Policy
 from tunesmith.recipe import Positive
 from tunesmith.types import Batch, Combination, MethodFacts
@@ -35,6 +43,7 @@ class Lora(PeftAdapter):
         learning_rate_source="Hu et al. 2021 (table 11) for GPT-2, and Dettmers et al. 2023 (QLoRA) up to 13B",
         frozen_in=frozenset({"fp8", "int4"}),
         combines=frozenset(low_rank_sum.WAYS),
+        stands_on=frozenset({"lora", "dora"}),
     )
 
     class Options(LowRankOptions):
@@ -58,6 +67,16 @@ class Lora(PeftAdapter):
             default_factory=list, description="tokens to add to the vocabulary, whose embeddings train with the adapter"
         )
 
+        @field_validator("ranks")
+        @classmethod
+        def _are_patterns(cls, ranks: dict[str, int]) -> dict[str, int]:
+            for pattern in ranks:
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise ValueError(f"ranks: {pattern!r} is no regular expression: {error}") from error
+            return ranks
+
     options: Options
 
     def __init__(self, options: Any, dropout: float) -> None:
@@ -67,6 +86,13 @@ class Lora(PeftAdapter):
         self.facts = replace(self.facts, frozen_in=frozen_in, tokens=tuple(options.tokens))
 
     def attach(self, policy: Policy) -> None:
+        names = linear_layers(policy.model)
+        for pattern in self.options.ranks:  # as PEFT reads it, which passes over one that matches nothing
+            if not any(re.fullmatch(rf"(.*\.)?({pattern})", name) for name in names):
+                raise InputError(
+                    f"method.ranks: {pattern!r} is the name of no linear layer of {type(policy.model).__name__}",
+                    f"name one as in {names[0]}, by its end or a regular expression",
+                )
         super().attach(policy)
         if self._is_offset:
             starts.offset(self._peft, self._without_tokens(policy), starts.STARTS[self.options.init])
@@ -74,13 +100,6 @@ class Lora(PeftAdapter):
     def fit(self, policy: Policy, batches: Iterable[Batch]) -> None:
         if self.options.init == "eva":
             starts.observe(policy, self._peft, batches)
-
-    @contextmanager
-    def reference(self, policy: Policy) -> Generator[None]:
-        with super().reference(policy):
-            yield
-        if self._is_offset:
-            starts.hold(self._peft)
 
     def export(self, policy: Policy, to: Path) -> None:
         super().export(policy, to)

@@ -36,6 +36,11 @@ class Way:
     pruned: bool = False
     drawn: bool = False
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether the updates themselves are summed, so that a sum in the sum is nothing else."""
+        return self.merge is None or (self.whole and not self.pruned)
+
 
 # TIES: Yadav et al. 2023 (arXiv 2306.01708); DARE: Yu et al. 2024 (arXiv 2311.03099); both as PEFT has them.
 _SUM = Way("the factors are summed, not their products: cheap, rough; ranks must be equal", "task_arithmetic")

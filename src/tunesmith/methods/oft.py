@@ -29,7 +29,10 @@ class Oft(PeftAdapter):
         mergeable=True,
         learning_rate=3e-3,
         learning_rate_source="best of 3e-3 (0.826) and 1e-2 (0.786) on 10 rows a class of BANKING77, four epochs",
+        stands_on=frozenset({"oft"}),
     )
+
+    merges_last_first = True  # (W R2) R1 x: the first rotates the input first
 
     class Options(Strict):
         """How wide the rotated blocks are, and which layers are rotated."""

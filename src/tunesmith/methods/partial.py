@@ -55,6 +55,12 @@ class Partial(OwnWeights):
             None, description="share of the run in which the layers begin to train, one by one from the top"
         )
 
+        @property
+        def implied(self) -> dict[str, tuple[float, str]]:
+            """What an option that is left out comes to, and why."""
+            chosen = self.layers is not None or self.parameters is not None or self.only != "all"
+            return {} if chosen else {"top": (TOP, "that share of the layers, where nothing is chosen")}
+
         @model_validator(mode="after")
         def _one_choice(self) -> Partial.Options:
             if sum(choice is not None for choice in (self.top, self.layers, self.parameters)) > 1:
@@ -76,7 +82,7 @@ class Partial(OwnWeights):
         limited = {"all": every, "norms": layers.norm_parameters(model), "biases": layers.bias_parameters(model)}
         names = self._selected(model, every) & limited[options.only]
         if not names:
-            what = "parameter" if options.only == "all" else options.only.removesuffix("s")
+            what = {"all": "parameter", "norms": "norm", "biases": "bias"}[options.only]
             shown = ", ".join(sorted(every)[:3])
             raise InputError(
                 f"method partial chooses no {what} of {type(model).__name__}",
@@ -99,6 +105,12 @@ class Partial(OwnWeights):
     def _selected(self, model: Any, every: set[str]) -> set[str]:
         options = self.options
         if options.parameters is not None:
+            for pattern in options.parameters:
+                if not any(re.search(pattern, name) for name in every):
+                    raise InputError(
+                        f"method.parameters: {pattern!r} is found in no parameter's name of {type(model).__name__}",
+                        f"its parameters are called {', '.join(sorted(every)[:3])}, ...",
+                    )
             return {name for name in every if any(re.search(pattern, name) for pattern in options.parameters)}
         if options.layers is None and options.top is None and options.only != "all":
             return every
@@ -113,6 +125,8 @@ class Partial(OwnWeights):
             first, last = self.options.layers
         else:
             top = self.options.top or TOP
+            if top > count:
+                raise InputError(f"method.top is {top:g}, and {model} has {count} layers", "set it to that or less")
             first, last = count - (math.ceil(top * count) if top < 1 else int(top)), count - 1
         if first < 0 or last >= count:
             raise InputError(f"method partial names layers that {model} lacks: it has {count}", f"stay below {count}")

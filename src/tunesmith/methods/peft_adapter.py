@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -21,17 +21,31 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 
+TRAINED, BENEATH = "default", "beneath"  # PEFT's names of the adapter that trains, and of those that it stands on
 Targets = Literal["all-linear"] | list[str]
 
 
 class LowRankOptions(Strict):
     """What adapters of low rank have in common."""
 
-    rank: Positive = Field(16, description="width of the update")
+    rank: Positive = Field(
+        16,
+        description="width of the update",
+        json_schema_extra={"source": "LoRA's: ranks of 4 to 64 differ little (Hu et al. 2021, table 6)"},
+    )
     alpha: Annotated[float, Field(gt=0)] | None = Field(
         None, description="the update is scaled by alpha / rank; twice the rank if left out"
     )
-    targets: Targets = Field("all-linear", description="linear layers by name, or all-linear")
+    targets: Targets = Field(
+        "all-linear",
+        description="linear layers by name, or all-linear",
+        json_schema_extra={"source": "LoRA's: on all layers it matches full (Dettmers et al. 2023, figure 2)"},
+    )
+
+    @property
+    def implied(self) -> dict[str, tuple[float, str]]:
+        """What an option that is left out comes to, and why."""
+        return {"alpha": (self.scale, "twice the rank")}
 
     @property
     def scale(self) -> float:
@@ -39,7 +53,12 @@ class LowRankOptions(Strict):
 
 
 class PeftAdapter(ABC):
-    """A method whose parameters PEFT puts into the layers of a model. A subclass gives the configuration."""
+    """A method whose parameters PEFT puts into the layers of a model. A subclass gives the configuration.
+
+    `merges_last_first`: in which order adapters in use go into a weight, so that it does what they do one by one.
+    """
+
+    merges_last_first: ClassVar[bool] = False
 
     def __init__(self, options: Any, dropout: float) -> None:
         self.options = options
@@ -53,6 +72,7 @@ class PeftAdapter(ABC):
     def attach(self, policy: Policy) -> None:
         from peft import get_peft_model
 
+        self._check_names(policy)
         with peft_speaks():
             try:
                 self._peft = get_peft_model(policy.model, self.config(policy))
@@ -62,13 +82,34 @@ class PeftAdapter(ABC):
                     f"use all-linear, or some of: {', '.join(linear_names(policy.model))}",
                 ) from error
 
+    def _check_names(self, policy: Policy) -> None:
+        """PEFT asks that one of the targets is there, and would pass over the others."""
+        if any(p.ndim > 2 for p in policy.model.parameters()):
+            return  # stacks of experts, whose layers PEFT knows by the names that checkpoints have
+        known = [name for name, _ in policy.model.named_modules()]
+        for key in ("targets", "feedforward"):
+            named = getattr(self.options, key, None)
+            for target in named if isinstance(named, list) else ():
+                if not any(name == target or name.endswith(f".{target}") for name in known):
+                    raise InputError(
+                        f"method.{key}: {type(policy.model).__name__} has no layer {target!r}",
+                        f"use all-linear, or some of: {', '.join(linear_names(policy.model))}",
+                    )
+
     def parameter_groups(self, policy: Policy) -> list[dict[str, Any]]:
         return [{"params": [p for p in policy.parameters() if p.requires_grad]}]
+
+    def stand_on(self, policy: Policy, folders: Sequence[Path]) -> None:
+        for place, folder in enumerate(folders, 1):
+            with peft_speaks():
+                self._peft.load_adapter(str(folder), f"{BENEATH}{place}", torch_device=str(policy.device))
+        hold(self._peft)
 
     @contextmanager
     def reference(self, policy: Policy) -> Generator[None]:
         with self._peft.disable_adapter():
             yield
+        hold(self._peft)
 
     def export(self, policy: Policy, to: Path) -> None:
         """A folder for `peft.PeftModel.from_pretrained`, its bytes the same whichever process writes it."""
@@ -76,19 +117,31 @@ class PeftAdapter(ABC):
             if isinstance(config.target_modules, set):  # in an order that each process draws anew
                 config.target_modules = sorted(config.target_modules)
         with peft_speaks():
-            self._peft.save_pretrained(to, save_embedding_layers=False, selected_adapters=["default"])
+            self._peft.save_pretrained(to, save_embedding_layers=False, selected_adapters=[TRAINED])
         (to / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours comes when the model is measured
 
     def merge(self, policy: Policy) -> None:
         give_back(policy.model)  # a base in 4 bits takes no update: it goes into the weights that those bits stand for
         with peft_speaks():
-            policy.model = self._peft.merge_and_unload()
+            names = self._peft.base_model.active_adapters[::-1] if self.merges_last_first else None
+            policy.model = self._peft.merge_and_unload(adapter_names=names)
 
     def load(self, policy: Policy, source: Path) -> None:
         from peft import PeftModel
 
         with peft_speaks():
             self._peft = PeftModel.from_pretrained(policy.model, str(source), is_trainable=True)
+
+
+def hold(peft: Any) -> None:
+    """All adapters in use, the trained one last, and the others frozen: PEFT thaws whatever it switches on."""
+    others = [name for name in peft.peft_config if name != TRAINED]
+    if not others:
+        return
+    peft.base_model.set_adapter([*others, TRAINED])
+    for name, parameter in peft.named_parameters():
+        if not set(name.split(".")).isdisjoint(others):
+            parameter.requires_grad_(False)
 
 
 @contextmanager

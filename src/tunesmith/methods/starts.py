@@ -18,13 +18,13 @@ from torch import Tensor
 
 from tunesmith.data.pack import place
 from tunesmith.errors import InputError
-from tunesmith.methods.peft_adapter import peft_speaks
+from tunesmith.methods.peft_adapter import TRAINED, hold, peft_speaks
 from tunesmith.types import Batch, Want
 
 if TYPE_CHECKING:
     from tunesmith.models.policy import Policy
 
-TRAINED, START = "default", "start"  # PEFT's names of the two adapters
+START = "start"  # PEFT's name of the frozen adapter
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 EXACT = 2048  # narrower layers have all their singular values computed, wider ones the leading ones by iteration
 ITERATIONS = 16
@@ -71,14 +71,6 @@ def offset(peft: Any, config: Any, factors: Callable[[Tensor, int, float], Facto
         for name, sign in ((TRAINED, 1), (START, -1)):
             layer.lora_A[name].weight.data.copy_(start_down)
             layer.lora_B[name].weight.data.copy_(sign * start_up)
-
-
-def hold(peft: Any) -> None:
-    """Both adapters in use, the second frozen: PEFT thaws whatever it switches on."""
-    peft.base_model.set_adapter([TRAINED, START])
-    for name, parameter in peft.named_parameters():
-        if f".{START}." in name:
-            parameter.requires_grad_(False)
 
 
 def join(peft: Any, folder: Path) -> None:

@@ -29,6 +29,7 @@ class Vera(PeftAdapter):
         mergeable=True,
         learning_rate=4e-3,
         learning_rate_source="Kopiczko et al. 2024, who train it with rates ten times LoRA's and more",
+        stands_on=frozenset({"vera"}),
     )
 
     class Options(Strict):

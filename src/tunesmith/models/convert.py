@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-VERSION = 1
+VERSION = 2
 """Part of the key of what is cached: raise it when the folder that comes out changes."""
 
 _AGAIN = "fetch the .gguf file again and compare its sha256 with the publisher's"
@@ -58,7 +58,7 @@ def convert_gguf(source: Path, to: Path, progress: Progress | None = None) -> st
     try:
         with compat.quiet_transformers():
             tokenizer = _tokenizer(source, fields)
-            model = _model(source, progress)
+            model = _model(source, fields, progress)
         _settle_tokens(model, tokenizer)
         to.mkdir(parents=True)
         _write(model, tokenizer, to)
@@ -71,19 +71,24 @@ def convert_gguf(source: Path, to: Path, progress: Progress | None = None) -> st
     return file_sha256(to / "model.safetensors", progress, remember=False)
 
 
-def _model(source: Path, progress: Progress | None) -> PreTrainedModel:
+def _model(source: Path, fields: dict[str, Any], progress: Progress | None) -> PreTrainedModel:
     import torch
-    from transformers import AutoModelForCausalLM, GgufConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
     def report(done: int, total: int) -> None:
         if progress:
             progress("convert", done, total)
 
     try:
+        config = AutoConfig.from_pretrained(str(source.parent), gguf_file=source.name, local_files_only=True)
+        width = fields.get(f"{fields.get('general.architecture')}.attention.key_length")
+        if width is not None and getattr(config, "head_dim", width) != width:
+            config.head_dim = int(width)  # transformers leaves it out for Qwen3
         with compat.gguf_progress(report):
             return AutoModelForCausalLM.from_pretrained(
                 str(source.parent),
                 gguf_file=source.name,
+                config=config,
                 quantization_config=GgufConfig(dequantize=True),
                 dtype=torch.float32,
                 local_files_only=True,
@@ -95,7 +100,7 @@ def _model(source: Path, progress: Progress | None) -> PreTrainedModel:
 
 
 def _tokenizer(source: Path, fields: dict[str, Any]) -> PreTrainedTokenizerFast:
-    from tokenizers import pre_tokenizers
+    from tokenizers import normalizers, pre_tokenizers
     from transformers import AutoTokenizer
 
     try:
@@ -105,6 +110,12 @@ def _tokenizer(source: Path, fields: dict[str, Any]) -> PreTrainedTokenizerFast:
             f"transformers cannot convert the tokenizer of {source.name}: {error}",
             "give the model's safetensors folder or hub id",
         ) from error
+    if fields.get("tokenizer.ggml.model") == "llama" and fields.get("tokenizer.ggml.add_space_prefix", True):
+        # Before each stretch of text, behind special tokens too, as llama.cpp does; not at the beginning alone.
+        tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
+        tokenizer.backend_tokenizer.pre_tokenizer = None
     split = fields.get("tokenizer.ggml.pre")
     if fields.get("tokenizer.ggml.model") == "gpt2" and split is not None:
         if split in compat.GGUF_SINGLE_DIGITS:

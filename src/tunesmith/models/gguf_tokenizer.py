@@ -29,7 +29,7 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: Any, size: int, template: str |
     if model.get("byte_fallback"):
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
-        writer.add_add_space_prefix(_puts_space_first(described))
+        writer.add_add_space_prefix(_puts_space(described, chats=template is not None))
     else:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(_split_name(described))
@@ -91,10 +91,17 @@ def _split_name(described: dict[str, Any]) -> str:
     )
 
 
-def _puts_space_first(described: dict[str, Any]) -> bool:
+def _puts_space(described: dict[str, Any], *, chats: bool) -> bool:
+    """Whether llama.cpp puts a space before each stretch of text, at the beginning and behind every special token.
+
+    So do tokenizers that prepend one (Llama 2's). Those that put one at the beginning alone put none into a
+    conversation, which begins with a special token, and the only one into plain text.
+    """
     steps = [described["normalizer"] or {}, described["pre_tokenizer"] or {}]
     flat = [part for step in steps for part in step.get("normalizers", step.get("pretokenizers", [step]))]
-    return any(part.get("type") == "Prepend" or part.get("prepend_scheme", "never") != "never" for part in flat)
+    if any(part.get("type") == "Prepend" or part.get("prepend_scheme") == "always" for part in flat):
+        return True
+    return not chats and any(part.get("prepend_scheme") == "first" for part in flat)
 
 
 def _add_special(writer: GGUFWriter, tokenizer: Any, end_ids: Sequence[int]) -> None:

@@ -24,9 +24,10 @@ def generate(
 ) -> list[Completion]:
     """Completes each prompt; the result is in the prompts' order and without the end token.
 
-    Prompts of like length run together, padded left, at most `spec.batch_tokens` at a time
-    (prompt and answer). An answer is cut off where the model's `context` ends. Greedy at temperature 0, and then
-    independent of the batching up to floating-point ties. Only a lone prompt can be followed by `spec.on_token`.
+    Prompts of like length run together, at most `spec.batch_tokens` at a time (prompt and answer), padded left; those
+    of an encoder-decoder right, because its encoder counts positions from the row's beginning. An answer is cut off
+    where the model's `context` ends. Greedy at temperature 0, and then independent of the batching up to
+    floating-point ties. Only a lone prompt can be followed by `spec.on_token`.
     `virtual` stands before each prompt.
     """
     if spec.on_token is not None and len(prompts) != 1:
@@ -86,7 +87,7 @@ def _complete(
 ) -> list[Completion]:
     from transformers import GenerationConfig
 
-    ids_BT, mask_BT = _padded_left(prompts, pad, model.device)
+    ids_BT, mask_BT = _padded(prompts, pad, model.device, left=not model.config.is_encoder_decoder)
     inputs: dict[str, Any] = {"input_ids": ids_BT, "attention_mask": mask_BT}
     if virtual is not None:
         inputs = virtual.continued(model, ids_BT, mask_BT)
@@ -117,14 +118,15 @@ def _complete(
     return found
 
 
-def _padded_left(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device, *, left: bool) -> tuple[Tensor, Tensor]:
     """Ids, and where they are not padding: [B, T] each."""
     longest = max(len(p) for p in prompts)
     ids_BT = torch.full((len(prompts), longest), pad, dtype=torch.long)
     mask_BT = torch.zeros_like(ids_BT)
     for row, prompt in enumerate(prompts):
-        ids_BT[row, longest - len(prompt) :] = torch.as_tensor(list(prompt))
-        mask_BT[row, longest - len(prompt) :] = 1
+        start = longest - len(prompt) if left else 0
+        ids_BT[row, start : start + len(prompt)] = torch.as_tensor(list(prompt))
+        mask_BT[row, start : start + len(prompt)] = 1
     return ids_BT.to(device), mask_BT.to(device)
 
 

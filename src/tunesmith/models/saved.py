@@ -5,13 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tunesmith.errors import RefusedError
+from tunesmith.errors import InputError, RefusedError
 from tunesmith.models.cache import file_sha256
 from tunesmith.rundir import read_json
 
 CARD = "tunesmith.json"
 KEYS = ("base", "method", "objective", "files")
 _REMEDY = "restore the folder from a copy, or train again"
+
+
+def folder_of(path: Path) -> Path:
+    """Where a run has its model, or an exported one's own folder. InputError where there is none (yet)."""
+    folder = path / "model" if (path / "model" / CARD).is_file() else path
+    if not (folder / CARD).is_file():
+        hint = "finish it with `tunesmith resume`" if (path / "manifest.json").is_file() else "give a run's folder"
+        what = "holds no model of tunesmith" if path.exists() else "is not there"
+        raise InputError(f"{path} {what}", hint)
+    return folder
 
 
 def read_card(folder: Path) -> dict[str, Any]:

@@ -39,20 +39,21 @@ class Virtual(nn.Module, ABC):
 
     @abstractmethod
     def continued(self, model: Any, ids_BT: Tensor, mask_BT: Tensor) -> dict[str, Any]:
-        """What transformers' `generate` goes on from, for prompts that are padded on the left."""
+        """What transformers' `generate` goes on from, for prompts that are padded on one side."""
 
 
 class VirtualTokens(Virtual):
     """Positions of their own: called, it gives their embeddings, [P, D]."""
 
     def continued(self, model: Any, ids_BT: Tensor, mask_BT: Tensor) -> dict[str, Any]:
-        """Embeddings, padding before the virtual tokens."""
+        """Embeddings, padding on the left before the virtual tokens."""
         text_BTD = model.get_input_embeddings()(ids_BT)
         virtual_PD = self.exact().to(text_BTD.dtype)
-        padding_B = (mask_BT == 0).sum(1).tolist()
+        padding_B = (mask_BT.cumsum(1) == 0).sum(1).tolist()
         rows = [torch.cat((x_TD[:n], virtual_PD, x_TD[n:])) for n, x_TD in zip(padding_B, text_BTD, strict=True)]
-        more_BP = mask_BT.new_ones(len(mask_BT), self.count)
-        return {"inputs_embeds": torch.stack(rows), "attention_mask": torch.cat((mask_BT, more_BP), dim=1)}
+        more_P = mask_BT.new_ones(self.count)
+        masks = [torch.cat((row_T[:n], more_P, row_T[n:])) for n, row_T in zip(padding_B, mask_BT, strict=True)]
+        return {"inputs_embeds": torch.stack(rows), "attention_mask": torch.stack(masks)}
 
 
 class VirtualKeys(Virtual):

@@ -66,12 +66,14 @@ def _lines(lines: Sequence[Line]) -> Table:
 def _base(plan: Plan) -> list[Line]:
     base = plan.base
     context = f", sees {base['context_length']:,} tokens" if base["context_length"] else ""
+    under = [f"{one['name']} ({one['method']}, {one['sha256'][:8]}…)" for one in plan.beneath]
     return [
         ("name", str(base["name"])),
         ("kind", f"{base['kind']} ({base['model_type']}), {large(base['parameters'])} parameters{context}"),
         ("licence", base["licence"] or "unknown: see what its source says before you share what you train"),
         ("source", str(base["source"])),
         ("sha256", f"{base['sha256'][:16]}…"),
+        *([("adapters", f"in use and frozen, from the base up: {', '.join(under)}")] if under else []),
     ]
 
 

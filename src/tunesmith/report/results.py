@@ -34,9 +34,12 @@ def show_results(
         console.print(Text(f"\n[low, high]: 95% intervals{paired}\n", style="dim"), soft_wrap=True)
     for warning in weaknesses(records):
         console.print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
-    run = shlex.quote(str(path))
+    run, model = shlex.quote(str(path)), path / "model"
+    if not model.is_dir():  # a model's folder that is no run has no report
+        console.print(Text(f"model:  {path}\nnext:   tunesmith compare {run} RUN"), soft_wrap=True)
+        return
     for line in (
-        f"model:  {path / 'model'}",
+        f"model:  {model}",
         f"report: {report or 'none'}",
         f"next:   tunesmith report {run} --open           {'look at it' if report else 'why there is none'}",
         f"        tunesmith predict {run} --input FILE    answers to more rows",
