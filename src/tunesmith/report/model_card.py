@@ -19,7 +19,7 @@ from tunesmith.report.before_after import TUNED, facts_of
 from tunesmith.report.findings import file_name
 from tunesmith.report.markdown import render
 from tunesmith.report.summary import Summary, train_files
-from tunesmith.report.verdict import value
+from tunesmith.report.verdict import limits
 
 Library = Literal["transformers", "peft", "adapters", "tunesmith"]
 
@@ -136,14 +136,14 @@ def _results(summary: Summary, task: str) -> list[EvalResult]:
             continue
         split = summary.splits.get(record["data"])
         facts = facts_of(record["metric"])
-        low, high = value(facts, record["low"]), value(facts, record["high"])
+        span = "no interval" if record.get("reason") else f"95% interval {limits(facts, record)}"
         found.append(
             EvalResult(
                 task_type=task,
                 dataset_type=file_name(split["files"][0]["name"]) if split and split["files"] else str(record["data"]),
                 dataset_name=str(record["data"]),
                 metric_type=str(record["metric"]),
-                metric_name=f"{facts.title} (95% interval {low} to {high}, n = {record['n']:,})",
+                metric_name=f"{facts.title} ({span}, n = {record['n']:,})",
                 metric_value=float(f"{record['value']:.6g}"),
             )
         )
