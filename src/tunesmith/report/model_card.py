@@ -37,8 +37,11 @@ _LOCAL = re.compile(r"[/\\]|\.\w{1,8}$")
 WEAKEST = 3  # classes named among the limits
 
 
-def model_card(summary: Summary, library: Library) -> str:
-    """The whole of MODEL_CARD.md. `library`: what loads the folder; see `library_of`."""
+def model_card(summary: Summary, library: Library, merged: str | None = None) -> str:
+    """The whole of MODEL_CARD.md. `library`: what loads the folder; see `library_of`.
+
+    `merged`: the dtype of weights that the run's adapter was merged into.
+    """
     plan = summary.plan
     objective, method = str(plan["meaning"]["objective"][0]), str(plan["meaning"]["method"][0])
     head = str(OBJECTIVES.get(objective).needs.head)
@@ -65,6 +68,7 @@ def model_card(summary: Summary, library: Library) -> str:
             "files": train_files(plan),
             "head": head,
             "library": library,
+            "merged": merged,
             "plugged": adapter_hub.is_plugged(str(plan["base"]["model_type"])),
             "tokens": plan["meaning"]["method"][1].get("tokens"),
             "chat": set(plan["audit"]["train"]["formats"]) != {"text"},
