@@ -11,11 +11,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import platform
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from cpu_sft import processor
+from numpy.typing import NDArray
 from populations import FAMILY, FIVE_WAY, POPULATIONS, Population, table
 
 from tunesmith.evaluation import METRICS
@@ -34,6 +36,7 @@ from tunesmith.types import Prediction
 RESULTS = Path(__file__).resolve().parent / "results"
 SIZES = (50, 200, 1000)
 LEVEL = 0.05
+FEW = 0.1  # of samples that get an interval: too few, and too unlike the rest, to judge its coverage by
 RESAMPLES = 2000
 SWAPS = 1000  # the verb takes 10,000, which moves a p-value near 5% by less than a point
 PILOT = 200_000  # rows from which the number of rows is told that a difference takes
@@ -50,19 +53,27 @@ class Job(NamedTuple):
     number: int
 
 
-def coverage(population: Population, job: Job, rng: np.random.Generator) -> dict[str, int]:
-    """How many intervals hold the first model's true value, and how many the models' true difference."""
+Counted = tuple[int, int]  # of how many
+
+
+def coverage(population: Population, job: Job, rng: np.random.Generator) -> dict[str, Counted]:
+    """Of the intervals given, how many hold the first model's true value, and how many the models' true difference."""
     truth, gap = population.values
     clusters_N = population.clusters(job.count)
-    value_held = gap_held = 0
+    value_held = value_given = gap_held = gap_given = 0
     for _ in range(job.samples):
         before, after = population.draw(job.count, population.gain, rng)
         _, low, high = interval(population.metric, before, job.number, resamples=RESAMPLES, clusters_N=clusters_N)
+        value_given += not math.isnan(low)
         value_held += low <= truth <= high
         pairing = side_by_side(population.metric, before, after, clusters_N)
         low, high = pairing.limits(job.number, RESAMPLES)
-        gap_held += min(low, pairing.difference) <= gap <= max(high, pairing.difference)
-    return {"value": value_held, "difference": gap_held}
+        gap_given += pairing.reason is None
+        gap_held += pairing.reason is None and min(low, pairing.difference) <= gap <= max(high, pairing.difference)
+    return {
+        "value": (value_held, value_given),
+        "difference": (gap_held, gap_given),
+    }
 
 
 def found(population: Population, job: Job, rng: np.random.Generator, gain: float) -> int:
@@ -74,28 +85,28 @@ def found(population: Population, job: Job, rng: np.random.Generator, gain: floa
     )
 
 
-def false_alarms(population: Population, job: Job, rng: np.random.Generator) -> dict[str, int]:
-    return {"false alarms": found(population, job, rng, 0.0)}
+def false_alarms(population: Population, job: Job, rng: np.random.Generator) -> dict[str, Counted]:
+    return {"false alarms": (found(population, job, rng, 0.0), job.samples)}
 
 
-def power(population: Population, job: Job, rng: np.random.Generator) -> dict[str, int]:
-    return {"power": found(population, job, rng, population.gain)}
+def power(population: Population, job: Job, rng: np.random.Generator) -> dict[str, Counted]:
+    return {"power": (found(population, job, rng, population.gain), job.samples)}
 
 
-def family(job: Job, rng: np.random.Generator) -> dict[str, int]:
+def family(job: Job, rng: np.random.Generator) -> dict[str, Counted]:
     """How many pairs of equal models are told apart by any metric of the family, after Holm's correction."""
     alarms = 0
     for seed in range(job.samples):
         actual_N, *shares = FIVE_WAY.draw(job.count, 0.0, rng)
         pairs = [side_by_side(m, *(table(m, actual_N, shares_NL) for shares_NL in shares)) for m in FAMILY]
-        alarms += min(holm([pair.p(seed, SWAPS) for pair in pairs])) <= LEVEL
-    return {"family": alarms}
+        alarms += min(holm([pair.p(seed, SWAPS) for pair in pairs if pair.reason is None])) <= LEVEL
+    return {"family": (alarms, job.samples)}
 
 
 FIGURES = {"coverage": coverage, "false alarms": false_alarms, "power": power}
 
 
-def carried_out(job: Job) -> tuple[Job, dict[str, int]]:
+def carried_out(job: Job) -> tuple[Job, dict[str, Counted]]:
     place = len(POPULATIONS) if job.place is None else job.place
     rng = np.random.default_rng([place, job.count, job.number, *job.what.encode()])
     if job.place is None:
@@ -145,27 +156,30 @@ def check_tables() -> None:
         np.testing.assert_allclose(statistics(made, answers), table(metric, actual_N, shares_NL), atol=1e-12)
 
 
-def shares(todo: list[Job], processes: int) -> dict[tuple[str, int | None, int], float]:
-    """Every figure, by its population and size, as a share of its samples."""
-    counts: defaultdict[tuple[str, int | None, int], int] = defaultdict(int)
-    totals: defaultdict[tuple[str, int | None, int], int] = defaultdict(int)
+Key = tuple[str, int | None, int]
+
+
+def shares(todo: list[Job], processes: int) -> tuple[dict[Key, float | None], dict[Key, float]]:
+    """Every figure, by population and size, as a share of the samples that give it (None: few do); and that share."""
+    counts: defaultdict[Key, NDArray[np.int64]] = defaultdict(lambda: np.zeros(3, dtype=np.int64))
     with multiprocessing.get_context("fork").Pool(processes) as pool:
-        for done, (job, hits) in enumerate(pool.imap_unordered(carried_out, todo), 1):
-            for figure, count in hits.items():
-                counts[figure, job.place, job.count] += count
-                totals[figure, job.place, job.count] += job.samples
+        for done, (job, found) in enumerate(pool.imap_unordered(carried_out, todo), 1):
+            for figure, (hits, given) in found.items():
+                counts[figure, job.place, job.count] += np.array([hits, given, job.samples])
             if done % 100 == 0:
                 print(f"{done:,} of {len(todo):,} parts", flush=True)
-    return {key: round(count / totals[key], 4) for key, count in counts.items()}
+    given = {key: round(float(given / samples), 4) for key, (_, given, samples) in counts.items()}
+    held = {key: None if given[key] < FEW else round(float(hits / of), 4) for key, (hits, of, _) in counts.items()}
+    return held, given
 
 
 def measured(samples: int, processes: int, before: dict[str, Any] | None) -> dict[str, Any]:
     """All figures; those of an outcome `before` stay, but for power."""
     sizes = {place: rows_needed(p) for place, p in enumerate(POPULATIONS) if p.gain}
-    share = shares([j for j in jobs(samples, sizes) if before is None or j.what == "power"], processes)
+    share, given = shares([j for j in jobs(samples, sizes) if before is None or j.what == "power"], processes)
 
-    def by_size(figure: str, place: int | None) -> dict[str, float]:
-        return {str(count): share[figure, place, count] for count in SIZES}
+    def by_size(figure: str, place: int | None, of: Mapping[Key, float | None] = share) -> dict[str, float | None]:
+        return {str(count): of[figure, place, count] for count in SIZES}
 
     populations = {
         population.name: before["populations"][population.name]
@@ -173,7 +187,9 @@ def measured(samples: int, processes: int, before: dict[str, Any] | None) -> dic
         else {
             "metric": population.metric.name,
             "coverage of values": by_size("value", place),
+            "values with an interval": by_size("value", place, given),
             "coverage of differences": by_size("difference", place),
+            "differences with an interval": by_size("difference", place, given),
             "false alarms": by_size("false alarms", place),
         }
         for place, population in enumerate(POPULATIONS)
@@ -206,7 +222,9 @@ def markdown(outcome: dict[str, Any]) -> str:
     head += [*(f"false {n}" for n in sizes), "difference to find", "rows stated", "power"]
     lines = [" | ".join(head), "|".join(["---", *["---:"] * (len(head) - 1)])]
     for name, found in outcome["populations"].items():
-        cells = [f"{100 * found[k][str(n)]:.1f}" for k in KEYS for n in SIZES]
+        cells = [
+            _cell(found[key][str(n)], found[given][str(n)] if given else 1.0) for key, given in KEYS for n in SIZES
+        ]
         needed = found.get("rows stated")
         cells += (
             ["", "", ""]
@@ -224,7 +242,8 @@ def markdown(outcome: dict[str, Any]) -> str:
         f"{outcome['date']}, {machine['cores']} cores {machine['processor']}, Python {machine['python']}, "
         f"numpy {versions['numpy']}, scipy {versions['scipy']}; {outcome['samples']['each figure']:,} samples a figure "
         f"({outcome['samples'][f'coverage at {SIZES[-1]}']:,} for coverage at {SIZES[-1]:,} rows). All in percent.\n\n"
-        "value, difference: 95% intervals that hold the true one. false: pairs of equal models told apart at 5%. "
+        "value, difference: 95% intervals that hold the true one; none: at least 90% of samples get no interval; in "
+        "brackets how many do, where that is less than 99.5%. false: pairs of equal models told apart at 5%. "
         "power: pairs of the true difference told apart in as many rows as `compare` states.\n\n"
         + "\n".join(f"| {line} |" for line in lines)
         + f"\n\nA classifier's {len(FAMILY)} metrics after Holm's correction: any false alarm in {alarms} of pairs "
@@ -232,7 +251,17 @@ def markdown(outcome: dict[str, Any]) -> str:
     )
 
 
-KEYS = ("coverage of values", "coverage of differences", "false alarms")
+KEYS = (
+    ("coverage of values", "values with an interval"),
+    ("coverage of differences", "differences with an interval"),
+    ("false alarms", None),
+)
+
+
+def _cell(share: float | None, given: float) -> str:
+    if share is None:
+        return "none"
+    return f"{100 * share:.1f}" + f" ({100 * given:.0f})" * (given < 0.995)
 
 
 def main() -> None:

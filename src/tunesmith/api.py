@@ -251,8 +251,9 @@ def export(
         rows = to_answer(data, loaded.card.get("columns", {}))[: exporting.CHECKED_ROWS]
         check_kinds(rows, loaded.objective.needs.head, asking=True)
     parts = (loaded.policy, loaded.objective, loaded.method, loaded.renderer, loaded.card)
-    write = exporting.to_gguf if gguf else exporting.merge
-    return write(parts, rows, to, dtype or "fp32")
+    if gguf:
+        return exporting.to_gguf(parts, rows, to, dtype or "fp32")
+    return exporting.merge(parts, rows, to, dtype or "fp32", write.merged_cards(path, dtype or "fp32"))
 
 
 def evaluate(

@@ -26,13 +26,13 @@ from tunesmith.errors import InputError
 from tunesmith.evaluation import METRICS
 from tunesmith.evaluation.answers import MAJORITY
 from tunesmith.evaluation.intervals import IntArray, interval
-from tunesmith.evaluation.metrics import FloatArray, Loss, RowMetric, WithoutFloor, build, statistics
+from tunesmith.evaluation.metrics import FloatArray, Loss, RowMetric, WithoutFloor, build, lacking, statistics
 from tunesmith.evaluation.paired import LEVEL, Effect, Pairing, effect, holm, hypothesis, side_by_side
 from tunesmith.evaluation.run import metric_names, records_to_json
 from tunesmith.plugins import load_plugins
 from tunesmith.types import Metric, Prediction
 
-Standing = Literal["better", "worse", "undecided"]
+Standing = Literal["better", "worse", "undecided", "cannot tell"]
 Of = Mapping[str, Sequence[Prediction]]
 
 
@@ -56,7 +56,8 @@ class Contrast:
 
     `p_holm` is p after Holm's correction for all tests of the set. `rows_needed`: rows in all with which a difference
     like the one seen is found in at least 4 of 5 repetitions (None: never). `detectable`: the smallest difference
-    that is found so with these rows (None: they are too few).
+    that is found so with these rows (None: they are too few). Where the rows cannot carry a test, the interval and
+    both p are NaN, `reason` says why, and the standing is "cannot tell".
     """
 
     data: str
@@ -71,6 +72,7 @@ class Contrast:
     standing: Standing
     rows_needed: int | None
     detectable: float | None
+    reason: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,15 +172,25 @@ class _Set:
         tables = {metric.name: {who: statistics(metric, found) for who, found in of.items()} for metric in metrics}
         seed = runs[0].seed
         records = [
-            Metric(who, name, metric.name, *interval(metric, table, seed, clusters_N=clusters_N), len(rows))
+            Metric(
+                who,
+                name,
+                metric.name,
+                *interval(metric, table, seed, clusters_N=clusters_N),
+                len(rows),
+                reason=lacking(metric, table),
+            )
             for metric in metrics
             for who, table in tables[metric.name].items()
         ]
         pairs = list(_pairs(models, metrics, tables, clusters_N, seed))
-        family = {pair.hypothesis: pair.effect.p for pair in pairs}
+        family = {pair.hypothesis: pair.effect.p for pair in pairs if pair.effect.tested}
         adjusted = dict(zip(family, holm(list(family.values())), strict=True))
         undecided = sum(p > 1 - LEVEL for p in adjusted.values())
-        tests = [pair.judged(name, adjusted[pair.hypothesis], len(family), undecided, len(rows)) for pair in pairs]
+        tests = [
+            pair.judged(name, adjusted.get(pair.hypothesis, math.nan), len(family), undecided, len(rows))
+            for pair in pairs
+        ]
         left_out = {run.name: max(run.measured(name).values()) - len(rows) for run in runs}
         return _Set(Shared(name, len(rows), left_out, cluster, len(family)), records, tests, notes)
 
@@ -200,8 +212,8 @@ class _Pair:
 
         What it needs is told for the level at which it is decided whatever becomes of the others that are undecided.
         """
-        standing: Standing = "undecided"
-        level = (1 - LEVEL) / undecided if p_holm > 1 - LEVEL else (1 - LEVEL) / tests
+        standing: Standing = "undecided" if self.effect.tested else "cannot tell"
+        level = (1 - LEVEL) / undecided if p_holm > 1 - LEVEL else (1 - LEVEL) / max(tests, 1)
         if p_holm <= 1 - LEVEL:
             standing = "better" if (self.effect.difference > 0) == self.metric.higher_is_better else "worse"
         several = self.pairing.units > 1

@@ -65,10 +65,15 @@ def copy(model: Path, to: Path) -> Exported:
 
 
 def merge(
-    loaded: tuple[Policy, Objective, Method, Renderer, dict[str, Any]], rows: Sequence[Row], to: Path, dtype: str
+    loaded: tuple[Policy, Objective, Method, Renderer, dict[str, Any]],
+    rows: Sequence[Row],
+    to: Path,
+    dtype: str,
+    cards: Mapping[str, bytes],
 ) -> Exported:
     """Merges the adapter into its base, writes it at `dtype`, loads that folder again and compares answers to `rows`.
 
+    `cards` are files that go into the folder beside it, by their names.
     InputError for a method without an adapter, RefusedError where the answers are not those of the run's model:
     nothing is left behind then.
     """
@@ -86,6 +91,8 @@ def merge(
         session.save_merged(folder, policy, renderer, card, DTYPES[dtype])
         merged, *_ = session.load(folder, str(policy.device))
         check = _passed(before, objective.predict(merged, rows, renderer, spec), dtype, card)
+        for name, content in cards.items():
+            (folder / name).write_bytes(content)
     return Exported(to, check)
 
 

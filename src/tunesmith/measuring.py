@@ -195,17 +195,17 @@ def _effects(
     seed: int,
     clusters_N: IntArray | None,
 ) -> list[dict[str, Any]]:
-    """The effect by each metric; `p_holm` is adjusted for all metrics of the set.
+    """The effect by each metric; `p_holm` is adjusted for all metrics of the set that are tested.
 
-    A limit that is infinite (one row of a loss) is null, as JSON has none.
+    A limit that is infinite (one row of a loss), or that there is none of, is null.
     """
     effects = [compare(before, tuned, metric, seed, clusters_N=clusters_N) for metric in metrics]
-    family = {hypothesis(metric): effect.p for metric, effect in zip(metrics, effects, strict=True)}
+    family = {hypothesis(metric): effect.p for metric, effect in zip(metrics, effects, strict=True) if effect.tested}
     adjusted = dict(zip(family, holm(list(family.values())), strict=True))
     return [
         {"data": name, "metric": metric.name}
-        | {key: value if math.isfinite(value) else None for key, value in asdict(effect).items()}
-        | {"p_holm": adjusted[hypothesis(metric)]}
+        | {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(effect).items()}
+        | {"p_holm": adjusted.get(hypothesis(metric))}
         for metric, effect in zip(metrics, effects, strict=True)
     ]
 

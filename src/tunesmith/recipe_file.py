@@ -94,7 +94,7 @@ def _read_text(path: Path) -> str:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, _recipes_in(path.parent), n=1, cutoff=0.5)
+        near = difflib.get_close_matches(path.name, _recipes_in(path.parent), n=1, cutoff=0.8)
         hint = f"did you mean {path.parent / near[0]}?" if near else "check the path"
         raise InputError(f"there is no file {path}", hint) from None
     except OSError as error:

@@ -330,7 +330,10 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A number with its 95% interval over n rows; a record of evaluation.json."""
+    """A number with its 95% interval over n rows; a record of evaluation.json.
+
+    Where the rows cannot carry an interval, its limits are NaN (null in the file) and `reason` says why.
+    """
 
     model: str
     data: str
@@ -340,6 +343,7 @@ class Metric:
     high: float
     n: int
     group: str = "all"
+    reason: str | None = None
 
 
 # ---------------------------------------------------------------- trackers

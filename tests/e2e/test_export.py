@@ -56,6 +56,28 @@ def test_a_merged_model_answers_as_the_run_does(method: Any, tiny_llama: Path, t
     assert [p.output for p in before] == [p.output for p in after]
 
 
+def test_a_merged_model_has_a_card_that_says_so(run: Path, tmp_path: Path) -> None:
+    api.export(run, tmp_path / "merged", merge=True, dtype="fp16")
+    card = (tmp_path / "merged" / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert card == (tmp_path / "merged" / "README.md").read_text(encoding="utf-8")
+    own = (run / "model" / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert "The adapter is merged into the base's weights, which are fp16 here: this folder is one whole model." in card
+    assert "merged into the base" not in own
+    assert "library_name: transformers" in card
+    assert "base_model_relation: adapter" not in card
+    assert "PeftModel" in own
+    assert "PeftModel" not in card
+    numbers = [line for line in own.splitlines() if line.startswith("| ")]
+    assert numbers
+    assert set(numbers) <= set(card.splitlines())
+    licence = [line for line in own.splitlines() if line.startswith("license")]
+    assert [line for line in card.splitlines() if line.startswith("license")] == licence
+    # A folder that is no run has no numbers, and so no card.
+    api.export(run, tmp_path / "copy")
+    api.export(tmp_path / "copy", tmp_path / "again", merge=True, data=ROWS[8:])
+    assert not (tmp_path / "again" / "MODEL_CARD.md").exists()
+
+
 def test_an_adapter_is_copied_as_it_is(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", str(run), "--to", str(tmp_path / "adapter")]) == 0
     assert str(tmp_path / "adapter") in capsys.readouterr().out

@@ -164,6 +164,21 @@ def test_what_was_asked_measured_and_used_is_on_the_page(classified: Path) -> No
         assert digest in page.text
 
 
+def test_a_metric_whose_rows_carry_no_interval_says_so_everywhere(classified: Path) -> None:
+    why = "no interval: 60 rows in 15 bins of confidence; 200 are needed"
+    records = [r for r in json.loads((classified / "evaluation.json").read_text()) if r["group"] == "all"]
+    assert {(r["low"], r["high"], r["reason"]) for r in records if r["metric"] == "ece"} == {(None, None, why)}
+    assert all(r["reason"] is None and r["low"] is not None for r in records if r["metric"] == "accuracy")
+    effects = {e["metric"]: e for e in json.loads((classified / "comparison.json").read_text())}
+    assert [effects["ece"][key] for key in ("low", "high", "p", "p_holm")] == [None] * 4
+    assert "1,000 are needed to compare" in effects["ece"]["reason"]
+    assert f"ECE, tuned: {why}." in page_of(classified).text
+    card = (classified / "model" / "MODEL_CARD.md").read_text()
+    assert f"ECE, tuned: {escaped(why)}" in card
+    assert "ECE (no interval, n = 60)" in card
+    assert f"ECE, tuned: {escaped(why)}" in call("report", classified, "--format", "md")[1]
+
+
 def test_what_was_given_is_not_told_as_a_default(classified: Path) -> None:
     told = {default["key"] for default in json.loads((classified / "plan.json").read_text())["defaults"]}
     assert not {"model", "data.train", "data.test.test", "method.name", "train.epochs", "evaluate.by"} & told

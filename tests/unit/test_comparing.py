@@ -144,15 +144,17 @@ def test_effects_are_those_of_the_paired_tests_and_p_is_holms(two: tuple[Path, P
     p: list[float] = []
     for name in CLASSIFIED:
         effect, test = paired.compare(before, aligned, METRICS.get(name)(LABELS), seed=17), contrast(found, name)
-        assert (test.difference, test.low, test.high, test.p) == (
-            effect.difference,
-            effect.low,
-            effect.high,
-            effect.p,
-        )
-        p.append(effect.p)
-    assert [contrast(found, name).p_holm for name in CLASSIFIED] == paired.holm(p)
-    assert found.shared[0].tests == 5
+        same = [float("nan") if effect.reason else limit for limit in (effect.low, effect.high, effect.p)]
+        assert [test.difference, test.low, test.high, test.p] == pytest.approx([effect.difference, *same], nan_ok=True)
+        p += [] if effect.reason else [effect.p]
+    # ECE is not tested on so few rows, and not counted by the correction.
+    silent = contrast(found, "ece")
+    assert (silent.standing, silent.rows_needed, silent.detectable) == ("cannot tell", None, None)
+    assert silent.reason == "no interval: 90 rows in 15 bins of confidence; 1,000 are needed to compare"
+    assert [contrast(found, name).p_holm for name in CLASSIFIED if name != "ece"] == paired.holm(p)
+    assert found.shared[0].tests == len(p) == 4
+    (told,) = [test for test in found.to_json()["tests"] if test["metric"] == "ece"]
+    assert (told["low"], told["high"], told["p"], told["p_holm"], told["reason"]) == (*[None] * 4, silent.reason)
     assert contrast(found, "accuracy").standing == "better"
     assert {r.model: r.value for r in found.records if r.metric == "accuracy"} == {
         "a": pytest.approx(np.mean([q.output == q.reference for q in before])),
@@ -170,8 +172,21 @@ def test_the_same_numbers_as_the_runs_own_where_all_rows_are_shared(tmp_path: Pa
     for record in compare(a, b).records:
         if record.model == "a":
             own = stored[record.metric]
-            limits = (own["value"], own["low"], own["high"])
-            assert (record.value, record.low, record.high) == pytest.approx(limits, rel=1e-6)
+            assert (own["low"] is None) == (own["reason"] is not None) == (record.metric == "ece")
+            limits = [math.nan if own[key] is None else own[key] for key in ("value", "low", "high")]
+            assert [record.value, record.low, record.high] == pytest.approx(limits, rel=1e-6, nan_ok=True)
+
+
+def test_what_has_no_interval_is_said_wherever_it_is_shown(two: tuple[Path, Path]) -> None:
+    found = compare(*two)
+    why = "no interval: 90 rows in 15 bins of confidence; 200 are needed"
+    assert [record.reason for record in found.records if record.metric == "ece"] == [why, why]
+    for text in (shown(found), comparison_page(found)):
+        assert why in " ".join(text.split())
+        assert "cannot tell" in text.lower()
+    alone = compare(*two, metrics=["ece"])
+    assert alone.shared[0].tests == 0
+    assert "Cannot tell b from a: ECE" in " ".join(shown(alone).split())
 
 
 def test_an_undecided_test_says_how_many_rows_would_tell(tmp_path: Path) -> None:
@@ -188,10 +203,10 @@ def test_an_undecided_test_says_how_many_rows_would_tell(tmp_path: Path) -> None
         classified(rows, right_but(10, 1)), classified(rows, right_but(14, 2)), METRICS.get("accuracy")([])
     )
     assert test.rows_needed == pairing.units_needed(0.05)
-    # Among five undecided tests it is decided for certain at a fifth of the level, which takes more rows.
+    # Among four undecided tests it is decided for certain at a quarter of the level, which takes more rows.
     among = compare(a, b)
-    assert {other.standing for other in among.tests} == {"undecided"}
-    assert contrast(among, "accuracy").rows_needed == pairing.units_needed(0.05 / 5)
+    assert {other.standing for other in among.tests} == {"undecided", "cannot tell"}
+    assert contrast(among, "accuracy").rows_needed == pairing.units_needed(0.05 / 4)
 
 
 def test_one_run_is_told_against_the_majority_class(tmp_path: Path) -> None:
@@ -202,9 +217,10 @@ def test_one_run_is_told_against_the_majority_class(tmp_path: Path) -> None:
     assert set(stored) == {"accuracy", "roc_auc", "ece", "loss"}  # in macro-F1 any guessing beats the majority
     for name, effect in stored.items():
         test = contrast(comparison, name, "majority", "a")
-        assert {k: getattr(test, k) for k in ("difference", "low", "high", "p", "p_holm")} == {
-            k: effect[k] for k in ("difference", "low", "high", "p", "p_holm")
-        }
+        keys = ("difference", "low", "high", "p", "p_holm")
+        own = [math.nan if effect[key] is None else effect[key] for key in keys]
+        assert [getattr(test, key) for key in keys] == pytest.approx(own, rel=1e-12, nan_ok=True)
+        assert test.reason == effect["reason"]
     assert comparison.rows["test"][0].answers["majority"].probabilities == {"down": 0.3, "up": 0.7}
 
 
@@ -308,7 +324,7 @@ def test_sets_are_compared_each_for_itself(tmp_path: Path) -> None:
     )
     found = compare(a, b)
     assert [shared.data for shared in found.shared] == ["easy", "hard"]
-    assert {shared.tests for shared in found.shared} == {5}
+    assert {shared.tests for shared in found.shared} == {4}
     assert [shared.data for shared in compare(a, b, data="hard").shared] == ["hard"]
     with pytest.raises(InputError, match="a was not measured on 'harder'") as caught:
         compare(a, b, data=["harder"])
@@ -411,7 +427,7 @@ def test_the_tables_fit_80_columns_with_long_names_too(tmp_path: Path) -> None:
     text = shown(compare(*runs))
     table = text[: text.index("[low, high]")]
     assert max(map(len, table.splitlines())) <= 80
-    for word in ("undecided", "±", " rows", "5 tests", "accuracy", "smollm2-135m-…"):
+    for word in ("undecided", "±", " rows", "4 tests", "accuracy", "smollm2-135m-…"):
         assert word in table
     assert "--open" in text
 
@@ -472,7 +488,7 @@ def test_a_metric_in_which_both_stand_at_the_same_end_is_passed_over(tmp_path: P
 
 def test_the_page_says_what_the_tests_say_and_runs_nothing_of_the_rows(tmp_path: Path, two: tuple[Path, Path]) -> None:
     page = comparison_page(compare(*two))
-    for said in ("b is better than a: accuracy 9", "90 rows that all answered (30 of a, 30 of b left out)", "5 tests"):
+    for said in ("b is better than a: accuracy 9", "90 rows that all answered (30 of a, 30 of b left out)", "4 tests"):
         assert said in page
     hostile = "</script><script>document.title=1</script>"
     rows = [

@@ -22,7 +22,12 @@ def test_measure_gives_a_record_a_metric() -> None:
     ]
     assert records[0].value == 0.75
     assert records[1].value == pytest.approx((0.8 + 2 / 3) / 2)
-    assert all(0 <= r.low <= r.value <= r.high <= 1 for r in records)
+    assert 0 <= records[0].low <= records[0].value <= records[0].high <= 1
+    assert records[0].reason is None
+    # Two classes, of 3 rows and 1, show no interval.
+    assert math.isnan(records[1].low)
+    assert math.isnan(records[1].high)
+    assert records[1].reason == "no interval: class 'b' has 1 row, so all rows are worth 3.0; 10 are needed"
 
 
 def test_majority_answers_the_most_frequent_label() -> None:
@@ -69,5 +74,6 @@ def test_records_are_json_even_where_a_limit_is_infinite() -> None:
             "high": None,
             "n": 1,
             "group": "all",
+            "reason": None,
         }
     ]

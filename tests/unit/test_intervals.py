@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import tracemalloc
 from collections.abc import Callable
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binomtest, multinomial
 
 from tunesmith.errors import InputError, RefusedError
-from tunesmith.evaluation.intervals import influence, interval, paired_rate, wilson
+from tunesmith.evaluation.calibration import Ece
+from tunesmith.evaluation.class_metrics import RocAuc
+from tunesmith.evaluation.intervals import influence, interval, paired_rate, square_and_add, wilson
 from tunesmith.evaluation.json_metrics import FieldAccuracy
-from tunesmith.evaluation.metrics import Accuracy, FloatArray, Loss, MacroF1, Perplexity, RowMetric
+from tunesmith.evaluation.metrics import Accuracy, FloatArray, Loss, MacroF1, Perplexity, RowMetric, lacking
 
+LETTERS = "abcdefghijklmnopqrst"
 Draw = Callable[[int, np.random.Generator], FloatArray]
 
 # Five classes, 35% to 10% of the rows, found in 90% to 60% of the cases; errors fall on the others alike.
@@ -74,6 +78,74 @@ def test_nineteen_of_twenty_intervals_hold_the_truth(metric: RowMetric, draw: Dr
         _, low, high = interval(metric, draw(count, rng), seed=trial, resamples=resamples)
         held += low <= truth <= high
     assert 0.93 <= held / trials <= 0.97
+
+
+@pytest.mark.parametrize(("up", "down", "count"), [(0.042, 0.012, 50), (0.034, 0.034, 50), (0.123, 0.063, 50)])
+def test_paired_rates_cover_where_few_rows_change(up: float, down: float, count: int) -> None:
+    """All outcomes, by their probabilities: what Bonett and Price's interval holds in 99.6% of cases, Wald's in 88%."""
+    held = 0.0
+    for gained, lost in itertools.product(range(20), repeat=2):
+        chance = multinomial.pmf([gained, lost, count - gained - lost], count, [up, down, 1 - up - down])
+        if chance > 1e-6:
+            low, high = paired_rate(gained, lost, count)
+            held += chance * (low <= up - down <= high)
+    assert 0.93 <= held <= 0.97
+
+
+@pytest.mark.parametrize(("gained", "lost", "count"), [(0, 0, 50), (3, 1, 50), (20, 31, 200)])
+def test_limits_of_a_paired_rate_are_those_of_its_posterior(gained: int, lost: int, count: int) -> None:
+    prior = [gained + 0.5, lost + 0.5, count - gained - lost + 1]
+    draws = np.random.default_rng(0).dirichlet(prior, 400_000)
+    assert paired_rate(gained, lost, count) == pytest.approx(
+        np.quantile(draws[:, 0] - draws[:, 1], [0.025, 0.975]), abs=1.5e-3
+    )
+
+
+def test_limits_squared_and_added_are_newcombes() -> None:
+    """His example of independent shares, 56 of 70 and 48 of 80, method 10 (Stat. Med. 17, 1998, table II)."""
+    before, after = ((k / n, *wilson(k, n)) for k, n in ((48, 80), (56, 70)))
+    assert square_and_add(before, after, 0.0) == pytest.approx((0.0524, 0.3339), abs=5e-5)
+    low, high = square_and_add(before, after, 0.5)
+    assert 0.0524 < low < high < 0.3339
+
+
+def f1_table(*rows: int) -> FloatArray:
+    """All rows right, so many of each class."""
+    actual = np.repeat(np.eye(len(rows)), rows, axis=0)
+    return np.hstack([actual] * 3)
+
+
+@pytest.mark.parametrize(
+    ("metric", "table", "why"),
+    [
+        (MacroF1("ab"), f1_table(48, 2), "class 'b' has 2 rows, so all rows are worth 7.7; 10 are needed"),
+        (MacroF1("ab"), f1_table(47, 3), None),
+        (MacroF1("abc"), f1_table(30, 20, 0), "class 'c' without a row to judge by"),
+        (MacroF1(LETTERS), f1_table(*[20] * 18, 0, 0), "class 's' and 1 more of 20 without a row to judge by"),
+        (MacroF1(LETTERS), f1_table(*[20] * 19, 0), None),
+        (RocAuc("ab"), np.column_stack([np.ones(50), np.ones(50), np.arange(50) < 9]), "9 rows outside the largest "
+         "class; 10 are needed"),
+        (RocAuc("ab"), np.column_stack([np.ones(50), np.ones(50), np.arange(50) < 10]), None),
+        (Ece(), np.tile(np.eye(16)[15], (199, 1)), "199 rows in 15 bins of confidence; 200 are needed"),
+        (Ece(), np.tile(np.eye(16)[15], (200, 1)), None),
+        (Accuracy(), np.ones((1, 2)), None),
+    ],
+)  # fmt: skip
+def test_rows_that_cannot_carry_an_interval_get_none(metric: RowMetric, table: FloatArray, why: str | None) -> None:
+    table = table.astype(np.float64)
+    assert lacking(metric, table) == (why and f"no interval: {why}")
+    value, low, high = interval(metric, table, 0)
+    assert math.isfinite(value)
+    assert math.isnan(low) == math.isnan(high) == (why is not None)
+
+
+def test_a_comparison_of_ece_takes_more_rows_than_its_interval() -> None:
+    table = np.tile(np.eye(16)[15], (999, 1))
+    assert lacking(Ece(), table) is None
+    assert lacking(Ece(), table, compared=True) == (
+        "no interval: 999 rows in 15 bins of confidence; 1,000 are needed to compare"
+    )
+    assert lacking(Ece(), np.vstack([table, table[:1]]), compared=True) is None
 
 
 @pytest.mark.parametrize(("up", "down", "count"), [(0.3, 0.05, 50), (0.1, 0.02, 200), (0.03, 0.01, 1000)])

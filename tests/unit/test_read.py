@@ -164,6 +164,7 @@ def test_csv_rows_have_the_line_where_they_begin(tmp_path: Path) -> None:
         (b'text,label\n"a\nb",x\nc,d,e\n', "a.csv:4: 3 fields where the header has 2"),
         (b"text,text\na,b\n", "a.csv:1: the header has the column 'text' twice"),
         (b"text;label\na;b\n", "a.csv:1: the header is one column 'text;label'"),
+        (b"text,label\na,b\nc\0d,e\n", "a.csv:3 byte column 2: a NUL byte, which no text has"),
         (b"text,label\na,\xff\n", "a.csv:2 byte column 3: not UTF-8 (byte 0xff)"),
         (b'text,label\na,b\n"c,d\n', "a.csv:3: not CSV: unexpected end of data"),
         (b'text,label\n"a"b,c\n', "a.csv:2: not CSV"),
@@ -237,7 +238,11 @@ def test_names_that_lead_nowhere(tmp_path: Path) -> None:
     write(tmp_path / "tickets.jsonl", "a")
     with pytest.raises(InputError) as caught:
         rows(tmp_path / "tickts.jsonl")
-    assert "did you mean 'tickets.jsonl'?" in caught.value.remedy
+    assert caught.value.remedy == f"did you mean 'tickets.jsonl'? it was looked for at {tmp_path / 'tickts.jsonl'}"
+    for name, remedy in (("tickts.jsonl", "did you mean 'tickets.jsonl'?"), ("foo.jsonl", "check the path")):
+        with pytest.raises(InputError) as caught:
+            list(read.read(tmp_path / name))  # the cause has the whole path already; .jsonl alone is not near
+        assert (caught.value.cause, caught.value.remedy) == (f"{tmp_path / name}: no such file or folder", remedy)
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(InputError, match=r"files of kind '\.txt' are not read"):
         rows(tmp_path / "a.txt")

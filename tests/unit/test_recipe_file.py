@@ -171,6 +171,9 @@ def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         load_recipe(tmp_path / "recpie.yaml")
     assert caught.value.remedy == f"did you mean {tmp_path / 'recipe.yaml'}?"
+    with pytest.raises(InputError) as caught:
+        load_recipe(tmp_path / "my_run.yaml")  # the ending is all that they share
+    assert caught.value.remedy == "check the path"
     with pytest.raises(InputError, match="is a folder, not a recipe"):
         load_recipe(tmp_path)
     with pytest.raises(InputError, match="there is no file"):

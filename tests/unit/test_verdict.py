@@ -55,6 +55,23 @@ def test_better_and_worse_need_the_test_and_the_interval(
     assert ("chance alone could explain" in found.sentence) == (standing == "No better")
 
 
+def test_a_metric_without_a_test_is_passed_over_or_told_as_one_that_cannot_tell() -> None:
+    why = "no interval: class 'x' has 1 row, so all rows are worth 3.9; 10 are needed"
+    silent = {**effect("macro_f1", 0.2, None, None, 0.0), "p": None, "reason": why}
+    (alone,) = tables(pair("macro_f1", 0.5, 0.7), [silent])
+    assert (alone.lines[0].standing, alone.lines[0].corrected) == ("cannot tell", "cannot tell")
+    assert alone.lines[0].reasons == [f"difference: {why}"]
+    told = judged(pair("macro_f1", 0.5, 0.7), [silent])
+    assert (told.standing, told.tone) == ("Cannot tell", "caution")
+    assert told.sentence == (
+        f"Cannot tell: macro F1 is 0.700 against 0.500 on 400 test rows, and these do not carry a test ({why})."
+    )
+    both = pair("macro_f1", 0.5, 0.7) + pair("accuracy", 0.5, 0.6)
+    other = judged(both, [silent, effect("accuracy", 0.1, 0.05, 0.15, 1e-5)])
+    assert other.sentence.startswith("Better than its base: accuracy")
+    assert f"These rows do not carry a test of macro F1 ({why})." in other.caveats
+
+
 def test_effect_interval_p_and_n_are_in_the_sentence() -> None:
     found = judged(pair("accuracy", 0.126, 0.782, model="majority"), [effect("accuracy", 0.656, 0.553, 0.736, 1e-22)])
     assert found.sentence == (

@@ -141,8 +141,11 @@ def _absent(source: str, path: Path) -> InputError:
         beside = [p.name for p in path.parent.iterdir()]
     except OSError:
         return InputError(f"{source}: there is no folder {path.parent}", "check the path; it is relative to the recipe")
-    near = difflib.get_close_matches(path.name, beside, n=1)
+    # Data files share their endings, so at the usual 0.6 any would be near any other.
+    near = difflib.get_close_matches(path.name, beside, n=1, cutoff=0.8)
     hint = f"did you mean {near[0]!r}? " if near else ""
+    if str(path.absolute()) == source:  # which the cause has already
+        return InputError(f"{source}: no such file or folder", hint.strip() or "check the path")
     return InputError(f"{source}: no such file or folder", f"{hint}it was looked for at {path.absolute()}")
 
 
@@ -311,6 +314,11 @@ def _header(row: list[str], where: str, delimiter: str) -> list[str]:
 
 def _decoded(stream: IO[bytes], name: str) -> Iterator[str]:
     for line, number in lines(stream, name):
+        if b"\0" in line:
+            raise InputError(
+                f"{name}:{number} byte column {line.index(0) + 1}: a NUL byte, which no text has",
+                "save the file again as UTF-8 text; UTF-16 and a damaged file have such bytes",
+            )
         try:
             yield line.decode("utf-8")
         except UnicodeDecodeError as bad:

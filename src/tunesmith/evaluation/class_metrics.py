@@ -15,7 +15,15 @@ from tunesmith.errors import InputError
 from tunesmith.evaluation import METRICS
 from tunesmith.evaluation.calibration import have_probabilities, probabilities, reliability
 from tunesmith.evaluation.intervals import IntArray, interval
-from tunesmith.evaluation.metrics import Accuracy, Bounds, FloatArray, MetricKind, quotient, reference_of
+from tunesmith.evaluation.metrics import (
+    LEAST_WORTH,
+    Accuracy,
+    Bounds,
+    FloatArray,
+    MetricKind,
+    quotient,
+    reference_of,
+)
 from tunesmith.types import Metric, Prediction
 
 
@@ -25,7 +33,7 @@ class RocAuc:
 
     A row's statistic is the area plus the row's influence on it, from its placement among the rows of the other
     side (DeLong, DeLong and Clarke-Pearson 1988), so that intervals and tests need one pass. Classes that all rows
-    have, or none, are left out. With fewer than about ten rows of a class the interval of two classes is too narrow.
+    have, or none, are left out. There is no interval with fewer than ten rows outside the largest class.
     """
 
     name: ClassVar[str] = "roc_auc"
@@ -58,6 +66,12 @@ class RocAuc:
 
     def aggregate(self, sums: FloatArray) -> FloatArray:
         return quotient(sums)
+
+    def lacks(self, statistics_NK: FloatArray, compared: bool) -> str | None:
+        rows = int(statistics_NK[:, 2].sum())
+        if rows >= LEAST_WORTH:
+            return None
+        return f"{rows} row{'s' * (rows != 1)} outside the largest class; {LEAST_WORTH} are needed"
 
     def worth(self, sums_K: FloatArray) -> float:
         """Where all rows are ranked right, what is known of the smaller side is all that is known."""

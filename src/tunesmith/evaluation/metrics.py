@@ -19,6 +19,9 @@ from tunesmith.types import Prediction
 MetricKind = Literal["rate", "mean", "ratio", "general"]
 Bounds = tuple[float, float]
 FloatArray = NDArray[np.float64]
+# Rows of a rate that a metric over classes must be worth: with fewer its intervals hold 74% to 92%, or 99%.
+LEAST_WORTH = 10
+ABSENT = 0.05  # the share of classes that may have no row
 
 
 class RowMetric(Protocol):
@@ -54,10 +57,10 @@ class Joint(Protocol):
 
 @runtime_checkable
 class Biased(Protocol):
-    """A metric that few rows push away from its true value and that is not smooth: it knows its bias and limits."""
+    """A metric that few rows push away from its true value and that is not smooth: it knows how to judge itself."""
 
-    def bias(self, statistics_NK: FloatArray) -> float:
-        """How much of the value is owed to there being no more rows than these."""
+    def contrast(self, before_NK: FloatArray, after_NK: FloatArray) -> tuple[float, float]:
+        """The difference on the same rows without what is owed to there being no more of them; its standard error."""
         ...
 
     def limits(self, statistics_NK: FloatArray, seed: int, level: float) -> tuple[float, float] | None:
@@ -70,6 +73,21 @@ class Weighed(Protocol):
     """A metric that says how many rows of a rate would tell as much, where all rows are right."""
 
     def worth(self, sums_K: FloatArray) -> float: ...
+
+
+@runtime_checkable
+class Demanding(Protocol):
+    """A metric that few rows cannot show an interval of: it says what is missing."""
+
+    def lacks(self, statistics_NK: FloatArray, compared: bool) -> str | None:
+        """In a few words, of rows that were not summed to clusters; None if nothing. `compared`: for a difference."""
+        ...
+
+
+def lacking(metric: RowMetric, statistics_NK: FloatArray, compared: bool = False) -> str | None:
+    """Why these rows give the metric no interval, or (`compared`) its difference none and no test; None if they do."""
+    why = metric.lacks(statistics_NK, compared) if isinstance(metric, Demanding) else None
+    return why and f"no interval: {why}"
 
 
 @runtime_checkable
@@ -223,6 +241,24 @@ class MacroF1:
         f1 = np.divide(2 * hits, held, out=np.zeros_like(held), where=held > 0)
         classes = (held > 0).sum(axis=-1).astype(np.float64)
         return np.divide(f1.sum(axis=-1), classes, out=np.full(classes.shape, np.nan), where=classes > 0)
+
+    def lacks(self, statistics_NK: FloatArray, compared: bool) -> str | None:
+        actual_L = statistics_NK.sum(axis=0)[2 * len(self.labels) :]
+        absent = [label for label, rows in zip(self.labels, actual_L, strict=True) if not rows]
+        if len(absent) > ABSENT * len(self.labels):
+            others = f" and {len(absent) - 1} more of {len(self.labels)}" if len(absent) > 1 else ""
+            return f"class {absent[0]!r}{others} without a row to judge by"
+        worth = self.worth(statistics_NK.sum(axis=0))
+        if worth < LEAST_WORTH:
+            rarest, rows = (
+                self.labels[int(np.where(actual_L > 0, actual_L, np.inf).argmin())],
+                actual_L[actual_L > 0].min(),
+            )
+            return (
+                f"class {rarest!r} has {rows:.0f} row{'s' * int(rows != 1)}, "
+                f"so all rows are worth {worth:.1f}; {LEAST_WORTH} are needed"
+            )
+        return None
 
     def worth(self, sums_K: FloatArray) -> float:
         """A mean over classes is as uncertain as its rarest: the number of classes times the harmonic mean of rows."""

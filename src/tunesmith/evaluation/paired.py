@@ -18,17 +18,20 @@ from tunesmith.errors import InputError
 from tunesmith.evaluation import power
 from tunesmith.evaluation.intervals import (
     BLOCK,
+    NONE,
     IntArray,
     Limits,
     clustered,
     degrees_of_freedom,
     influence,
+    interval,
     paired_rate,
     percentile,
+    square_and_add,
     studentised,
     value_of,
 )
-from tunesmith.evaluation.metrics import Biased, FloatArray, Renamed, RowMetric, statistics
+from tunesmith.evaluation.metrics import Biased, FloatArray, Joint, Renamed, RowMetric, lacking, statistics
 from tunesmith.types import Prediction
 
 LEVEL = 0.95
@@ -37,12 +40,20 @@ SWAPS = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """After minus before on the same rows, with its 95% interval and a two-sided p-value."""
+    """After minus before on the same rows, with its 95% interval and a two-sided p-value.
+
+    Where the rows cannot carry these, they are NaN and `reason` says why.
+    """
 
     difference: float
     low: float
     high: float
     p: float
+    reason: str | None = None
+
+    @property
+    def tested(self) -> bool:
+        return not math.isnan(self.p)
 
 
 class Pairing(Protocol):
@@ -52,6 +63,11 @@ class Pairing(Protocol):
     def difference(self) -> float: ...
     @property
     def units(self) -> int: ...
+    @property
+    def reason(self) -> str | None:
+        """Why there is no interval and no test; None where there are."""
+        ...
+
     def limits(self, seed: int, resamples: int) -> Limits: ...
     def p(self, seed: int, swaps: int = SWAPS) -> float: ...
     def units_needed(self, level: float) -> int | None:
@@ -90,6 +106,10 @@ def side_by_side(
     metric: RowMetric, before_NK: FloatArray, after_NK: FloatArray, clusters_N: IntArray | None = None
 ) -> Pairing:
     """`pair` of the rows' statistics."""
+    reason = lacking(metric, before_NK, compared=True) or lacking(metric, after_NK, compared=True)
+    if reason is not None:
+        units = len(before_NK) if clusters_N is None else int(clusters_N.max()) + 1
+        return _Silent(value_of(metric, after_NK) - value_of(metric, before_NK), units, reason)
     if clusters_N is not None:
         before_NK, after_NK = clustered(before_NK, clusters_N), clustered(after_NK, clusters_N)
     if metric.kind == "rate" and clusters_N is None:
@@ -102,11 +122,34 @@ def side_by_side(
 def effect(pairing: Pairing, metric: RowMetric, seed: int, resamples: int = 2000) -> Effect:
     """The difference with its interval and p-value, repeatable by its seed."""
     difference, span = pairing.difference, metric.bounds[1] - metric.bounds[0]
+    if pairing.reason is not None:
+        return Effect(difference, *NONE, math.nan, pairing.reason)
     if pairing.units == 1:
         return Effect(difference, -span, span, 1.0)
     low, high = pairing.limits(seed, resamples)
     low, high = max(min(low, difference), -span), min(max(high, difference), span)
     return Effect(difference, low, high, pairing.p(seed))
+
+
+@dataclass(frozen=True, slots=True)
+class _Silent:
+    """Rows that show a difference and not how certain it is."""
+
+    difference: float
+    units: int
+    reason: str | None
+
+    def limits(self, seed: int, resamples: int) -> Limits:
+        return NONE
+
+    def p(self, seed: int, swaps: int = SWAPS) -> float:
+        return math.nan
+
+    def units_needed(self, level: float) -> int | None:
+        return None
+
+    def detectable(self, level: float) -> float | None:
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +159,7 @@ class _Rates:
     gained: int
     lost: int
     units: int
+    reason: str | None = None
 
     @staticmethod
     def of(before_N2: FloatArray, after_N2: FloatArray) -> _Rates:
@@ -153,6 +197,7 @@ class _Means:
     after_NK: FloatArray
     change_N: FloatArray
     difference: float
+    reason: str | None = None
 
     @staticmethod
     def of(metric: RowMetric, before_NK: FloatArray, after_NK: FloatArray) -> _Means:
@@ -203,39 +248,50 @@ class _Smooth:
 
     Student's t with degrees of freedom after the pulls' kurtosis. Swapped answers would not do: they test whether the
     models are alike in everything, and for two of equal ECE, one timid and one bold, found a difference in a third of
-    all samples.
+    all samples. Ranks have limits of their own (`ends`): near 1 a difference is lopsided, and a few rows of a class
+    that both models rank right show no spread.
     """
 
     difference: float
     corrected: float
+    error: float
     change_N: FloatArray
+    ends: Limits | None
+    freedom: float
+    reason: str | None = None
 
     @staticmethod
     def of(metric: RowMetric, before_NK: FloatArray, after_NK: FloatArray) -> _Smooth:
-        difference = value_of(metric, after_NK) - value_of(metric, before_NK)
-        if len(before_NK) == 1:
-            return _Smooth(difference, difference, np.zeros(1))
-        pull_N = influence(metric, after_NK)[0] - influence(metric, before_NK)[0]
-        bias = metric.bias(after_NK) - metric.bias(before_NK) if isinstance(metric, Biased) else 0.0
-        return _Smooth(difference, difference - bias, pull_N)
+        difference, units = value_of(metric, after_NK) - value_of(metric, before_NK), len(before_NK)
+        if units == 1:
+            return _Smooth(difference, difference, 0.0, np.zeros(1), None, 1.0)
+        before_N, after_N = (influence(metric, table)[0] for table in (before_NK, after_NK))
+        change_N = after_N - before_N
+        if isinstance(metric, Biased):
+            return _Smooth(difference, *metric.contrast(before_NK, after_NK), change_N, None, math.inf)
+        ends = None
+        if isinstance(metric, Joint):
+            spread = math.sqrt(float(before_N @ before_N) * float(after_N @ after_N))
+            correlation = float(before_N @ after_N) / spread if spread else 0.0
+            ends = square_and_add(interval(metric, before_NK, 0), interval(metric, after_NK, 0), correlation)
+        error = math.sqrt(float(change_N @ change_N) / (units * (units - 1)))
+        error = error if error > 1e-12 else 0.0  # what rounding leaves of rows that all agree
+        return _Smooth(difference, difference, error, change_N, ends, degrees_of_freedom(change_N))
 
     @property
     def units(self) -> int:
         return len(self.change_N)
 
-    @property
-    def error(self) -> float:
-        found = math.sqrt(float(self.change_N @ self.change_N) / (self.units * (self.units - 1)))
-        return found if found > 1e-12 else 0.0  # what rounding leaves of rows that all agree
-
     def limits(self, seed: int, resamples: int) -> Limits:
-        far = float(special.stdtrit(degrees_of_freedom(self.change_N), (1 + LEVEL) / 2)) * self.error
+        if self.ends is not None:
+            return self.ends
+        far = float(special.stdtrit(self.freedom, (1 + LEVEL) / 2)) * self.error
         return self.corrected - far, self.corrected + far
 
     def p(self, seed: int, swaps: int = SWAPS) -> float:
         if not self.error:
             return 1.0 if abs(self.corrected) <= 1e-12 else _fewest(self.units)
-        return 2 * float(special.stdtr(degrees_of_freedom(self.change_N), -abs(self.corrected) / self.error))
+        return 2 * float(special.stdtr(self.freedom, -abs(self.corrected) / self.error))
 
     def units_needed(self, level: float) -> int | None:
         return power.rows_for_mean(self.corrected, power.Spread.of(self.change_N), level)

@@ -12,7 +12,7 @@ import numpy as np
 from tunesmith.errors import InputError
 from tunesmith.evaluation import METRICS
 from tunesmith.evaluation.intervals import IntArray, interval
-from tunesmith.evaluation.metrics import RowMetric, statistics
+from tunesmith.evaluation.metrics import RowMetric, lacking, statistics
 from tunesmith.types import Metric, Prediction, Row
 
 # Stands for the probability of a label that training never saw, here as in the classifier's own predictions.
@@ -44,8 +44,9 @@ def measure(
     """One record a metric, in the order given. InputError if predictions lack what a metric needs."""
     records: list[Metric] = []
     for metric in metrics:
-        value, low, high = interval(metric, statistics(metric, predictions), seed, clusters_N=clusters_N)
-        records.append(Metric(model_name, data_name, metric.name, value, low, high, len(predictions), group))
+        table = statistics(metric, predictions)
+        limits, why = interval(metric, table, seed, clusters_N=clusters_N), lacking(metric, table)
+        records.append(Metric(model_name, data_name, metric.name, *limits, len(predictions), group, why))
     return records
 
 
@@ -72,7 +73,7 @@ def majority(references_train: Mapping[str, int], rows: Sequence[Row]) -> list[P
 
 
 def records_to_json(records: Sequence[Metric]) -> list[dict[str, Any]]:
-    """The content of evaluation.json. A limit that is infinite (one row of a loss) is null, as JSON has none."""
+    """The content of evaluation.json. A limit that is infinite (one row of a loss) or missing is null."""
     return [
         {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()}
         for record in map(asdict, records)

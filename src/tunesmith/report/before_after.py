@@ -26,7 +26,7 @@ _SPELLED = {
     "chrf": "chrF",
 }
 _NEAR = 0.3  # numbers that differ by less than this share of the largest are drawn without 0, to be told apart
-Standing = Literal["better", "worse", "no better", ""]
+Standing = Literal["better", "worse", "no better", "cannot tell", ""]
 Json = Mapping[str, Any]
 
 
@@ -69,9 +69,19 @@ class Line:
         """`standing` by the p-value that is adjusted for all metrics of the set (Holm), where there is one."""
         return self._standing("p_holm" if self.effect is not None and "p_holm" in self.effect else "p")
 
+    @property
+    def reasons(self) -> list[str]:
+        """Why a value or the difference has no interval, each once."""
+        found = {model_title(r["model"]): r.get("reason") for r in (self.before, self.after) if r}
+        if self.effect is not None:
+            found["difference"] = self.effect.get("reason")
+        return [f"{who}: {why}" for who, why in found.items() if why]
+
     def _standing(self, key: str) -> Standing:
         if self.effect is None or self.metric.higher is None:
             return ""
+        if self.effect.get("reason"):
+            return "cannot tell"
         p, low, high = (self.effect[name] for name in (key, "low", "high"))
         if p is None or p >= LEVEL or low is None or high is None or low <= 0 <= high:
             return "no better"
@@ -149,10 +159,12 @@ def model_title(model: str) -> str:
 def headline(lines: Iterable[Line]) -> Line | None:
     """The line that the verdict is about: the first in the recipe's order that can tell the models apart.
 
-    One where both stand at the same end of the scale, as exact match often does for free text, cannot.
+    One where both stand at the same end of the scale, as exact match often does for free text, cannot; nor can one
+    whose rows are too few to test it.
     """
     known = [line for line in lines if line.metric.higher is not None]
-    return next((line for line in known if not _at_one_end(line)), known[0] if known else None)
+    telling = (line for line in known if not _at_one_end(line) and line.standing != "cannot tell")
+    return next(telling, known[0] if known else None)
 
 
 def _at_one_end(line: Line) -> bool:

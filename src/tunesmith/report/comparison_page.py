@@ -10,7 +10,7 @@ from tunesmith import rundir
 from tunesmith.report import page, verdict
 from tunesmith.report.answers import BUDGET, OUTCOMES, Answers, compact, gather_pair
 from tunesmith.report.before_after import MetricFacts, facts_of
-from tunesmith.report.comparison_words import heading, known, more_rows, on_rows, tests_of
+from tunesmith.report.comparison_words import heading, known, more_rows, on_rows, reasons, tests_of
 from tunesmith.report.comparison_words import verdict as verdict_of
 from tunesmith.report.plots import Mark, Scale, scale_of
 from tunesmith.report.verdict import Verdict
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tunesmith.comparing import Comparison, Contrast, Shared
     from tunesmith.types import Metric
 
-TONES = {"better": "better", "worse": "worse", "undecided": "quiet"}
+TONES = {"better": "better", "worse": "worse", "undecided": "quiet", "cannot tell": "quiet"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,7 @@ class Pair:
     after: str
     verdict: Verdict
     lines: tuple[Line, ...]
+    reasons: tuple[str, ...]
 
 
 def write_page(path: Path, comparison: Comparison) -> None:
@@ -98,7 +99,8 @@ def _pair(comparison: Comparison, shared: Shared, before: str, after: str) -> Pa
         Line(facts_of(name), records[name, before], records[name, after], tested.get(name))
         for name in dict.fromkeys(metric for metric, _ in records)
     )
-    return Pair(shared, before, after, verdict_of(comparison, shared, before, after), lines)
+    silent = tuple(reasons(comparison, shared, before, after))
+    return Pair(shared, before, after, verdict_of(comparison, shared, before, after), lines, silent)
 
 
 def _answers(comparison: Comparison, pair: Pair, budget: int, several: bool) -> Answers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tunesmith.report.comparison_words import known, more_rows, on_rows, tests_of, verdict
+from tunesmith.report.comparison_words import known, more_rows, on_rows, reasons, tests_of, verdict
 from tunesmith.report.figures import figure, p_value
 from tunesmith.report.visible import shortened, visible
 
@@ -33,6 +34,9 @@ def show_comparison(comparison: Comparison, page: Path | None, console: Console)
     for table in comparison_tables(comparison):
         console.print(table)
     console.print(Text(f"\n{LEGEND}\n", style="dim"))
+    for shared, (before, after) in itertools.product(comparison.shared, comparison.pairs):
+        for line in reasons(comparison, shared, before, after):
+            console.print(Text(visible(line), style="dim"), soft_wrap=True)
     for note in comparison.notes:
         console.print(Text(f"note: {visible(note)}"), soft_wrap=True)
     runs = " ".join(dict.fromkeys(shlex.quote(str(entrant.run)) for entrant in comparison.models.values()))
@@ -68,18 +72,22 @@ def _table(comparison: Comparison, shared: Shared, before: str, after: str) -> T
             _with_limits(values[metric, before]),
             _with_limits(values[metric, after]),
             "-" if test is None else _difference(test),
-            "-" if test is None else p_value(test.p_holm),
+            "-" if test is None or test.reason else p_value(test.p_holm),
             "not tested" if test is None else _standing(test, shared),
         )
     return table
 
 
 def _with_limits(record: Metric) -> str:
+    if record.reason:
+        return f"{figure(record.value)}\nno interval"
     return f"{figure(record.value)}\n[{figure(known(record.low))}, {figure(known(record.high))}]"
 
 
 def _difference(test: Contrast) -> str:
     """The difference, its interval, and where that is undecided the smallest that could be seen."""
+    if test.reason:
+        return f"{figure(test.difference, '+')}\nno interval"
     silent = test.standing != "undecided" or test.detectable is None
     least = "" if silent else f"\n±{figure(test.detectable)}"
     low, high = (figure(known(limit), "+") for limit in (test.low, test.high))

@@ -13,7 +13,7 @@ from tunesmith.report.verdict import Verdict, difference, value
 if TYPE_CHECKING:
     from tunesmith.comparing import Comparison, Contrast, Shared
 
-_TONES = {"better": "better", "worse": "worse", "undecided": "caution"}
+_TONES = {"better": "better", "worse": "worse", "undecided": "caution", "cannot tell": "caution"}
 
 
 def heading(comparison: Comparison) -> str:
@@ -32,18 +32,21 @@ def verdict(comparison: Comparison, shared: Shared, before: str, after: str) -> 
         said = f"{after} is not tested against {before}: by these metrics guesses at random beat it too."
         return Verdict("Not tested", "caution", said)
     found = {(r.metric, r.model): r.value for r in comparison.records if r.data == shared.data}
-    test = next((t for t in tests if t.difference or found[t.metric, after] not in facts_of(t.metric).bounds), tests[0])
+    telling = (t for t in tests if t.difference or found[t.metric, after] not in facts_of(t.metric).bounds)
+    test = next((t for t in telling if not t.reason), tests[0])
     facts = facts_of(test.metric)
     values = {model: value(facts, found[test.metric, model]) for model in (before, after)}
     gap = difference(facts, test.difference)
     low, high = (difference(facts, known(limit), unit=False) for limit in (test.low, test.high))
-    evidence = f"95% interval {low} to {high}, {p_told(test.p_holm)}"
+    evidence = test.reason or f"95% interval {low} to {high}, {p_told(test.p_holm)}"
     told = f"{facts.title} {values[after]} against {values[before]}, {gap} ({evidence})"
-    if test.standing != "undecided":
+    if test.reason:
+        sentence = f"Cannot tell {after} from {before}: {told}."
+    elif test.standing != "undecided":
         sentence = f"{after} is {test.standing} than {before}: {told}."
     else:
         sentence = f"{shared.rows:,} rows do not tell {after} from {before}: {told}. {_outlook(test, shared)}"
-    against = [t for t in tests if t.standing not in (test.standing, "undecided")]
+    against = [t for t in tests if t.standing not in (test.standing, "undecided", "cannot tell")]
     also = tuple(f"By {facts_of(t.metric).title}, {after} is {t.standing}." for t in against)
     return Verdict(test.standing.capitalize(), _TONES[test.standing], sentence, also)
 
@@ -61,6 +64,17 @@ def on_rows(shared: Shared) -> str:
         + (f", clustered by {shared.cluster}" if shared.cluster else "")
         + f"; {shared.tests} test{'s' * (shared.tests != 1)}"
     )
+
+
+def reasons(comparison: Comparison, shared: Shared, before: str, after: str) -> list[str]:
+    """Why values and differences of a pair have no interval, in a line each."""
+    parts = [
+        (r.metric, r.model, r.reason)
+        for r in comparison.records
+        if r.data == shared.data and r.model in (before, after)
+    ]
+    parts += [(t.metric, "difference", t.reason) for t in tests_of(comparison, shared, before, after)]
+    return [f"{facts_of(metric).title} ({who}): {why}" for metric, who, why in parts if why]
 
 
 def known(limit: float) -> float | None:

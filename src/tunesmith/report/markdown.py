@@ -33,7 +33,13 @@ def run_markdown(summary: Summary) -> str:
 
 def render(template: str, context: Mapping[str, Any]) -> str:
     """A template of Markdown; text of others goes through the filters `md`, `brief` (lines) or `code` (a code span)."""
-    known = {"value": verdict.value, "difference": verdict.difference, "model_title": model_title}
+    known = {
+        "value": verdict.value,
+        "difference": verdict.difference,
+        "limits": verdict.limits,
+        "changed_by": verdict.changed_by,
+        "model_title": model_title,
+    }
     text = _environment().get_template(template).render({**known, "file_name": file_name, **context})
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 

@@ -19,7 +19,7 @@ from tunesmith.report.before_after import TUNED, facts_of
 from tunesmith.report.findings import file_name
 from tunesmith.report.markdown import render
 from tunesmith.report.summary import Summary, train_files
-from tunesmith.report.verdict import value
+from tunesmith.report.verdict import limits
 
 Library = Literal["transformers", "peft", "adapters", "tunesmith"]
 
@@ -37,8 +37,11 @@ _LOCAL = re.compile(r"[/\\]|\.\w{1,8}$")
 WEAKEST = 3  # classes named among the limits
 
 
-def model_card(summary: Summary, library: Library) -> str:
-    """The whole of MODEL_CARD.md. `library`: what loads the folder; see `library_of`."""
+def model_card(summary: Summary, library: Library, merged: str | None = None) -> str:
+    """The whole of MODEL_CARD.md. `library`: what loads the folder; see `library_of`.
+
+    `merged`: the dtype of weights that the run's adapter was merged into.
+    """
     plan = summary.plan
     objective, method = str(plan["meaning"]["objective"][0]), str(plan["meaning"]["method"][0])
     head = str(OBJECTIVES.get(objective).needs.head)
@@ -65,6 +68,7 @@ def model_card(summary: Summary, library: Library) -> str:
             "files": train_files(plan),
             "head": head,
             "library": library,
+            "merged": merged,
             "plugged": adapter_hub.is_plugged(str(plan["base"]["model_type"])),
             "tokens": plan["meaning"]["method"][1].get("tokens"),
             "chat": set(plan["audit"]["train"]["formats"]) != {"text"},
@@ -136,14 +140,14 @@ def _results(summary: Summary, task: str) -> list[EvalResult]:
             continue
         split = summary.splits.get(record["data"])
         facts = facts_of(record["metric"])
-        low, high = value(facts, record["low"]), value(facts, record["high"])
+        span = "no interval" if record.get("reason") else f"95% interval {limits(facts, record)}"
         found.append(
             EvalResult(
                 task_type=task,
                 dataset_type=file_name(split["files"][0]["name"]) if split and split["files"] else str(record["data"]),
                 dataset_name=str(record["data"]),
                 metric_type=str(record["metric"]),
-                metric_name=f"{facts.title} (95% interval {low} to {high}, n = {record['n']:,})",
+                metric_name=f"{facts.title} ({span}, n = {record['n']:,})",
                 metric_value=float(f"{record['value']:.6g}"),
             )
         )

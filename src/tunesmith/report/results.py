@@ -32,6 +32,8 @@ def show_results(
     if records:
         paired = "; the difference and its p-value are paired over the same rows" if effects else ""
         console.print(Text(f"\n[low, high]: 95% intervals{paired}\n", style="dim"), soft_wrap=True)
+    for line in reasons(records, effects):
+        console.print(Text(visible(line), style="dim"), soft_wrap=True)
     for warning in weaknesses(records):
         console.print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
     run, model = shlex.quote(str(path)), path / "model"
@@ -46,6 +48,17 @@ def show_results(
         f"        tunesmith evaluate {run} --data FILE    measure it on more rows",
     ):
         console.print(Text(line), soft_wrap=True)
+
+
+def reasons(records: Sequence[Mapping[str, Any]], effects: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Why values and differences have no interval, in a line each."""
+    parts = [(r["data"], r["group"], r["metric"], r["model"], r.get("reason")) for r in records]
+    parts += [(e["data"], "all", e["metric"], "difference", e.get("reason")) for e in effects]
+    return [
+        f"{metric} ({who}) on {data}{f' / {group}' * (group != 'all')}: {why}"
+        for data, group, metric, who, why in parts
+        if why
+    ]
 
 
 def weaknesses(records: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -101,9 +114,11 @@ def _with_limits(record: Mapping[str, Any] | None, key: str, sign: str = "") -> 
     """A value over its interval, so that the table fits into 80 columns."""
     if record is None:
         return "-"
+    if record.get("reason"):
+        return f"{figure(record[key], sign)}\nno interval"
     low, high = (figure(record[limit], sign) for limit in ("low", "high"))
     return f"{figure(record[key], sign)}\n[{low}, {high}]"
 
 
 def _probability(effect: Mapping[str, Any] | None) -> str:
-    return "-" if effect is None else p_value(effect["p"])
+    return "-" if effect is None or effect.get("reason") else p_value(effect["p"])

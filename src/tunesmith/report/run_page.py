@@ -44,6 +44,8 @@ def run_page(summary: Summary) -> str:
             "model_title": model_title,
             "file_name": file_name,
             "value": verdict.value,
+            "limits": verdict.limits,
+            "changed_by": verdict.changed_by,
             "difference": verdict.difference,
             "lengths": _lengths(summary.plan["audit"]["lengths"]),
             "labels": _labels(summary.plan["audit"]["train"]["labels"] or {}),

@@ -12,8 +12,14 @@ from tunesmith.report.figures import figure, p_told, percent
 FEW_ROWS = 50
 VALIDATION = "validation"
 _THAN = {MAJORITY: "always answering the most frequent label", "base": "its base"}
-_PILLS = {"better": "Better", "worse": "Worse", "no better": "No better", "": "Not compared"}
-_TONES = {"better": "better", "worse": "worse", "no better": "caution", "": ""}
+_PILLS = {
+    "better": "Better",
+    "worse": "Worse",
+    "no better": "No better",
+    "cannot tell": "Cannot tell",
+    "": "Not compared",
+}
+_TONES = {"better": "better", "worse": "worse", "no better": "caution", "cannot tell": "caution", "": ""}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +84,11 @@ def _compared(line: Line, rows: str) -> str:
     metric, standing = line.metric, line.standing
     before, after = line.before["value"], line.after["value"]
     word = "rose" if after > before else "fell" if after < before else "stayed"
+    if standing == "cannot tell":
+        return (
+            f"Cannot tell: {metric.title} is {value(metric, after)} against {value(metric, before)} on {rows}, "
+            f"and these do not carry a test ({line.effect['reason']})."
+        )
     opening = f"{_PILLS[standing]} than {_THAN.get(line.before['model'], line.before['model'])}"
     if word == "stayed":
         moved = f"{metric.title} stayed at {value(metric, after)} on {rows}"
@@ -94,15 +105,16 @@ def evidence(line: Line) -> str:
     """Interval and p-value of a difference."""
     effect = line.effect
     assert effect is not None
-    low, high = (difference(line.metric, effect[limit], unit=False) for limit in ("low", "high"))
-    return f"95% interval {low} to {high}, {p_told(effect['p'])}"
+    return f"95% interval {changed_by(line.metric, effect)}, {p_told(effect['p'])}"
 
 
 def _alone(line: Line, rows: str) -> str:
-    low, high = (value(line.metric, line.after[limit]) for limit in ("low", "high"))
+    span = f"95% interval {limits(line.metric, line.after)}"
+    if line.after.get("reason"):
+        span = line.after["reason"]
     return (
         f"Not compared: {line.metric.title} of the tuned model is {value(line.metric, line.after['value'])} on {rows} "
-        f"(95% interval {low} to {high}), and nothing says what its base would have reached."
+        f"({span}), and nothing says what its base would have reached."
     )
 
 
@@ -122,10 +134,32 @@ def _caveats(table: Table, line: Line, on_validation: bool, detectable: float | 
             "A base without a trained head gives no labels, so the comparison is with the label that is most frequent "
             "in the training rows."
         )
-    passed = [other.metric.title for other in table.lines[: table.lines.index(line)] if other.metric.higher is not None]
+    before = [other for other in table.lines[: table.lines.index(line)] if other.metric.higher is not None]
+    passed = [other.metric.title for other in before if other.standing != "cannot tell"]
+    silent = [
+        f"{other.metric.title} ({other.effect['reason']})"
+        for other in before
+        if other.standing == "cannot tell" and other.effect
+    ]
+    if silent:
+        found.append(f"These rows do not carry a test of {', '.join(silent)}.")
     if passed:
         found.append(f"Both models stand at the same end of {', '.join(passed)}, which cannot tell them apart.")
     return tuple(found)
+
+
+def limits(metric: MetricFacts, record: Mapping[str, Any]) -> str:
+    """The interval of a value: "0.8 to 0.9", or that there is none."""
+    if record.get("reason"):
+        return "no interval"
+    return f"{value(metric, record['low'])} to {value(metric, record['high'])}"
+
+
+def changed_by(metric: MetricFacts, effect: Mapping[str, Any]) -> str:
+    """The interval of a difference, likewise."""
+    if effect.get("reason"):
+        return "no interval"
+    return f"{difference(metric, effect['low'], unit=False)} to {difference(metric, effect['high'], unit=False)}"
 
 
 def value(metric: MetricFacts, number: Any) -> str:

@@ -31,6 +31,13 @@ def write_report(run: Path) -> Summary:
     return summary
 
 
+def merged_cards(run: Path, dtype: str) -> dict[str, bytes]:
+    """The card of a finished run's model once its adapter is merged, by its files' names; none of another folder."""
+    if not (run / "evaluation.json").is_file():
+        return {}
+    return dict.fromkeys(CARDS, model_card(summarise(run), "transformers", dtype).encode())
+
+
 def is_current(run: Path) -> bool:
     """Whether the report is there and not older than what was measured; it is written last."""
     report, measured = run / REPORT, run / "evaluation.json"
