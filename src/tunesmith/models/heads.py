@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from tunesmith.types import HeadSpec, Segment
 
-
 POOLINGS: dict[str, Callable[[int], int]] = {"first": lambda size: 0, "last": lambda size: size - 1}  # or the mean
 
 
