@@ -53,27 +53,49 @@ METHODS: dict[str, dict[str, Any]] = {
     "p_tuning": {"name": "p_tuning"},
     "prefix": {"name": "prefix"},
 }
-RATES: dict[str, dict[str, float]] = {"banking77": {}, "demo": {}}
+RATES: dict[str, dict[str, float]] = {
+    "banking77": {
+        "full": 2e-4,
+        "partial (top half)": 3e-4,
+        "partial (biases: BitFit)": 5e-3,
+        "partial (norms)": 5e-3,
+        "lora": 2e-3,
+        "dora": 2e-3,
+        "adalora": 5e-3,
+        "vera": 1e-2,
+        "ia3": 1e-2,
+        "loha": 2e-3,
+        "lokr": 2e-3,
+        "oft": 1e-3,
+        "bottleneck": 2e-3,
+        "prompt": 1e-2,
+        "p_tuning": 3e-3,
+        "prefix": 1e-2,
+    },
+    "demo": {},
+}
 NOT_THERE = {"demo": {"partial (biases: BitFit)": "SmolLM2 has no biases"}}
 
 
-def recipe_of(task: str, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def recipe_of(task: str, name: str, rate: float | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
     """The recipe, and the keywords of `train` beside it."""
     method = dict(METHODS[name])
     if task == "banking77":
         recipe, keywords = spine.banking77(spine.data_sets() / "banking77")
-        recipe["train"] = {"epochs": 5, "batch_size": 32, "schedule": "cosine"}
+        recipe["precision"] = "fp32"  # steps of so small a model wait for launches, and casts are more of them
+        recipe["train"] = {"epochs": 10, "batch_size": 32, "dropout": 0.1, "schedule": "cosine"}
     else:
         recipe, keywords = demo.recipe(quick=False), {"data": demo.rows(quick=False)}
         recipe["train"] = {k: v for k, v in recipe["train"].items() if k not in ("learning_rate", "evaluate_every")}
         if name == "head":
             method["untie"] = True
-    if name in RATES[task]:
-        recipe["train"]["learning_rate"] = RATES[task][name]
+    rate = rate or RATES[task].get(name)
+    if rate:
+        recipe["train"]["learning_rate"] = rate
     return {**recipe, "method": method}, keywords
 
 
-def cell(task: str, name: str, device: str) -> dict[str, Any]:
+def cell(task: str, name: str, device: str, rate: float | None = None) -> dict[str, Any]:
     """Runs it here and measures it."""
     import torch
 
@@ -81,7 +103,7 @@ def cell(task: str, name: str, device: str) -> dict[str, Any]:
     from tunesmith.engine.precision import device_name
     from tunesmith.models.fetch import resolve
 
-    recipe, keywords = recipe_of(task, name)
+    recipe, keywords = recipe_of(task, name, rate)
     recipe["place"] = {"device": device}
     resolve(recipe["model"])
     with tempfile.TemporaryDirectory() as folder:
@@ -90,6 +112,7 @@ def cell(task: str, name: str, device: str) -> dict[str, Any]:
         seconds = time.perf_counter() - start
         plan = json.loads((result.path / "plan.json").read_text())
         size = sum(f.stat().st_size for f in (result.path / "model").glob("*.safetensors"))
+        steps = [json.loads(line) for line in (result.path / "metrics.jsonl").read_text().splitlines()]
         (effect,) = [e for e in result.effects if e["metric"] == HEADLINE[task]]
     used = torch.device(plan["placement"]["device"])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -98,6 +121,7 @@ def cell(task: str, name: str, device: str) -> dict[str, Any]:
         "value": [tuned[key] for key in ("value", "low", "high", "n")],
         "base": base["value"],
         "p": effect["p"],
+        "validation": min(line["validation"]["loss"] for line in steps if "validation" in line),
         "trainable": plan["parameters"]["trainable"],
         "total": plan["parameters"]["total"],
         "learning_rate": plan["meaning"]["train"]["learning_rate"],
@@ -155,9 +179,10 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="run what has been measured already, too")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--cell", action="store_true", help="one cell in this process, as JSON")
+    parser.add_argument("--rate", type=float, help="with --cell: another learning rate, to find the method's own")
     options = parser.parse_args()
     if options.cell:
-        print(json.dumps(cell(options.task, options.only[0], options.device)))
+        print(json.dumps(cell(options.task, options.only[0], options.device, options.rate)))
         return
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     for task in [options.task] if options.task else sorted(HEADLINE):
