@@ -154,6 +154,9 @@ class Train(Strict):
         None, "tokens after which an example is cut", 1024, "the model's context, at most 2048"
     )
     learning_rate: Above0 | None = key(None, "the highest learning rate", 2e-4, "the method's")
+    head_learning_rate: Above0 | None = key(
+        None, "that of heads that begin anew above a base which trains too", 3e-3, "train.learning_rate"
+    )
     schedule: Literal["linear", "cosine", "constant"] = key(
         "linear", "how the learning rate falls after the warm-up", "cosine"
     )

@@ -194,6 +194,12 @@ RULES: tuple[Rule, ...] = (
         "go on with the same objective, or name the base itself as model",
     ),
     Rule(
+        ("train.head_learning_rate", "method", "objective"),
+        lambda f: f.recipe.train.head_learning_rate is not None and (f.needs.head != "pooled" or f.caches_vectors),
+        "train.head_learning_rate: {f.objective_name} by {f.method_name} trains no head beside a base that learns too",
+        "set train.learning_rate, which is that of all that trains there",
+    ),
+    Rule(
         ("adapters", "model"),
         lambda f: f.previous is not None and bool(f.recipe.adapters),
         "model names an earlier run, which goes on with its own adapter and those beneath it, "

@@ -68,9 +68,12 @@ def disk_errors(what: str) -> Generator[None]:
         ) from error
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Replaces `path` by `content`: readers see the old file or the new one, never a part."""
-    aside = path.with_name(f".{path.name}.part")
+def write_file(path: Path, content: bytes, *, shared: bool = False) -> None:
+    """Replaces `path` by `content`: readers see the old file or the new one, never a part.
+
+    `shared`: several processes may write it at once, as in the cache; the last one's stays.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part" if shared else f".{path.name}.part")
     with disk_errors(str(path)):
         with open(aside, "wb") as handle:
             write_bytes(handle, content)
@@ -79,9 +82,10 @@ def write_file(path: Path, content: bytes) -> None:
         sync_folder(path.parent)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, *, shared: bool = False) -> None:
     """`write_file` of readable JSON; NaN and infinity are errors."""
-    write_file(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n").encode())
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n"
+    write_file(path, text.encode(), shared=shared)
 
 
 def read_text(path: Path) -> str:

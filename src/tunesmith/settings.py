@@ -46,6 +46,7 @@ class Meaning:
     batch_tokens: int | None
     sequence_length: int
     learning_rate: float
+    head_learning_rate: float | None
     schedule: str
     warmup: float
     weight_decay: float
@@ -161,6 +162,7 @@ def resolve_meaning(
             facts.method.learning_rate,
             facts.method.learning_rate_source,
         ),
+        head_learning_rate=train.head_learning_rate,
         schedule=train.schedule,
         warmup=train.warmup,
         weight_decay=train.weight_decay,

@@ -103,7 +103,7 @@ def _train(run: RunDir, plan: Plan, assets: Assets, policy: Policy, stop: StopRe
     rules: list[GradientRule] = [*own, Clip(training.clip)]
     engine = NativeEngine(
         policy,
-        method.parameter_groups(policy),
+        _groups(plan, assets, policy),
         Optimization(
             training.learning_rate, training.schedule, training.warmup, training.weight_decay, training.total_steps
         ),
@@ -141,6 +141,19 @@ def _train(run: RunDir, plan: Plan, assets: Assets, policy: Policy, stop: StopRe
     finally:
         monitor.close()
     policy.eval()
+
+
+def _groups(plan: Plan, assets: Assets, policy: Policy) -> list[dict[str, Any]]:
+    """The method's groups; heads leave them for one of their own where they have a rate of their own."""
+    groups, rate = assets.method.parameter_groups(policy), plan.training.head_learning_rate
+    if rate is None:
+        return groups
+    heads = list(policy.heads.parameters())
+    fresh = {id(p) for p in heads}
+    return [
+        *({**group, "params": [p for p in group["params"] if id(p) not in fresh]} for group in groups),
+        {"params": heads, "lr": rate},
+    ]
 
 
 def _source(plan: Plan, assets: Assets, policy: Policy, columns: Columns) -> DataSource:

@@ -120,6 +120,7 @@ CHANGES: dict[str, Change] = {
     "train.recompute": Change(True),
     "train.sequence_length": Change(40, {"data.allow": ["truncated", "masked"]}),
     "train.learning_rate": Change(0.02),
+    "train.head_learning_rate": Change(0.03, LABELLED),
     "train.schedule": Change("cosine"),
     "train.warmup": Change(0.5),
     "train.weight_decay": Change(0.5),

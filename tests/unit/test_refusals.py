@@ -72,6 +72,10 @@ RULES: dict[str, Callable[[], Facts]] = {
     "train.early_stopping needs": lambda: facts(train={"early_stopping": {}}),
     "train.evaluate_every needs": lambda: facts(train={"evaluate_every": 5}),
     "with head no backward goes": lambda: facts("head", "classify", train={"recompute": True}),
+    "train.head_learning_rate: sft by lora trains no head": lambda: facts(train={"head_learning_rate": 1e-3}),
+    "train.head_learning_rate: classify by head trains no head": lambda: facts(
+        "head", "classify", train={"head_learning_rate": 1e-3}
+    ),
     "data.template is given, and classify": lambda: facts(objective="classify", data={"template": "chat.jinja"}),
     "lora trains a pooled head, and sft needs a lm head": lambda: of_method(heads=frozenset({"pooled"})),
     "method.untie is given, and nothing that lora": lambda: replace(

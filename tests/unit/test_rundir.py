@@ -355,3 +355,16 @@ def test_a_run_stopped_before_its_manifest_gives_way_to_a_new_one(tmp_path: Path
 def test_a_recipe_of_the_users_own_is_not_taken_for_what_a_run_left(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("model: x")
     assert not rundir.is_unbegun(tmp_path)
+
+
+def test_several_processes_may_write_one_file_of_the_cache(tmp_path: Path) -> None:
+    code = f"""
+from pathlib import Path
+from tunesmith import rundir
+for i in range(300):
+    rundir.write_json(Path({str(tmp_path / "speed.json")!r}), {{"at": i}}, shared=True)
+"""
+    running = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    assert [(p.communicate()[1], p.returncode) for p in running] == [("", 0)] * 3
+    assert [path.name for path in tmp_path.iterdir()] == ["speed.json"]
+    assert rundir.read_record(tmp_path / "speed.json", "at") == {"at": 299}

@@ -40,5 +40,5 @@ def cached(path: Path, make: Callable[[], NDArray[np.float32]], rows: int, width
         return np.fromfile(path, dtype=np.float32).reshape(rows, width)
     made_ND = make()
     path.parent.mkdir(parents=True, exist_ok=True)
-    rundir.write_file(path, made_ND.tobytes())
+    rundir.write_file(path, made_ND.tobytes(), shared=True)
     return made_ND

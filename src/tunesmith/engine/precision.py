@@ -79,7 +79,7 @@ def probe(device: torch.device, cache: Path) -> Speed:
         pass
     speed = Speed(name, _rate(device, torch.float32), _rate(device, torch.bfloat16))
     path.parent.mkdir(parents=True, exist_ok=True)
-    rundir.write_json(path, asdict(speed))
+    rundir.write_json(path, asdict(speed), shared=True)
     return speed
 
 
