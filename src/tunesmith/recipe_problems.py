@@ -157,9 +157,9 @@ def _unknown_key(keys: Keys, siblings: list[str]) -> Problem:
     if normal in siblings:
         return Problem(path, f"unknown key {path}", f"write {beside(normal)}")
     if normal in leaves:
-        known = leaves[normal]
-        where = "" if "." in known else ", beside model and data"
-        return Problem(path, f"{path} does not belong here", f"write {known}{where}")
+        if "." not in leaves[normal]:
+            return Problem(path, f"{path} does not belong here", f"write {normal} beside model and data")
+        return Problem(path, f"{path} does not belong here", f"write {leaves[normal]}")
     if normal in spellings():
         target, note = spellings()[normal]
         if target is None:

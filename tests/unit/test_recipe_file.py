@@ -370,8 +370,16 @@ def test_options(tmp_path: Path) -> None:
         ("rnk: 3", "recipe.yaml:7: unknown key method.rnk", "did you mean method.rank?"),
         ("Rank: 3", "recipe.yaml:7: unknown key method.Rank", "write method.rank"),
         ("lora_r: 3", "recipe.yaml:7: lora_r has another name here", "write method.rank"),
-        ("learning_rate: 1e-4", "recipe.yaml:7: method.learning_rate does not belong here", "write train.learning_rate"),
-        ("precision: bf16", "recipe.yaml:7: method.precision does not belong here", "write precision, beside model"),
+        (
+            "learning_rate: 1e-4",
+            "recipe.yaml:7: method.learning_rate does not belong here",
+            "write train.learning_rate",
+        ),
+        (
+            "precision: bf16",
+            "recipe.yaml:7: method.precision does not belong here",
+            "write precision beside model and data",
+        ),
         ("rank: 0", "recipe.yaml:7: method.rank must be a whole number above 0, not 0", "docs"),
         ("rank: yes", 'recipe.yaml:7: method.rank must be a whole number above 0, not "yes"', "docs"),
         ("rank: true", "recipe.yaml:7: method.rank must be a whole number above 0, not true", "docs"),
