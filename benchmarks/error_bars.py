@@ -1,6 +1,7 @@
 """What the error bars are worth: how often 95% intervals hold the true value, how often tests find what is or is not.
 
     python benchmarks/error_bars.py [--samples 2000] [--processes N] [--power-only]
+    python benchmarks/error_bars.py --only POPULATION [...] --rows N --samples 8000    coverage alone, only printed
 
 Draws samples of 50, 200 and 1,000 rows from populations whose true values are known (populations.py) and gives them
 to the intervals and tests that `evaluate` and `compare` use. Writes benchmarks/results/error_bars.json and .md.
@@ -16,7 +17,7 @@ import multiprocessing
 import os
 import platform
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -264,13 +265,30 @@ def _cell(share: float | None, given: float) -> str:
     return f"{100 * share:.1f}" + f" ({100 * given:.0f})" * (given < 0.995)
 
 
+def closely(names: Sequence[str], sizes: Sequence[int], samples: int, processes: int) -> str:
+    """Coverage of a few populations, a line for each figure; the kept results are not touched."""
+    places = [place for place, population in enumerate(POPULATIONS) if population.name in names]
+    todo = [job for place in places for count in sizes for job in chunks("coverage", place, count, samples)]
+    share, given = shares(todo, processes)
+    return "\n".join(
+        f"{POPULATIONS[place].name}, {count:,} rows, {figure}: {_cell(held, given[figure, place, count])}"
+        for (figure, place, count), held in share.items()
+        if place is not None
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=2000)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--power-only", action="store_true", help="all else stays as the last run found it")
+    parser.add_argument("--only", nargs="+", choices=[p.name for p in POPULATIONS], metavar="POPULATION")
+    parser.add_argument("--rows", type=int, nargs="+", default=SIZES, help="with --only: sizes of a sample")
     arguments = parser.parse_args()
     check_tables()
+    if arguments.only:
+        print(closely(arguments.only, arguments.rows, arguments.samples, arguments.processes))
+        return
     kept = json.loads((RESULTS / "error_bars.json").read_text(encoding="utf-8")) if arguments.power_only else None
     outcome = report(arguments.samples, measured(arguments.samples, arguments.processes, kept))
     RESULTS.mkdir(exist_ok=True)
