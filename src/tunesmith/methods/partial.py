@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -19,6 +20,8 @@ from tunesmith.recipe import Strict
 from tunesmith.types import MethodFacts
 
 TOP = 0.25
+FEW_RATE = 1e-3
+FEW_SOURCE = "better for the norms of SmolLM2 than 1e-4 on the task of the demo (field accuracy 0.714 against 0.252)"
 Pattern = Annotated[str, Field(min_length=1)]
 
 
@@ -75,6 +78,11 @@ class Partial(OwnWeights):
             return self
 
     options: Options
+
+    def __init__(self, options: Options, dropout: float) -> None:
+        super().__init__(options, dropout)
+        if options.only != "all":
+            self.facts = replace(self.facts, learning_rate=FEW_RATE, learning_rate_source=FEW_SOURCE)
 
     def chosen(self, policy: Policy) -> set[str]:
         options, model = self.options, policy.model
