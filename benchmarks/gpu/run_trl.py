@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import tempfile
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 import workload
 from datasets import Dataset
+from marks import Marks
 from peft import LoraConfig
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -22,22 +22,17 @@ from trl import SFTConfig, SFTTrainer
 
 
 class Clock(TrainerCallback):
-    """Seconds of each optimizer step, the device waited for; the logged losses."""
+    """Marks each optimizer step; the logged losses."""
 
-    def __init__(self, warm_up: int) -> None:
-        self.warm_up = warm_up
-        self.seconds: list[float] = []
+    def __init__(self, marks: Marks) -> None:
+        self.marks = marks
         self.losses: list[float] = []
 
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        torch.cuda.synchronize()
-        self.start = time.perf_counter()
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.marks.begin()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        torch.cuda.synchronize()
-        self.seconds.append(time.perf_counter() - self.start)
-        if len(self.seconds) == self.warm_up:
-            torch.cuda.reset_peak_memory_stats()
+        self.marks.end()
 
     def on_log(self, *_: Any, logs: dict[str, float] | None = None, **__: Any) -> None:
         if logs and "loss" in logs:
@@ -58,7 +53,7 @@ def main() -> None:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(WordLevel(words, unk_token="w0")), pad_token="[PAD]", eos_token="w1"
     )
-    clock = Clock(asked.warm_up)
+    clock = Clock(Marks(asked.warm_up))
     with tempfile.TemporaryDirectory() as folder:
         settings = SFTConfig(
             output_dir=folder,
@@ -94,28 +89,16 @@ def main() -> None:
             callbacks=[clock],
         )
         trainer.train()
-    timed, tokens = clock.seconds[asked.warm_up :], [sum(part) for part in chosen[asked.warm_up :]]
-    work = sum(workload.flop(shape, part) for part in chosen[asked.warm_up :])
     dtypes = {str(p.dtype) for p in trainer.model.parameters() if p.requires_grad}
     print(
         json.dumps(
             {
                 "name": "TRL + liger" + (", no recompute" if asked.no_recompute else ", defaults"),
                 "rows": asked.rows,
-                "tokens_per_second": round(sum(tokens) / sum(timed)),
-                "share_of_peak": round(work / sum(timed) / workload.PEAK, 4),
-                "step_ms": round(1e3 * sorted(timed)[len(timed) // 2], 1),
-                "peak_allocated_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
-                "peak_reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
-                "first_step_s": round(clock.seconds[0], 2),
+                **clock.marks.numbers(shape, chosen),
                 "losses": [round(loss, 4) for loss in clock.losses[:3] + clock.losses[-1:]],
-                "steps": asked.steps,
-                "warm_up": asked.warm_up,
-                "tokens_per_step": round(sum(tokens) / len(tokens)),
                 "adapters": sorted(dtypes),
-                "torch": torch.__version__,
                 "versions": {name: version(name) for name in ("trl", "liger-kernel", "peft", "transformers")},
-                "card": torch.cuda.get_device_name(),
             }
         ),
         flush=True,

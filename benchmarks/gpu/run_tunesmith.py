@@ -6,17 +6,21 @@ import argparse
 import json
 import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import workload
+from marks import Marks
+from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tunesmith.data.pack import collate
 from tunesmith.engine.native import NativeEngine, Optimization
 from tunesmith.gradients.clip import Clip
 from tunesmith.kernels.accelerate import accelerate
+from tunesmith.kernels.nf4 import hold_in_nf4
 from tunesmith.methods.lora import Lora
 from tunesmith.models.policy import Policy, Tokens
 from tunesmith.objectives.sft import Sft
@@ -27,8 +31,11 @@ def main() -> None:
     asked = arguments()
     shape = workload.SHAPES[asked.shape]
     began = time.perf_counter()
-    policy = build(shape)
+    policy = build(shape, int4=asked.precision == "int4")
     taken = {} if asked.unfused else accelerate(policy, fp8=asked.precision == "fp8")
+    for layer in list(policy.model.model.layers)[: asked.recompute]:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
     objective = Sft(Sft.Options())
     optimization = Optimization(workload.LEARNING_RATE, "constant", 0.0, 0.0, asked.steps)
     engine = NativeEngine(
@@ -38,7 +45,7 @@ def main() -> None:
     loaded = time.perf_counter() - began
     chosen = workload.lengths(asked.rows, asked.tokens, asked.steps, asked.lengths)
     batches = [batch(part, shape["vocab_size"], step) for step, part in enumerate(chosen)]
-    seconds: list[float] = []
+    marks = Marks(asked.warm_up)
     losses: list[float] = []
 
     def one(index: int) -> None:
@@ -47,35 +54,21 @@ def main() -> None:
         engine.step()
         losses.append(stats.loss)
 
+    recomputed = f", {asked.recompute} layers recomputed" if asked.recompute else ""
+    unfused = ", unfused" if asked.unfused else ""
+    marks.begin()
     for index in range(asked.steps):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
         one(index)
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-        if index == asked.warm_up - 1:
-            torch.cuda.reset_peak_memory_stats()
-    timed, tokens = seconds[asked.warm_up :], [sum(part) for part in chosen[asked.warm_up :]]
-    work = sum(workload.flop(shape, part) for part in chosen[asked.warm_up :])
+        marks.end()
     print(
         json.dumps(
             {
-                "name": f"tunesmith {asked.precision}" + (" unfused" if asked.unfused else ""),
+                "name": f"tunesmith {asked.precision}{recomputed}{unfused}",
                 "rows": asked.rows,
-                "tokens_per_second": round(sum(tokens) / sum(timed)),
-                "share_of_peak": round(work / sum(timed) / workload.PEAK, 4),
-                "step_ms": round(1e3 * sorted(timed)[len(timed) // 2], 1),
-                "peak_allocated_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
-                "peak_reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
-                "first_step_s": round(seconds[0], 2),
+                **marks.numbers(shape, chosen),
                 "load_s": round(loaded, 2),
                 "losses": [round(loss, 4) for loss in losses[:3] + losses[-1:]],
-                "steps": asked.steps,
-                "warm_up": asked.warm_up,
-                "tokens_per_step": round(sum(tokens) / len(tokens)),
                 "kernels": taken,
-                "torch": torch.__version__,
-                "card": torch.cuda.get_device_name(),
             }
         ),
         flush=True,
@@ -84,10 +77,13 @@ def main() -> None:
         profile(lambda: one(asked.steps - 1), asked.profile)
 
 
-def build(shape: dict[str, Any]) -> Policy:
+def build(shape: dict[str, Any], *, int4: bool) -> Policy:
     torch.manual_seed(workload.SEED)
     with torch.device("cuda"):
         model = LlamaForCausalLM._from_config(LlamaConfig(**shape), dtype=torch.bfloat16)
+    if int4:
+        hold_in_nf4(model, "cuda")
+        torch.cuda.empty_cache()
     policy = Policy(model, "decoder", Tokens((), 0), packed=True, autocast=torch.bfloat16)
     Lora(Lora.Options(rank=workload.RANK), 0.0).attach(policy)
     return policy
@@ -100,21 +96,38 @@ def batch(part: list[int], vocabulary: int, step: int) -> Any:
 
 
 def profile(work: Any, to: Path) -> None:
+    """Kernels by time, and where the device stood idle, into a file."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
         work()
+        work()
         torch.cuda.synchronize()
-    to.write_text(seen.key_averages().table(sort_by="self_device_time_total", row_limit=60, max_name_column_width=110))
+    table = seen.key_averages().table(sort_by="self_device_time_total", row_limit=60, max_name_column_width=110)
+    events = sorted(
+        (e for e in seen.events() or [] if e.device_type == torch.profiler.DeviceType.CUDA),
+        key=lambda e: e.time_range.start,
+    )
+    free = events[0].time_range.start
+    gaps: list[tuple[float, str, str]] = []
+    before = ""
+    for event in events:
+        gaps.append((event.time_range.start - free, before, event.name))
+        free, before = max(free, event.time_range.end), event.name
+    lines = [f"{len(events)} on the device in {(free - events[0].time_range.start) / 1e3:.1f} ms (two steps),"]
+    lines.append(f"idle {sum(max(0.0, gap) for gap, *_ in gaps) / 1e3:.1f} ms; the longest:")
+    lines += [f"{gap / 1e3:.2f} ms: {a[:60]} .. {b[:60]}" for gap, a, b in sorted(gaps, reverse=True)[:25]]
+    to.write_text("\n".join(lines) + "\n\n" + table)
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--precision", choices=["bf16", "fp8"], default="bf16")
+    parser.add_argument("--precision", choices=["bf16", "fp8", "int4"], default="bf16")
     parser.add_argument("--shape", choices=list(workload.SHAPES), default="llama-3.1-8b")
     parser.add_argument("--rows", default="4096", help="length of every example, or mixture")
     parser.add_argument("--lengths", type=Path)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--warm-up", type=int, default=5)
+    parser.add_argument("--recompute", type=int, default=0, help="so many layers run again in the backward")
     parser.add_argument("--unfused", action="store_true", help="without our kernels")
     parser.add_argument("--profile", type=Path)
     return parser.parse_args()

@@ -97,13 +97,16 @@ class Batch:
 
     `target_BT[b, t]` is what position t predicts, shifted inside its segment; where `weight_BT`
     is 0 there is no loss and no logits are computed. Both belong to the decoder stream if there
-    is one. `Segment.example` indexes `examples`, which holds positions in the data set;
+    is one. The other positions are the units, row by row: `unit_U` indexes [B * T], `example_U` is the
+    example of each. `Segment.example` indexes `examples`, which holds positions in the data set;
     `columns[name]` has one entry for each of `examples`.
     """
 
     streams: dict[str, Stream]
     target_BT: Tensor
     weight_BT: Tensor
+    unit_U: Tensor
+    example_U: Tensor
     segments: list[Segment]
     examples: list[int]
     columns: dict[str, Tensor] = field(default_factory=dict[str, "Tensor"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from tunesmith.kernels.accelerate import LAYERS, accelerate
 from tunesmith.kernels.attention import KEYWORD, Bounds
+from tunesmith.kernels.bordered import base_of
+from tunesmith.kernels.nf4 import Nf4Linear, hold_in_nf4
 from tunesmith.methods.lora import Lora
 from tunesmith.models.policy import Policy, Tokens
 
@@ -23,7 +26,7 @@ SHAPES = {
 ROWS = {"one": [600], "alike": [256, 256, 256], "mixed": [300, 37, 411, 160], "short": [40, 60, 20]}
 
 
-def _policy(family: str, targets: Any = "all-linear") -> Policy:
+def _policy(family: str, targets: Any = "all-linear", over: Callable[[Any], Any] = lambda model: model) -> Policy:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(time.time_ns() % 2**31)
@@ -35,6 +38,7 @@ def _policy(family: str, targets: Any = "all-linear") -> Policy:
             parameter.data.normal_(0, 0.05)
         else:
             parameter.data.uniform_(0.5, 1.5)
+    over(model)
     policy = Policy(model, "decoder", Tokens((), 0), packed=True, autocast=torch.bfloat16)
     Lora(Lora.Options(rank=8, targets=targets), 0.0).attach(policy)
     for name, parameter in policy.named_parameters():
@@ -89,6 +93,23 @@ def test_in_fp8_it_is_the_layer_within_the_cast(rows: str) -> None:
     # e4m3 has 3 bits of mantissa: about 2.6% for each of the two factors of a product.
     assert max(errors["result"], errors["x"]) < 0.2, errors
     assert max(errors.values()) < 0.3, errors  # adapters of the first layer, behind four casts
+
+
+@pytest.mark.parametrize("rows", ["alike", "mixed"])
+def test_in_4_bits_it_is_the_layer_over_the_dequantised_base(rows: str) -> None:
+    policy = _policy("llama", over=lambda model: hold_in_nf4(model, "cuda"))
+    assert all(type(base_of(layer.mlp.up_proj)) is Nf4Linear for layer in policy.model.model.layers)
+    lengths, width = ROWS[rows], policy.width
+    x = torch.randn(1, sum(lengths), width, device="cuda", dtype=torch.bfloat16)
+    grad = torch.randn_like(x)
+    policy.train()
+    with torch.autocast("cuda", torch.bfloat16):
+        expected = _through(policy, lengths, x, grad)
+    assert accelerate(policy)[LAYERS] == 2
+    found = _through(policy, lengths, x, grad)
+    assert found.keys() == expected.keys()
+    errors = {k: float((found[k] - expected[k]).norm() / expected[k].norm().clamp_min(1e-9)) for k in expected}
+    assert max(errors.values()) < 0.05, errors
 
 
 def test_layers_without_adapters_pass_the_gradient_on() -> None:

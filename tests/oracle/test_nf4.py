@@ -168,3 +168,15 @@ def test_a_run_over_four_bits_is_what_it_exports(method: str, tiny_llama: Path, 
     assert [p.output for p in answers[0]] == [p.output for p in answers[1]]
     together = load_adapters([run.path]).predict(ROWS[8:])
     assert [p.scores for p in together] == [p.scores for p in answers[0]]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(64, 64), (96, 160), (1000, 7 * 64)])
+def test_one_kernel_makes_the_weights_that_torch_makes(shape: tuple[int, int]) -> None:
+    layer = nf4.Nf4Linear(nn.Linear(shape[1], shape[0], bias=False, dtype=torch.bfloat16), "cuda")
+    wide = torch.full((shape[0], shape[1] + 64), 7.0, dtype=torch.bfloat16, device="cuda")
+    layer.dequantise_into(wide[:, : shape[1]])
+    expected = layer.dequantise(torch.float32)
+    # One rounding to bfloat16; level * scale + mean may be rounded once or twice before it.
+    torch.testing.assert_close(wide[:, : shape[1]].float(), expected, rtol=2**-8, atol=1e-7)
+    assert (wide[:, shape[1] :] == 7.0).all()

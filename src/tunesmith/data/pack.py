@@ -33,7 +33,10 @@ def collate(
     for name in names:
         pieces = [(i, p) for i, e in enumerate(examples) for p in e.pieces if p.stream == name]
         streams[name], targets[name] = _lay_out(pieces, name, segments, packed, pad_id)
-    target, weight = targets["decoder" if "decoder" in targets else "input"]
+    scored = "decoder" if "decoder" in targets else "input"
+    target, weight = targets[scored]
+    unit_U = torch.from_numpy(weight.reshape(-1).nonzero()[0])  # here, where no device is waited for
+    example_S = torch.tensor([segment.example for segment in segments], dtype=torch.int64)
     own = {
         key: torch.from_numpy(np.asarray([example.columns[key] for example in examples])) for key in _shared(examples)
     }
@@ -42,6 +45,8 @@ def collate(
         streams=streams,
         target_BT=torch.from_numpy(target),
         weight_BT=torch.from_numpy(weight),
+        unit_U=unit_U,
+        example_U=example_S[streams[scored].segment_ids_BT.flatten()[unit_U]],
         segments=segments,
         examples=list(indices),
         columns={key: v.float() if v.is_floating_point() else v for key, v in (own | given).items()},
@@ -127,6 +132,8 @@ def place(batch: Batch, device: torch.device) -> Batch:
         },
         target_BT=to(batch.target_BT),
         weight_BT=to(batch.weight_BT),
+        unit_U=to(batch.unit_U),
+        example_U=to(batch.example_U),
         segments=batch.segments,
         examples=batch.examples,
         columns={name: to(value) for name, value in batch.columns.items()},

@@ -97,10 +97,9 @@ class NativeEngine:
             seed_step(self._seed, step.number)
             try:
                 sums = run(objective, policy, self._placed(step), normalisers)
-                break
+                return sums.stats(step)
             except torch.OutOfMemoryError as error:
                 self._halve(step, error)
-        return _stats(sums, step)
 
     def _train(self, policy: Policy) -> None:
         """Training mode; a walk over thousands of modules that is spared where the last step left them in it."""
@@ -137,9 +136,7 @@ class NativeEngine:
     def _plain(self, objective: Objective, policy: Policy, step: Step, normalisers: Mapping[str, float]) -> _Sums:
         sums = _Sums()
         for batch in step.batches:
-            loss = sums.add(objective.terms(policy, batch), normalisers)
-            sums.check(step.number, loss)
-            _differentiate(loss)
+            _differentiate(sums.add(objective.terms(policy, batch), normalisers))
         return sums
 
     def _per_example(self, objective: Objective, policy: Policy, step: Step, normalisers: Mapping[str, float]) -> _Sums:
@@ -147,9 +144,7 @@ class NativeEngine:
         total: dict[str, Tensor] = {}
         for batch in step.batches:
             for single in self._split(batch, 1):
-                loss = sums.add(objective.terms(policy, pack.place(single, self.device)), normalisers)
-                sums.check(step.number, loss)
-                _differentiate(loss)
+                _differentiate(sums.add(objective.terms(policy, pack.place(single, self.device)), normalisers))
                 own = {n: p.grad for n, p in self.trainable.items() if p.grad is not None}
                 for rule in self._example_rules:
                     own = rule.example(own)
@@ -169,9 +164,7 @@ class NativeEngine:
                 embedded.append(coupled.embed(policy, batch))
         sums = _Sums()
         joined_SD = torch.cat(embedded).requires_grad_()
-        loss = sums.add(coupled.couple(joined_SD, step), normalisers)
-        sums.check(step.number, loss)
-        _differentiate(loss)
+        _differentiate(sums.add(coupled.couple(joined_SD, step), normalisers))
         assert joined_SD.grad is not None
         for index, (batch, gradient) in enumerate(
             zip(step.batches, joined_SD.grad.split([len(e) for e in embedded]), strict=True)
@@ -207,11 +200,11 @@ class NativeEngine:
 
 
 class _Sums:
-    """What the micro-batches of one step add up to."""
+    """What the micro-batches of one step add up to; left on the device until the last backward is under way."""
 
     def __init__(self) -> None:
-        self.loss = 0.0
-        self.parts: dict[str, float] = {}
+        self.losses: list[Tensor] = []
+        self.shares: list[tuple[str, Tensor]] = []
         self.metrics: dict[str, tuple[float, float]] = {}
 
     def add(self, terms: Terms, normalisers: Mapping[str, float]) -> Tensor:
@@ -221,26 +214,29 @@ class _Sums:
             if normalisers[name]:
                 share = (part.loss_U * part.weight_U).sum() / normalisers[name]
                 shares.append(share)
-                self.parts[name] = self.parts.get(name, 0.0) + float(share.detach())
+                self.shares.append((name, share.detach()))
         for name, (value, weight) in terms.metrics.items():
             before = self.metrics.get(name, (0.0, 0.0))
             self.metrics[name] = (before[0] + value, before[1] + weight)
         loss = torch.stack(shares).sum()
-        self.loss += float(loss.detach())
+        self.losses.append(loss.detach())
         return loss
 
-    def check(self, number: int, loss: Tensor) -> None:
-        if not math.isfinite(self.loss):
+    def stats(self, step: Step) -> StepStats:
+        """The numbers, in one transfer. Raises RefusedError for a loss that is not finite."""
+        values: list[float] = torch.stack([*self.losses, *(share for _, share in self.shares)]).tolist()
+        loss = sum(values[: len(self.losses)])
+        if not math.isfinite(loss):
             raise RefusedError(
-                f"step {number}: the loss is {float(loss.detach())}, not a finite number",
+                f"step {step.number}: the loss is {loss}, not a finite number",
                 "lower train.learning_rate, use precision=fp32, or look at the rows of this step; "
                 "the last checkpoint is from before it",
             )
-
-
-def _stats(sums: _Sums, step: Step) -> StepStats:
-    metrics = {name: value / weight for name, (value, weight) in sums.metrics.items() if weight}
-    return StepStats(sums.loss, sums.parts, metrics, step.tokens)
+        parts: dict[str, float] = {}
+        for (name, _), value in zip(self.shares, values[len(self.losses) :], strict=True):
+            parts[name] = parts.get(name, 0.0) + value
+        metrics = {name: value / weight for name, (value, weight) in self.metrics.items() if weight}
+        return StepStats(loss, parts, metrics, step.tokens)
 
 
 def _differentiate(output: Tensor, gradient: Tensor | None = None) -> None:

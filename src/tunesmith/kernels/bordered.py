@@ -14,13 +14,14 @@ without, where adding the update afterwards moves 2.8 GB, 0.9 ms.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from tunesmith.kernels.nf4 import Nf4Linear
     from tunesmith.kernels.triton_rows import Rows
 
 # The border may be this many times larger than the weight's own largest value of a row before e4m3 saturates.
@@ -41,6 +42,26 @@ class Adapter:
     ranks: slice
 
 
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A parameter [R, C] and its place in the border: as bfloat16(factor * source), and in fp8 once more as a cast.
+
+    cast = e4m3(fold * target / scale), saturating; `scale` is laid out as [R, C] by strides of 0.
+    """
+
+    source: nn.Parameter
+    factor: float
+    target: Tensor
+    cast: Tensor | None = None
+    scale: Tensor | None = None
+    fold: float = 1.0
+
+    def enter(self) -> None:
+        self.target.copy_(self.source * self.factor)
+        if self.cast is not None and self.scale is not None:
+            _into(self.cast, self.target.float() * self.fold / self.scale)
+
+
 class Bordered:
     """Frozen projections of one input, as one bordered bfloat16 weight; see the module.
 
@@ -57,7 +78,8 @@ class Bordered:
         self.rank = _up_to(sum(a.down_RI.shape[0] for a in self.adapters), 16)
         self.border = max(self._least_border(), 1 << (self.rank - 1).bit_length())
         with torch.no_grad():
-            self._place([base.weight for base in bases])
+            self._place(bases)
+        self.entries = [entry for a in self.adapters for entry in self._entries(a)]
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -71,10 +93,8 @@ class Bordered:
     def refresh(self) -> None:
         """Copies the adapters into the border; fused optimizers move them without a trace in their versions."""
         with torch.no_grad():
-            for a in self.adapters:
-                self._down_PI[a.ranks].copy_(a.down_RI * a.scaling)
-                self._up_OP[a.outputs, a.ranks].copy_(a.up_OR)
-            self._refreshed()
+            for entry in self.entries:
+                entry.enter()
 
     def project(self, x: Rows, out: Tensor | None = None) -> Tensor:
         """[N, O], in `out` if given; fills the border of x."""
@@ -106,7 +126,8 @@ class Bordered:
     def _least_border(self) -> int:
         return 64  # 128 bytes: rows stay aligned for the copy engine
 
-    def _place(self, weights: list[Tensor]) -> None:
+    def _place(self, bases: list[nn.Linear]) -> None:
+        weights = [base.weight for base in bases]
         first = weights[0]
         self._whole = first.new_zeros(self.outputs + self.border, self.inputs + self.border)
         self._down_PI = self._whole[self.outputs :, : self.inputs]
@@ -118,8 +139,11 @@ class Bordered:
             weight.data = view
             start += weight.shape[0]
 
-    def _refreshed(self) -> None:
-        """Hook of a weight that keeps more than one copy of its border."""
+    def _entries(self, a: Adapter) -> tuple[Entry, Entry]:
+        return (
+            Entry(a.down_RI, a.scaling, self._down_PI[a.ranks]),
+            Entry(a.up_OR, 1.0, self._up_OP[a.outputs, a.ranks]),
+        )
 
     def _thin(self, rows: Rows, width: int, weight_WR: Tensor, factor: float) -> None:
         if self.adapters:
@@ -127,8 +151,37 @@ class Bordered:
             torch.mm(rows.wide_NW[:, :width], weight_WR, out=border)
 
     def _product(self, rows: Rows, *, forward: bool, out: Tensor | None = None) -> Tensor:
-        weight = self._whole[: self.outputs].T if forward else self._whole[:, : self.inputs]
+        whole = self._made()
+        weight = whole[: self.outputs].T if forward else whole[:, : self.inputs]
         return torch.mm(rows.wide_NW, weight, out=out)
+
+    def _made(self) -> Tensor:
+        """W', whole."""
+        return self._whole
+
+
+class BorderedNf4(Bordered):
+    """The same with W in 4 bits (see `nf4`), made anew in bfloat16 for each product.
+
+    All weights of a device are made in one buffer, one after the other: only one of them is there at a time.
+    """
+
+    def _place(self, bases: list[nn.Linear]) -> None:
+        self._layers = cast("list[Nf4Linear]", bases)
+        like = self._layers[0].scales
+        self._down_PI = torch.zeros(self.border, self.inputs, dtype=torch.bfloat16, device=like.device)
+        self._up_OP = torch.zeros(self.outputs, self.border, dtype=torch.bfloat16, device=like.device)
+
+    def _made(self) -> Tensor:
+        shape = (self.outputs + self.border, self.inputs + self.border)
+        whole = _buffer(self._down_PI.device, shape[0] * shape[1]).view(shape)
+        whole[self.outputs :, : self.inputs] = self._down_PI
+        whole[: self.outputs, self.inputs :] = self._up_OP
+        start = 0
+        for layer in self._layers:
+            layer.dequantise_into(whole[start : start + layer.out_features, : self.inputs])
+            start += layer.out_features
+        return whole
 
 
 class BorderedFp8(Bordered):
@@ -146,7 +199,8 @@ class BorderedFp8(Bordered):
     def _least_border(self) -> int:
         return 128
 
-    def _place(self, weights: list[Tensor]) -> None:
+    def _place(self, bases: list[nn.Linear]) -> None:
+        weights = [base.weight for base in bases]
         first = weights[0]
         self._down_PI = first.new_zeros(self.border, self.inputs)
         self._up_OP = first.new_zeros(self.outputs, self.border)
@@ -159,9 +213,16 @@ class BorderedFp8(Bordered):
             _give_up(base_of(linear), self._forward_OW[span, : self.inputs], self._forward_scale_1O[0, span])
             start = span.stop
 
-    def _refreshed(self) -> None:
-        _into(self._forward_OW[:, self.inputs :], self._up_OP.float() * FOLD / self._forward_scale_1O.T)
-        _into(self._backward_IW[:, self.outputs :], self._down_PI.T.float() / self._backward_scale_1I.T)
+    def _entries(self, a: Adapter) -> tuple[Entry, Entry]:
+        down, up = super()._entries(a)
+        cast_RI = self._backward_IW.T[self.outputs :][a.ranks]
+        cast_OR = self._forward_OW[a.outputs, self.inputs :][:, a.ranks]
+        scale_RI = self._backward_scale_1I.expand(cast_RI.shape)
+        scale_OR = self._forward_scale_1O.T[a.outputs].expand(cast_OR.shape)
+        return (
+            replace(down, cast=cast_RI, scale=scale_RI),
+            replace(up, cast=cast_OR, scale=scale_OR, fold=FOLD),
+        )
 
     def _thin(self, rows: Rows, width: int, weight_WR: Tensor, factor: float) -> None:
         from tunesmith.kernels.triton_rows import cast_border
@@ -184,6 +245,16 @@ class BorderedFp8(Bordered):
             use_fast_accum=True,
             out=out,
         )
+
+
+_buffers: dict[torch.device, Tensor] = {}
+
+
+def _buffer(device: torch.device, size: int) -> Tensor:
+    """So many bfloat16 of the buffer that weights in 4 bits are made in."""
+    if device not in _buffers or len(_buffers[device]) < size:
+        _buffers[device] = torch.empty(size, dtype=torch.bfloat16, device=device)
+    return _buffers[device][:size]
 
 
 def base_of(linear: Any) -> nn.Linear:

@@ -19,7 +19,8 @@ from torch.autograd.function import once_differentiable
 from tunesmith.errors import RefusedError
 from tunesmith.kernels import cuda_attention
 from tunesmith.kernels.attention import KEYWORD, Bounds, segment_attention
-from tunesmith.kernels.bordered import Bordered, BorderedFp8, active_adapters, base_of, is_plain
+from tunesmith.kernels.bordered import Bordered, BorderedFp8, BorderedNf4, active_adapters, base_of, is_plain
+from tunesmith.kernels.nf4 import Nf4Linear
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -30,7 +31,7 @@ class FastLayer:
 
     def __init__(self, layer: Any, *, fp8: bool) -> None:
         attention, mlp = layer.self_attn, layer.mlp
-        kind = BorderedFp8 if fp8 else Bordered
+        kind = BorderedNf4 if type(base_of(attention.q_proj)) is Nf4Linear else BorderedFp8 if fp8 else Bordered
         self.qkv = kind([attention.q_proj, attention.k_proj, attention.v_proj])
         self.o = kind([attention.o_proj])
         self.gate_up = kind([mlp.gate_proj, mlp.up_proj])
@@ -40,6 +41,18 @@ class FastLayer:
         self.key_heads = base_of(attention.k_proj).out_features // self.width
         self.norms = (layer.input_layernorm, layer.post_attention_layernorm)
         self.fp8 = fp8
+        self.refresh = self._refresher()
+
+    def _refresher(self) -> Callable[[], None]:
+        """Copies the adapters into the borders."""
+        from tunesmith.kernels import triton_entries
+
+        entries = [entry for weight in self.weights for entry in weight.entries]
+        return triton_entries.Entering(entries) if triton_entries.serves(entries) else self._refresh_each
+
+    def _refresh_each(self) -> None:
+        for weight in self.weights:
+            weight.refresh()
 
     @property
     def weights(self) -> tuple[Bordered, ...]:
@@ -221,6 +234,7 @@ def _is_built_as_served(layer: Any) -> bool:
     norms = (layer.input_layernorm, layer.post_attention_layernorm)
     return (
         all(_is_frozen_linear(linear) for linear in linears)
+        and len({type(base_of(linear)) for linear in linears}) == 1
         and all(isinstance(getattr(norm, "variance_epsilon", None), float) for norm in norms)
         and not any(norm.weight.requires_grad for norm in norms)
         and _is_power_of_two(int(attention.head_dim))
@@ -233,8 +247,13 @@ def _is_frozen_linear(linear: Any) -> bool:
     from peft.tuners.lora.layer import Linear as PeftLinear
 
     base = base_of(linear)
-    plain = type(base) is nn.Linear and getattr(base, "bias", None) is None and not base.weight.requires_grad
-    if not plain or base.weight.dtype != torch.bfloat16:
+    if getattr(base, "bias", None) is not None:
+        return False
+    if type(base) is Nf4Linear:
+        half = base.dtype == torch.bfloat16
+    else:
+        half = type(base) is nn.Linear and not base.weight.requires_grad and base.weight.dtype == torch.bfloat16
+    if not half:
         return False
     return linear is base or (type(linear) is PeftLinear and not linear.fan_in_fan_out and _is_served(linear))
 
@@ -278,8 +297,7 @@ def _run(self: Any, hidden_states: Tensor, bounds: Bounds, positions: tuple[Tens
     fast: FastLayer = self.fast
     attention = self.self_attn
     bounds.calls += 1
-    for weight in fast.weights:
-        weight.refresh()
+    fast.refresh()
     look = cuda_attention.Look.of(attention, bounds, hidden_states.shape[1])
     project, feed = (cast(Callable[..., Any], f.apply) for f in (_Project, _Feed))
     with torch.autocast("cuda", enabled=False):

@@ -11,6 +11,7 @@ wherever torch does.
 from __future__ import annotations
 
 from functools import cache
+from importlib.util import find_spec
 from typing import Any, cast
 
 import torch
@@ -57,6 +58,15 @@ class Nf4Linear(nn.Linear):
         """[O, I], computed in fp32."""
         weights = dequantise(self.codes, self.scale_codes, self.scales, self.mean)
         return weights[: self.out_features * self.in_features].view(self.out_features, self.in_features).to(dtype)
+
+    def dequantise_into(self, out_OI: Tensor) -> None:
+        """The same in bfloat16, into rows that may lie apart."""
+        if out_OI.is_cuda and find_spec("triton") is not None:
+            from tunesmith.kernels import triton_nf4
+
+            triton_nf4.dequantise(self.codes, self.scale_codes, self.scales, self.mean, out_OI)
+        else:
+            out_OI.copy_(self.dequantise(torch.bfloat16))
 
     def forward(self, input: Tensor) -> Tensor:
         device = input.device.type
@@ -146,6 +156,12 @@ def dynamic_levels() -> Tensor:
 
 def _levels() -> Tensor:
     return torch.tensor(LEVELS)
+
+
+@cache
+def tables(device: str) -> tuple[Tensor, Tensor]:
+    """The 16 levels of a weight and the 256 of a scale, on the device."""
+    return _levels().to(device), dynamic_levels().to(device)
 
 
 @cache

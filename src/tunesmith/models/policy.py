@@ -73,6 +73,7 @@ class Policy(nn.Module):
         self.pooling = pooling
         self.autocast = autocast
         self.share_prefixes = True
+        self._serves: bool | None = None  # what shared_prefix says of the model in this mode; see `train`
         self.asked = 0  # attention calls of the last packed forward
         self.weights: WeightsOf = _no_weights
         self.virtual: Virtual | None = None
@@ -96,6 +97,11 @@ class Policy(nn.Module):
 
     def add_head(self, head: Head) -> None:
         self.heads[head.spec.name] = head.to(self.device)
+
+    def train(self, mode: bool = True) -> Policy:
+        """As of any module; what was decided for the other mode is asked again."""
+        self._serves = None
+        return super().train(mode)
 
     def put_before(self, virtual: Virtual) -> None:
         """Puts virtual tokens, or their keys and values in each layer, before every segment from now on."""
@@ -177,13 +183,10 @@ class Policy(nn.Module):
             )
 
     def _score_units(self, batch: Batch, want: Want, hidden_BTD: Tensor, scores: Scores) -> None:
-        unit_U = batch.weight_BT.flatten().nonzero()[:, 0]
+        unit_U = batch.unit_U
         hidden_UD = hidden_BTD.flatten(0, 1).index_select(0, unit_U)
-        stream = batch.streams["decoder" if "decoder" in batch.streams else "input"]
-        segment_U = stream.segment_ids_BT.flatten()[unit_U]
-        example_S = torch.tensor([s.example for s in batch.segments], device=segment_U.device)
         scores.weight_U = batch.weight_BT.flatten()[unit_U]
-        scores.example_U = example_S[segment_U]
+        scores.example_U = batch.example_U
         if want.logprobs or want.entropy:
             projection = self._projection()
             scores.logprob_U, scores.entropy_U = linear_logprobs(
@@ -281,13 +284,11 @@ class Policy(nn.Module):
 
     def _may_share(self, batch: Batch) -> bool:
         """Whether what all segments begin with may run once: see `shared_prefix`."""
-        return (
-            self.packed
-            and self.share_prefixes
-            and self.kind == "decoder"
-            and not batch.extra
-            and shared_prefix.serves(self.model)
-        )
+        if not (self.packed and self.share_prefixes and self.kind == "decoder" and not batch.extra):
+            return False
+        if self._serves is None:  # a walk over every module: 9 ms of a large model
+            self._serves = shared_prefix.serves(self.model)
+        return self._serves
 
     def _forward(self, **inputs: Any) -> Tensor:
         """Last hidden states below the output projection: [B, T, D]."""
