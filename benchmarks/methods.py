@@ -174,9 +174,10 @@ def page(results: Mapping[str, Mapping[str, Any]]) -> str:
 def _row(name: str, found: Mapping[str, Any]) -> str:
     value, low, high, _ = found["value"]
     p = "<0.001" if found["p"] < 0.001 else f"{found['p']:.3f}"
+    of_head = f", head {found['head_learning_rate']:g}" if found.get("head_learning_rate") else ""
     return (
         f"| {name} | {value:.3f} [{low:.3f}, {high:.3f}] | {p} | {100 * found['trainable'] / found['total']:.3g}% "
-        f"| {found['artefact_bytes'] / 1e6:.3g} MB | {found['learning_rate']:g} | {found['seconds']:.0f} "
+        f"| {found['artefact_bytes'] / 1e6:.3g} MB | {found['learning_rate']:g}{of_head} | {found['seconds']:.0f} "
         f"| {found['peak_bytes'] / 2**30:.2f} GiB | {found['machine']} |"
     )
 

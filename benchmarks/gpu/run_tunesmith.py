@@ -52,6 +52,7 @@ def main() -> None:
         stats = engine.forward_backward(objective, policy, Step(index + 1, [batches[index]], {}))
         clip.before_step(engine, index + 1)
         engine.step()
+        clip.after_step(engine, index + 1)
         losses.append(stats.loss)
 
     recomputed = f", {asked.recompute} layers recomputed" if asked.recompute else ""

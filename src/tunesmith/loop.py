@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
+
+from torch import Tensor
 
 from tunesmith.models.policy import Policy
 from tunesmith.protocols import Engine, GradientRule, Objective, Source
@@ -13,7 +15,7 @@ from tunesmith.types import Step, StepStats
 class Watch(Protocol):
     """What happens around the steps: records, evaluation, checkpoints, early stopping."""
 
-    def record(self, step: Step, stats: StepStats, columns: dict[str, float]) -> None: ...
+    def record(self, step: Step, stats: StepStats, columns: Mapping[str, Tensor | float]) -> None: ...
     def finished(self, step: Step) -> bool:
         """Evaluates and saves when due; True when the run should end here."""
         ...
@@ -28,10 +30,10 @@ def train(
     """
     for step in source.steps(policy):
         stats = engine.forward_backward(objective, policy, step)
-        columns: dict[str, float] = {}
+        columns: dict[str, Tensor | float] = {}
         if not stats.skipped:
             for rule in rules:
-                columns |= rule.before_step(engine, step.number)
+                columns.update(rule.before_step(engine, step.number))
             engine.step()
             for rule in rules:
                 rule.after_step(engine, step.number)

@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 
 from tunesmith.engine import checkpoint
 from tunesmith.engine.checkpoint import Checkpoint
@@ -113,7 +114,8 @@ class Monitor:
         self.skipped, self._tokens = int(watch["skipped"]), int(watch["tokens"])
         self._metrics.cut(int(watch["metrics_bytes"]))
 
-    def record(self, step: Step, stats: StepStats, columns: dict[str, float]) -> None:
+    def record(self, step: Step, stats: StepStats, columns: Mapping[str, Tensor | float]) -> None:
+        loss = stats.loss  # waits for the device
         seconds, self._clock = time.perf_counter() - self._clock, time.perf_counter()
         self._tokens += stats.tokens
         self.skipped += stats.skipped
@@ -121,11 +123,11 @@ class Monitor:
             "step": step.number,
             "epoch": round(step.epoch, 6),
             "tokens": self._tokens,
-            "loss": stats.loss,
-            **({name: value for name, value in stats.parts.items()} if len(stats.parts) > 1 else {}),
+            "loss": loss,
+            **(stats.parts if len(stats.parts) > 1 else {}),
             **stats.metrics,
             "learning_rate": self._engine.learning_rate,
-            **columns,
+            **{name: float(value) for name, value in columns.items()},
             **({"skipped": True} if stats.skipped else {}),
         }
         timing = {

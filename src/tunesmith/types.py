@@ -214,15 +214,27 @@ class Terms:
     metrics: dict[str, tuple[float, float]] = field(default_factory=dict[str, "tuple[float, float]"])
 
 
-@dataclass(slots=True)
 class StepStats:
-    """What one step measured. `loss` is the sum of all parts, each divided by its normaliser."""
+    """What one step measured. `loss` is the sum of all parts by their normalisers; to look at either is to wait."""
 
-    loss: float
-    parts: dict[str, float]
-    metrics: dict[str, float]
-    tokens: int
-    skipped: bool = False
+    def __init__(
+        self,
+        loss: Tensor | float,
+        parts: Mapping[str, Tensor | float],
+        metrics: dict[str, float],
+        tokens: int,
+        skipped: bool = False,
+    ) -> None:
+        self._loss, self._parts = loss, parts
+        self.metrics, self.tokens, self.skipped = metrics, tokens, skipped
+
+    @property
+    def loss(self) -> float:
+        return float(self._loss)
+
+    @property
+    def parts(self) -> dict[str, float]:
+        return {name: float(value) for name, value in self._parts.items()}
 
 
 # ---------------------------------------------------------------- facts that the plan reasons over

@@ -15,12 +15,13 @@ from tunesmith.gradients.clip import Clip
 
 def engine_of(*gradients: torch.Tensor | None) -> Any:
     trainable: dict[str, nn.Parameter] = {}
+    held: list[torch.Tensor] = []
     for i, gradient in enumerate(gradients):
         shape = (1,) if gradient is None else gradient.shape
         parameter = nn.Parameter(torch.zeros(shape, dtype=torch.float32 if gradient is None else gradient.dtype))
         parameter.grad = gradient
         trainable[f"layer.{i}"] = parameter
-    return SimpleNamespace(trainable=trainable)
+    return SimpleNamespace(trainable=trainable, held=held, hold=held.append)
 
 
 def test_gradients_above_the_norm_are_scaled_to_it() -> None:
@@ -60,8 +61,11 @@ def test_values_whose_squares_overflow_are_clipped_not_refused() -> None:
 @pytest.mark.parametrize("max_norm", [None, 1.0])
 def test_a_non_finite_gradient_is_refused_and_left_alone(bad: float, max_norm: float | None) -> None:
     engine = engine_of(torch.ones(2), torch.tensor([1.0, bad]), torch.tensor([bad]))
+    clip = Clip(max_norm)
+    clip.before_step(engine, 12)
+    assert any(engine.held)
     with pytest.raises(RefusedError, match=r"step 12: the gradient of layer\.1 holds 1 non-finite of 2 values"):
-        Clip(max_norm).before_step(engine, 12)
+        clip.after_step(engine, 12)
     assert engine.trainable["layer.0"].grad.tolist() == [1.0, 1.0]
 
 

@@ -62,14 +62,17 @@ class NativeEngine:
         self._seed = seed
         self._mode: GradientMode = mode
         self._example_rules = [cast(PerExample, rule) for rule in rules if rule.mode == "per_example"]
+        self._fused = self.device.type in ("cpu", "cuda")
         self._optimizer = torch.optim.AdamW(
             [{"lr": optimization.learning_rate * group.get("times", 1.0), **group} for group in groups],
             weight_decay=optimization.weight_decay,
-            fused=self.device.type in ("cpu", "cuda"),
+            fused=self._fused,
         )
         for group in self._optimizer.param_groups:
             group["base_lr"] = group["lr"]
         self._number = 0
+        self._loss: Tensor | None = None
+        self._held: Tensor | None = None
         self._training = False
         self._largest: int | None = None  # examples a micro-batch may hold, once memory has run out
 
@@ -79,10 +82,7 @@ class NativeEngine:
         return float(self._optimizer.param_groups[0]["lr"])
 
     def forward_backward(self, objective: Objective, policy: Policy, step: Step) -> StepStats:
-        """Leaves the step's gradient in `.grad` of the trainable parameters.
-
-        Raises RefusedError for a loss that is not finite, before anything has moved.
-        """
+        """Leaves the step's gradient in `.grad` of the trainable parameters; the device may still be at it."""
         self._number = step.number
         factor = multiplier(self._optimization.schedule, step.number, self._optimization.total_steps, self._warmup)
         for group in self._optimizer.param_groups:
@@ -97,9 +97,16 @@ class NativeEngine:
             seed_step(self._seed, step.number)
             try:
                 sums = run(objective, policy, self._placed(step), normalisers)
-                return sums.stats(step)
+                break
             except torch.OutOfMemoryError as error:
                 self._halve(step, error)
+        self._loss = sums.loss
+        self.hold(~self._loss.isfinite())
+        return StepStats(self._loss, sums.parts, sums.means, step.tokens)
+
+    def hold(self, bad: Tensor) -> None:
+        """The next `step` moves nothing if `bad` (a truth value, of the device) is true; it is not waited for."""
+        self._held = bad if self._held is None else self._held | bad
 
     def _train(self, policy: Policy) -> None:
         """Training mode; a walk over thousands of modules that is spared where the last step left them in it."""
@@ -108,8 +115,23 @@ class NativeEngine:
             self._training = True
 
     def step(self) -> None:
-        """Moves the parameters along the gradient that `forward_backward` left."""
-        self._optimizer.step()
+        """Moves the parameters along the gradient that `forward_backward` left, unless something holds it.
+
+        The device is waited for behind it. Raises RefusedError for a loss that is not finite; nothing has moved then.
+        """
+        held, self._held = self._held, None
+        if self._fused:
+            held_to: Any = None if held is None else held.float()
+            setattr(self._optimizer, "found_inf", held_to)  # noqa: B010  as gradient scalers hold a step
+            self._optimizer.step()
+        elif held is None or not held:
+            self._optimizer.step()
+        if self._loss is not None and not math.isfinite(loss := float(self._loss)):
+            raise RefusedError(
+                f"step {self._number}: the loss is {loss}, not a finite number",
+                "lower train.learning_rate, use precision=fp32, or look at the rows of this step; "
+                "the last checkpoint is from before it",
+            )
 
     def state(self) -> dict[str, Any]:
         """Trainable parameters and buffers by name, and the optimizer's moments."""
@@ -222,21 +244,20 @@ class _Sums:
         self.losses.append(loss.detach())
         return loss
 
-    def stats(self, step: Step) -> StepStats:
-        """The numbers, in one transfer. Raises RefusedError for a loss that is not finite."""
-        values: list[float] = torch.stack([*self.losses, *(share for _, share in self.shares)]).tolist()
-        loss = sum(values[: len(self.losses)])
-        if not math.isfinite(loss):
-            raise RefusedError(
-                f"step {step.number}: the loss is {loss}, not a finite number",
-                "lower train.learning_rate, use precision=fp32, or look at the rows of this step; "
-                "the last checkpoint is from before it",
-            )
-        parts: dict[str, float] = {}
-        for (name, _), value in zip(self.shares, values[len(self.losses) :], strict=True):
-            parts[name] = parts.get(name, 0.0) + value
-        metrics = {name: value / weight for name, (value, weight) in self.metrics.items() if weight}
-        return StepStats(loss, parts, metrics, step.tokens)
+    @property
+    def loss(self) -> Tensor:
+        return torch.stack(self.losses).sum()
+
+    @property
+    def parts(self) -> dict[str, Tensor | float]:
+        found: dict[str, Tensor | float] = {}
+        for name, share in self.shares:
+            found[name] = found[name] + share if name in found else share
+        return found
+
+    @property
+    def means(self) -> dict[str, float]:
+        return {name: value / weight for name, (value, weight) in self.metrics.items() if weight}
 
 
 def _differentiate(output: Tensor, gradient: Tensor | None = None) -> None:

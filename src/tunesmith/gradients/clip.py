@@ -21,27 +21,37 @@ class Clip:
     """Scales all gradients so that their joint L2 norm is at most `max_norm`; None only measures.
 
     The norm is summed in float64 over `engine.trainable` in its fixed order, so it neither overflows
-    nor depends on how gradients were grouped. A gradient with a NaN or an infinity raises RefusedError before the
-    optimizer can spread it. Source: Pascanu et al. 2013, arXiv 1211.5063, algorithm 1.
+    nor depends on how gradients were grouped. A gradient with a NaN or an infinity holds the step, so that the
+    optimizer does not spread it, and raises RefusedError behind it. Source: Pascanu et al. 2013, arXiv 1211.5063,
+    algorithm 1.
     """
 
     mode: ClassVar[GradientMode] = "plain"
 
     def __init__(self, max_norm: float | None) -> None:
         self.max_norm = max_norm
+        self._norm: Tensor | None = None
 
-    def before_step(self, engine: Engine, number: int) -> dict[str, float]:
+    def before_step(self, engine: Engine, number: int) -> dict[str, Tensor | float]:
         """The norm before clipping, as `grad_norm`."""
-        named = {name: p.grad for name, p in engine.trainable.items() if p.grad is not None}
-        norm = _norm(list(named.values()))
-        if not math.isfinite(norm):
-            raise _non_finite(named, number)
-        if self.max_norm is not None and norm > self.max_norm:
-            foreach._foreach_mul_(list(named.values()), self.max_norm / norm)  # one launch, not one a tensor
+        gradients = [p.grad for p in engine.trainable.values() if p.grad is not None]
+        if not gradients:
+            return {"grad_norm": 0.0}
+        self._norm = norm = _norm(gradients)
+        finite = norm.isfinite()
+        engine.hold(~finite)
+        if self.max_norm is not None:
+            # Times 1 where nothing is to be clipped, and where the norm is not finite: bits stay as they are.
+            factor = torch.where(finite & (norm > self.max_norm), self.max_norm / norm, 1.0).float()
+            if factor.device.type == "cuda":
+                foreach._foreach_mul_(gradients, factor)  # one launch, not one a tensor
+            elif float(factor) != 1.0:
+                foreach._foreach_mul_(gradients, float(factor))
         return {"grad_norm": norm}
 
     def after_step(self, engine: Engine, number: int) -> None:
-        pass
+        if self._norm is not None and not math.isfinite(float(self._norm)):
+            raise _non_finite({name: p.grad for name, p in engine.trainable.items() if p.grad is not None}, number)
 
     def state(self) -> dict[str, Any]:
         return {}
@@ -50,17 +60,15 @@ class Clip:
         pass
 
 
-def _norm(gradients: list[Tensor]) -> float:
-    """Joint L2 norm; one transfer from the device, however many tensors there are."""
-    if not gradients:
-        return 0.0
+def _norm(gradients: list[Tensor]) -> Tensor:
+    """Joint L2 norm, on the gradients' device."""
     # Norms are float64 in the reduction, without a float64 copy of any gradient; on CUDA in one launch.
     device = gradients[0].device
     if device.type == "cuda" and all(g.device == device for g in gradients):
         norms: list[Tensor] = list(foreach._foreach_norm(gradients, 2, dtype=torch.float64))
     else:
         norms = [torch.linalg.vector_norm(g, dtype=_wide(g)).to(device) for g in gradients]
-    return float(torch.linalg.vector_norm(torch.stack(norms)))
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def _wide(gradient: Tensor) -> torch.dtype:
