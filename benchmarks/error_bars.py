@@ -1,6 +1,7 @@
 """What the error bars are worth: how often 95% intervals hold the true value, how often tests find what is or is not.
 
-    python benchmarks/error_bars.py [--samples 2000] [--processes N] [--power-only]
+    python benchmarks/error_bars.py [--samples 2000] [--processes N]
+    python benchmarks/error_bars.py --metrics METRIC [...]    only theirs and the family's again; the file says so
     python benchmarks/error_bars.py --only POPULATION [...] --rows N --samples 8000    coverage alone, only printed
 
 Draws samples of 50, 200 and 1,000 rows from populations whose true values are known (populations.py) and gives them
@@ -174,17 +175,18 @@ def shares(todo: list[Job], processes: int) -> tuple[dict[Key, float | None], di
     return held, given
 
 
-def measured(samples: int, processes: int, before: dict[str, Any] | None) -> dict[str, Any]:
-    """All figures; those of an outcome `before` stay, but for power."""
-    sizes = {place: rows_needed(p) for place, p in enumerate(POPULATIONS) if p.gain}
-    share, given = shares([j for j in jobs(samples, sizes) if before is None or j.what == "power"], processes)
+def measured(samples: int, processes: int, before: dict[str, Any], metrics: Sequence[str]) -> dict[str, Any]:
+    """The figures of these metrics' populations and of the family; those of others stay as they were `before`."""
+    again = [place for place, population in enumerate(POPULATIONS) if population.metric.name in metrics]
+    sizes = {place: rows_needed(POPULATIONS[place]) for place in again if POPULATIONS[place].gain}
+    share, given = shares([j for j in jobs(samples, sizes) if j.place is None or j.place in again], processes)
 
     def by_size(figure: str, place: int | None, of: Mapping[Key, float | None] = share) -> dict[str, float | None]:
         return {str(count): of[figure, place, count] for count in SIZES}
 
     populations = {
         population.name: before["populations"][population.name]
-        if before is not None
+        if place not in again
         else {
             "metric": population.metric.name,
             "coverage of values": by_size("value", place),
@@ -201,15 +203,16 @@ def measured(samples: int, processes: int, before: dict[str, Any] | None) -> dic
             "rows stated": count,
             "power at these rows": share["power", place, count],
         }
-    alarms = "false alarms of a family after Holm"
-    return {"populations": populations, alarms: by_size("family", None) if before is None else before[alarms]}
+    return {"populations": populations, "false alarms of a family after Holm": by_size("family", None)}
 
 
-def report(samples: int, figures: dict[str, Any]) -> dict[str, Any]:
+def report(samples: int, again: Sequence[str], figures: dict[str, Any]) -> dict[str, Any]:
+    """`again`: metrics that this run is of; the others' figures are of an earlier one."""
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": {"processor": processor(), "cores": os.cpu_count(), "python": platform.python_version()},
         "versions": {name: version(name) for name in ("numpy", "scipy")},
+        "run again": list(again),
         "samples": {"each figure": samples, f"coverage at {SIZES[-1]}": samples // 2},
         "resamples": RESAMPLES,
         "swaps": SWAPS,
@@ -239,10 +242,13 @@ def markdown(outcome: dict[str, Any]) -> str:
         lines.append(" | ".join([name, *cells]))
     alarms = ", ".join(f"{100 * share:.1f}" for share in outcome["false alarms of a family after Holm"].values())
     machine, versions = outcome["machine"], outcome["versions"]
+    told = ["All in percent."]
+    if outcome["run again"]:
+        told.append(f"This run was of {', '.join(outcome['run again'])} and the family; all else is of the run before.")
     return (
         f"{outcome['date']}, {machine['cores']} cores {machine['processor']}, Python {machine['python']}, "
         f"numpy {versions['numpy']}, scipy {versions['scipy']}; {outcome['samples']['each figure']:,} samples a figure "
-        f"({outcome['samples'][f'coverage at {SIZES[-1]}']:,} for coverage at {SIZES[-1]:,} rows). All in percent.\n\n"
+        f"({outcome['samples'][f'coverage at {SIZES[-1]}']:,} for coverage at {SIZES[-1]:,} rows). {' '.join(told)}\n\n"
         "value, difference: 95% intervals that hold the true one; none: at least 90% of samples get no interval; in "
         "brackets how many do, where that is less than 99.5%. false: pairs of equal models told apart at 5%. "
         "power: pairs of the true difference told apart in as many rows as `compare` states.\n\n"
@@ -281,7 +287,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=2000)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--power-only", action="store_true", help="all else stays as the last run found it")
+    known = sorted({population.metric.name for population in POPULATIONS})
+    parser.add_argument(
+        "--metrics", nargs="+", choices=known, default=[], help="all else stays as the last run found it"
+    )
     parser.add_argument("--only", nargs="+", choices=[p.name for p in POPULATIONS], metavar="POPULATION")
     parser.add_argument("--rows", type=int, nargs="+", default=SIZES, help="with --only: sizes of a sample")
     arguments = parser.parse_args()
@@ -289,8 +298,13 @@ def main() -> None:
     if arguments.only:
         print(closely(arguments.only, arguments.rows, arguments.samples, arguments.processes))
         return
-    kept = json.loads((RESULTS / "error_bars.json").read_text(encoding="utf-8")) if arguments.power_only else None
-    outcome = report(arguments.samples, measured(arguments.samples, arguments.processes, kept))
+    kept: dict[str, Any] = {}
+    if arguments.metrics:
+        kept = json.loads((RESULTS / "error_bars.json").read_text(encoding="utf-8"))
+        if kept["samples"]["each figure"] != arguments.samples:
+            parser.error(f"the other figures are of {kept['samples']['each figure']} samples")
+    figures = measured(arguments.samples, arguments.processes, kept, arguments.metrics or known)
+    outcome = report(arguments.samples, arguments.metrics, figures)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "error_bars.json").write_text(json.dumps(outcome, indent=1) + "\n", encoding="utf-8")
     (RESULTS / "error_bars.md").write_text(markdown(outcome), encoding="utf-8")

@@ -130,7 +130,7 @@ def train(
             training.check_run_folder(folder)
             tell("planned", {"run": str(folder), "plan": planned})
             policy = training.load_policy(planned, assets, tell)
-            training.begin(run, typed, planned, hashes)
+            training.begin(run, typed, planned, assets, hashes)
             with tracked(run, typed, planned.hash, tell) as tracking:
                 results = training.execute(run, typed, planned, assets, policy, tracking.listen)
                 write.try_report(folder)
@@ -304,7 +304,8 @@ def evaluate(
             counts,
             tell,
         )
-        measuring.merge(results, measuring.score(of, rows, found, loaded.objective, recipe, metrics))
+        in_train = measuring.count_trained_on(run, rows)
+        measuring.merge(results, measuring.score(of, rows, found, loaded.objective, recipe, metrics, in_train))
         kept = recipe.evaluate.keep if keep is None else None if keep == "all" else keep
         measuring.write_predictions(run, of, rows, found, kept)
         measuring.write_results(run, results)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith import rundir
-from tunesmith.data.checks import row_keys
+from tunesmith.data.checks import as_keys, row_keys, shared
 from tunesmith.errors import InputError
 from tunesmith.evaluation import answers
 from tunesmith.evaluation.answers import MAJORITY
@@ -64,7 +64,8 @@ def measure_run(
             listen,
         )
         write_predictions(run, name, rows, found, recipe.evaluate.keep)
-        merge(results, score(name, rows, found, assets.objective, recipe))
+        in_train = count_trained_on(run, rows)
+        merge(results, score(name, rows, found, assets.objective, recipe, in_train=in_train))
     write_results(run, results)
     return results
 
@@ -100,11 +101,13 @@ def score(
     objective: Objective,
     recipe: Recipe,
     metrics: Sequence[str] | None = None,
+    in_train: int | None = None,
 ) -> dict[str, Any]:
     """Records with intervals for each model, over all rows, by class and by group; and the paired effects of tuning.
 
     `metrics` (else the recipe's) are measured or refused; those of the objective where the rows can have them. By
-    a metric that the majority class is no floor for, the tuned model is not tested against it.
+    a metric that the majority class is no floor for, the tuned model is not tested against it. Each record says how
+    many of the set's rows stand in the run's training rows too (`in_train`; None where it is not known).
     """
     asked = metrics or recipe.evaluate.metrics
     names = metric_names(objective.needs.metrics, asked)
@@ -130,7 +133,19 @@ def score(
         for model, predictions in found.items():
             records += by_class(model, name, predictions, known, clusters_N)
         details[name] = {model: class_details(predictions, known) for model, predictions in found.items()}
-    return {"records": records_to_json(records), "effects": effects, "details": details}
+    told = [record | {"in_train": in_train} for record in records_to_json(records)]
+    return {"records": told, "effects": effects, "details": details}
+
+
+def count_trained_on(run: RunDir, rows: Sequence[Row]) -> int | None:
+    """How many of the rows stand in the run's training rows, by the keys of the audit; None where these are unknown.
+
+    An exported model, and a run of before these keys were kept, know none.
+    """
+    path = run.path / rundir.TRAIN_KEYS
+    if not path.is_file():
+        return None
+    return len(shared(as_keys(b"".join(row_keys(row.value)[0] for row in rows)), as_keys(path.read_bytes())))
 
 
 def merge(results: dict[str, Any], new: Mapping[str, Any]) -> None:

@@ -23,7 +23,8 @@ from filelock import FileLock, Timeout
 from tunesmith.errors import InputError, ResourceError
 
 LOCK, HOLDER = ".lock", ".holder.json"
-BEFORE_MANIFEST = ("recipe.yaml", "plan.json")  # what a run writes before it has begun
+TRAIN_KEYS = "train.keys"  # of what each training row shows the model, 16 bytes a row, sorted
+BEFORE_MANIFEST = ("recipe.yaml", "plan.json", TRAIN_KEYS)  # what a run writes before it has begun
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -226,9 +227,11 @@ class RunDir:
     def hold(self) -> Generator[None]:
         """Holds the run for this process, whole again after a kill; another process is refused, naming the holder.
 
-        The lock is the operating system's, so it frees itself when its holder dies.
+        The lock is the operating system's, so it frees itself when its holder dies. A folder that was made here is
+        taken away again where an error or a signal ends its run before it has begun.
         """
         with disk_errors(str(self.path)):
+            made = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
         holder = self.path / HOLDER
         lock = FileLock(self.path / LOCK)
@@ -247,6 +250,10 @@ class RunDir:
                 for parent in (self.path, self.checkpoints, self.model):
                     recover(parent)
             yield
+        except BaseException:
+            if made and is_unbegun(self.path):
+                shutil.rmtree(self.path, ignore_errors=True)
+            raise
         finally:
             holder.unlink(missing_ok=True)
             lock.release()

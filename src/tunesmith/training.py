@@ -46,10 +46,11 @@ LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "nump
 Columns = dict[str, NDArray[np.generic]]
 
 
-def begin(run: RunDir, recipe: Recipe, plan: Plan, plugins: Mapping[str, str]) -> None:
+def begin(run: RunDir, recipe: Recipe, plan: Plan, assets: Assets, plugins: Mapping[str, str]) -> None:
     """Writes what identifies the run; the manifest last, because a folder with one is a run."""
     rundir.write_file(run.path / "recipe.yaml", dump_recipe(recipe).encode())
     rundir.write_json(run.path / "plan.json", plan.to_json())
+    rundir.write_file(run.path / rundir.TRAIN_KEYS, np.unique(assets.prepared.keys).tobytes())
     rundir.write_json(run.path / "manifest.json", _manifest(plan, plugins))
 
 

@@ -192,7 +192,7 @@ def test_resume_of_a_finished_run_shows_its_result_and_changes_nothing(run: Path
     assert done.code == 0, done.err
     assert done.json["records"] == json.loads((run / "evaluation.json").read_text())
     assert done.json["effects"] == json.loads((run / "comparison.json").read_text())
-    record = {"model", "data", "group", "metric", "value", "low", "high", "n", "reason"}
+    record = {"model", "data", "group", "metric", "value", "low", "high", "n", "reason", "in_train"}
     assert all(set(entry) == record for entry in done.json["records"])
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
@@ -226,6 +226,23 @@ def test_a_signal_while_measuring_is_obeyed_at_once(
     assert is_two_lines(done)
     assert not (stopped / "evaluation.json").exists()
     assert call("resume", stopped, "--json").code == 0
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_while_the_base_loads_leaves_nothing(
+    project: Path, number: signal.Signals, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped, mine = project / f"loading-{number.name}", project / f"empty-{number.name}"
+    mine.mkdir()
+    for folder in (stopped, mine):
+        stop_at(monkeypatch, "loading", number)
+        done = call("train", project / "chat.yaml", "train.max_steps=1", "--out", folder)
+        monkeypatch.undo()
+        assert done.code == code
+        assert is_two_lines(done)
+        assert "nothing was left half done; run it again" in done.err
+    assert not stopped.exists()
+    assert call("train", project / "chat.yaml", "train.max_steps=1", "--out", mine).code == 0  # the user's own folder
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, where: str, number: signal.Signals) -> None:
@@ -280,6 +297,26 @@ def test_evaluate_on_other_rows_adds_their_records(project: Path, run: Path) -> 
     ]
     alone = call("evaluate", copy, "--data", project / "more.jsonl", "--no-base", "--json").json
     assert {r["model"] for r in alone["records"] if r["data"] == "more"} == {"tuned"}
+    assert {r["in_train"] for r in alone["records"]} == {0}
+
+
+def test_rows_that_the_run_was_trained_on_are_counted_and_told(project: Path, run: Path) -> None:
+    copy = project / "seen"
+    shutil.copytree(run, copy)
+    seen = [{"prompt": f"COLOUR  {i}?", "completion": "red"} for i in range(40)]  # nine of ten; the others validate
+    write_rows(project / "seen.jsonl", [*seen, {"prompt": "new?", "completion": "red"}])
+    done = call("evaluate", copy, "--data", project / "seen.jsonl")
+    assert done.code == 0, done.err
+    told = "36 of 41 rows of seen stand in the training rows too"
+    assert f"warning: {told}" in done.out
+    assert {r["in_train"] for r in call("evaluate", copy, "--json").json["records"] if r["data"] == "seen"} == {36}
+    assert (
+        told.replace("rows of seen", "rows").replace("36 of", "36 of these")
+        in call("report", copy, "--format", "md").out
+    )
+    (copy / "train.keys").unlink()  # a run of before they were kept
+    unknown = call("evaluate", copy, "--data", project / "seen.jsonl", "--json").json["records"]
+    assert {r["in_train"] for r in unknown if r["data"] == "seen"} == {None}
 
 
 def test_evaluate_on_one_row_knows_no_spread_and_says_so(project: Path, run: Path) -> None:

@@ -139,6 +139,14 @@ def test_rows_that_cannot_carry_an_interval_get_none(metric: RowMetric, table: F
     assert math.isnan(low) == math.isnan(high) == (why is not None)
 
 
+def test_a_comparison_of_macro_f1_takes_more_rows_of_a_class_than_its_interval() -> None:
+    assert lacking(MacroF1("ab"), f1_table(47, 3)) is None
+    assert lacking(MacroF1("ab"), f1_table(47, 3), compared=True) == (
+        "no interval: class 'b' has 3 rows, so all rows are worth 11.3; 12 are needed to compare"
+    )
+    assert lacking(MacroF1("ab"), f1_table(46, 4), compared=True) is None
+
+
 def test_a_comparison_of_ece_takes_more_rows_than_its_interval() -> None:
     table = np.tile(np.eye(16)[15], (999, 1))
     assert lacking(Ece(), table) is None

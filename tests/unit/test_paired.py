@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
@@ -13,9 +14,12 @@ from scipy.stats import t as t_distribution
 from sklearn.metrics import f1_score
 
 from tunesmith.errors import InputError
+from tunesmith.evaluation.calibration import BINS, Ece
+from tunesmith.evaluation.class_metrics import RocAuc, areas
+from tunesmith.evaluation.intervals import degrees_of_freedom, influence, paired_rate, square_and_add, wilson
 from tunesmith.evaluation.json_metrics import FieldAccuracy
-from tunesmith.evaluation.metrics import Accuracy, ExactMatch, Loss, MacroF1, Perplexity
-from tunesmith.evaluation.paired import Effect, compare, holm, hypothesis, mcnemar
+from tunesmith.evaluation.metrics import Accuracy, ExactMatch, FloatArray, Loss, MacroF1, Perplexity
+from tunesmith.evaluation.paired import Effect, compare, holm, hypothesis, mcnemar, side_by_side
 from tunesmith.evaluation.run import measure
 from tunesmith.types import Prediction
 
@@ -54,11 +58,13 @@ def test_a_model_compared_with_itself_has_no_effect() -> None:
     assert compare(rows, rows, Loss(), 0) == Effect(0.0, 0.0, 0.0, 1.0)
     assert compare(rows, rows, Perplexity(), 0) == Effect(0.0, 0.0, 0.0, 1.0)
     labels = answered("ab" * 30, "aab" * 20)
-    assert compare(labels, labels, MacroF1("ab"), 0) == Effect(0.0, 0.0, 0.0, 1.0)
-    effect = compare(labels, labels, Accuracy(), 0)
     # 60 rows that did not change do not prove that none ever will.
-    assert effect.low < effect.difference == 0 < effect.high
-    assert effect.p == 1.0
+    for metric in (Accuracy(), MacroF1("ab")):
+        effect = compare(labels, labels, metric, 0)
+        assert effect.low < effect.difference == 0 < effect.high
+        assert effect.p == 1.0
+    worth = int(4 / (1 / 40 + 1 / 20))
+    assert (effect.low, effect.high) == pytest.approx(paired_rate(0, 0, worth))
 
 
 def test_pairing_sees_what_two_intervals_hide() -> None:
@@ -141,8 +147,8 @@ def test_random_signs_come_near_all_signs(count: int) -> None:
     assert compare(before, after, Loss(), 0).p == pytest.approx(exact, abs=0.02)
 
 
-def test_a_smooth_metric_is_tested_by_the_jackknife() -> None:
-    """Against leaving out each row by hand."""
+def test_a_smooth_metric_is_tested_by_two_jackknives() -> None:
+    """Against leaving out each row, and giving it another weight, by hand."""
     rng = np.random.default_rng(4)
     references = "".join(rng.choice(["a", "b", "c"], 60))
     outputs = ["".join(r if rng.random() < 0.7 else "a" for r in references) for _ in range(2)]
@@ -154,15 +160,72 @@ def test_a_smooth_metric_is_tested_by_the_jackknife() -> None:
         chosen = ["".join(text[i] for i in keep) for text in (references, *outputs)]
         return f1(chosen[2], chosen[0]) - f1(chosen[1], chosen[0])
 
+    def weighed(weights: FloatArray) -> float:
+        first, second = (f1_score(list(references), list(o), average="macro", sample_weight=weights) for o in outputs)
+        return float(second - first)
+
     every = list(range(60))
     left = np.array([difference(every[:i] + every[i + 1 :]) for i in every])
-    error = math.sqrt(59 / 60 * np.sum((left - left.mean()) ** 2))
+    jackknife = 59 / 60 * np.sum((left - left.mean()) ** 2)
+    # The infinitesimal one: each row weighs a little more or less.
+    fine = []
+    for i in every:
+        more, less = (weighed(np.where(np.arange(60) == i, 1 + step, 1.0)) for step in (1e-5, -1e-5))
+        fine.append((more - less) / 2e-5)
+    error = math.sqrt((jackknife + 60 / 59 * np.sum(np.square(fine))) / 2)
     effect = compare(*(answered(o, references) for o in outputs), MacroF1("abc"), 0)
     assert effect.difference == pytest.approx(difference(every))
     half = (effect.high - effect.low) / 2
     freedom = min(59, 2 * 60 / (kurtosis(left, fisher=False) - 1))
     assert half == pytest.approx(t_distribution.ppf(0.975, freedom) * error)
     assert effect.p == pytest.approx(2 * t_distribution.sf(abs(effect.difference) / error, freedom))
+
+
+def test_ranks_are_compared_by_limits_as_certain_as_their_difference() -> None:
+    """The limits of each area have the degrees of freedom that both models' rows have together."""
+    rng = np.random.default_rng(6)
+    actual, metric = (np.arange(60) % 3 == 0).astype(np.int64), RocAuc("ab")
+    scores = [rng.normal(size=60) + 1.5 * actual for _ in range(2)]
+    before, after = (areas(actual, np.column_stack([-s, s])) for s in scores)
+    pulls = [influence(metric, table)[0] for table in (before, after)]
+    own, squares = [degrees_of_freedom(pull) for pull in pulls], [float(pull @ pull) for pull in pulls]
+    freedom = sum(squares) ** 2 / sum(s**2 / f for s, f in zip(squares, own, strict=True))
+    assert freedom > max(own)
+    quantile = t_distribution.ppf(0.975, 0.7 * freedom) / 1.959964
+    given = []
+    for table, pull in zip((before, after), pulls, strict=True):
+        value = float(table[:, 0].mean())
+        worth = value * (1 - value) / (pull @ pull / (60 * 59)) / quantile**2
+        given.append((value, *wilson(value * worth, worth)))
+    expected = square_and_add(*given, float(np.corrcoef(*pulls)[0, 1]))
+    assert side_by_side(metric, before, after).limits(0, 0) == pytest.approx(expected, abs=1e-6)
+
+
+def calibrated(count: int, rng: np.random.Generator, gap: float = 0.0) -> FloatArray:
+    confidence = rng.uniform(0.5, 1.0, count)
+    right = rng.random(count) < confidence - gap
+    place = np.ceil(confidence * BINS).astype(int) - 1
+    return np.column_stack([np.eye(BINS)[place] * (confidence - right)[:, None], np.ones(count)])
+
+
+def test_the_error_of_a_difference_of_ece_is_that_of_many_samples() -> None:
+    rng = np.random.default_rng(7)
+    found = np.array([Ece().contrast(calibrated(1000, rng), calibrated(1000, rng)) for _ in range(200)])
+    assert np.sqrt(np.mean(found[:, 1] ** 2)) == pytest.approx(found[:, 0].std(), rel=0.1)
+
+
+def test_the_limit_gives_way_where_one_error_is_near_the_end_of_its_scale() -> None:
+    rng = np.random.default_rng(8)
+    off, near = calibrated(1000, rng, gap=0.15), calibrated(1000, rng, gap=0.01)
+    drift = Ece().contrast(off, near)[2]
+    assert drift > 0
+    lower, raised = side_by_side(Ece(), off, near), side_by_side(Ece(), near, off)
+    difference, error, _ = Ece().contrast(off, near)
+    assert lower.limits(0, 0) == pytest.approx((difference - drift - 1.96 * error, difference + 1.96 * error), abs=1e-5)
+    assert raised.limits(0, 0)[1] > -difference + 1.96 * error
+    assert raised.p(0) == pytest.approx(2 * t_distribution.sf(abs(difference) / raised.error, math.inf))
+    near_by = dataclasses.replace(lower, corrected=2.5 * error, drift=error)  # a difference that the drift is part of
+    assert near_by.p(0) == pytest.approx(2 * t_distribution.sf(1.5, math.inf))
 
 
 def test_perplexity_is_tested_as_the_loss_is() -> None:

@@ -72,6 +72,17 @@ def test_a_metric_without_a_test_is_passed_over_or_told_as_one_that_cannot_tell(
     assert f"These rows do not carry a test of macro F1 ({why})." in other.caveats
 
 
+def test_rows_that_were_trained_on_are_told_and_earn_no_praise() -> None:
+    found = judged(pair("accuracy", 0.5, 0.6, in_train=30), [effect("accuracy", 0.1, 0.05, 0.15, 1e-5)])
+    assert (found.standing, found.tone) == ("Better on rows it was trained on", "caution")
+    assert "on 400 test rows, 30 of which it was trained on" in found.sentence
+    assert found.caveats[0].startswith("30 of these 400 rows stand in the training rows too")
+    for apart in (0, None):
+        clean = judged(pair("accuracy", 0.5, 0.6, in_train=apart), [effect("accuracy", 0.1, 0.05, 0.15, 1e-5)])
+        assert (clean.standing, clean.tone) == ("Better", "better")
+        assert "trained on" not in clean.sentence
+
+
 def test_effect_interval_p_and_n_are_in_the_sentence() -> None:
     found = judged(pair("accuracy", 0.126, 0.782, model="majority"), [effect("accuracy", 0.656, 0.553, 0.736, 1e-22)])
     assert found.sentence == (

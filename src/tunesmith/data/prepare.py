@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from tunesmith.data import aside, audit
 from tunesmith.data.audit import Audit, Leaks, SplitAudit
+from tunesmith.data.checks import Keys
 from tunesmith.data.ingest import Given, Memory, Progress, code_version, digest, given, ingest
 from tunesmith.data.pool import Pool
 from tunesmith.data.split import draw, split
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
 class Prepared:
     """The stores of a run.
 
-    Train example i belongs to training set `sources[i]` and is seen `repeats[i]` times an epoch.
+    Train example i belongs to training set `sources[i]` and is seen `repeats[i]` times an epoch; `keys[i]` is of what
+    its row shows the model.
     """
 
     train: TokenStore
@@ -40,6 +42,7 @@ class Prepared:
     tests: dict[str, TokenStore]
     repeats: NDArray[np.float64]
     sources: NDArray[np.int32]
+    keys: Keys
     audit: Audit
 
 
@@ -129,7 +132,8 @@ def prepare(
     source_N = splits.train.source_N[kept]
     weights = np.array([source.weight for source in splits.sets], dtype=np.float64)
     tests = {name: store for name, (store, _, _) in held.items()}
-    return Prepared(train, validation[0] if validation else None, tests, weights[source_N], source_N, found)
+    held_out = validation[0] if validation else None
+    return Prepared(train, held_out, tests, weights[source_N], source_N, splits.train.keys[kept], found)
 
 
 @dataclass(frozen=True, slots=True)

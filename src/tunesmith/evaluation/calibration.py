@@ -76,20 +76,28 @@ class Ece:
         if not error_B.any():
             return None
         value = float(np.abs(gap_B).sum())
-        high = float(_freed(gap_B, error_B)) + float(special.ndtri((1 + level) / 2)) * _moved(gap_B, noise_RB).std()
+        freed = float(_freed(gap_B, error_B))
+        # Their own noise makes the observed gaps too large, and those that have the error without it are too small.
+        middle_B = gap_B * (1 + max(0.0, freed) / value) / 2
+        high = freed + float(special.ndtri((1 + level) / 2)) * float(_freed(middle_B + noise_RB, error_B).std())
         return min(_least_reaching(value, gap_B, noise_RB, (1 - level) / 2), value), max(high, value)
 
-    def contrast(self, before_NK: FloatArray, after_NK: FloatArray) -> tuple[float, float]:
-        """The difference of the errors without their noise, and how much draws of both models' noise move it.
+    def contrast(self, before_NK: FloatArray, after_NK: FloatArray) -> tuple[float, float, float]:
+        """The difference of the errors without their noise, and how draws of both models' noise move it.
 
-        The draws keep the correlation of the models' gaps on the same rows.
+        The draws keep the correlation of the models' gaps on the same rows, and are about gaps without the size that
+        noise gives them. They say how much it varies, and how far from the truth it is on average: near 0 an error
+        keeps some of its noise, which two models share where both are there, and not where one is.
         """
         gap_B, noise_RB = _noisy(before_NK, after_NK)
-        before, after = (slice(BINS), slice(BINS, None))
         error_B = noise_RB.std(axis=0)
-        difference = _freed(gap_B[after], error_B[after]) - _freed(gap_B[before], error_B[before])
-        moved_R = _moved(gap_B[after], noise_RB[:, after]) - _moved(gap_B[before], noise_RB[:, before])
-        return float(difference), float(moved_R.std())
+        freed, moved = np.zeros(2), np.zeros((2, len(noise_RB)))
+        for model, own in enumerate((slice(BINS), slice(BINS, None))):
+            true_B = _shrunk(gap_B[own], error_B[own])
+            freed[model] = _freed(gap_B[own], error_B[own])
+            moved[model] = _freed(true_B + noise_RB[:, own], error_B[own]) - np.abs(true_B).sum()
+        moved_R = moved[1] - moved[0]
+        return float(freed[1] - freed[0]), float(moved_R.std()), float(moved_R.mean())
 
 
 def _noisy(*tables: FloatArray, seed: int = 0) -> tuple[FloatArray, FloatArray]:
@@ -121,15 +129,10 @@ def _freed(gap_B: FloatArray, error_B: FloatArray) -> FloatArray:
     return (2 * np.abs(gap_B) - folded_B).sum(axis=-1)
 
 
-def _moved(gap_B: FloatArray, noise_RB: FloatArray) -> FloatArray:
-    """Errors without bias in draws of noise [R].
-
-    About gaps half-way between those observed, which their own noise makes too large, and those in proportion that
-    have the error without it, which are too small.
-    """
-    error_B = noise_RB.std(axis=0)
-    shrunk = max(0.0, float(_freed(gap_B, error_B))) / max(float(np.abs(gap_B).sum()), 1e-12)
-    return _freed(gap_B * (1 + shrunk) / 2 + noise_RB, error_B)
+def _shrunk(gap_B: FloatArray, error_B: FloatArray) -> FloatArray:
+    """Gaps in proportion to these whose squares sum to what is left without the noise's, as James and Stein's do."""
+    squares = float(gap_B @ gap_B)
+    return gap_B * math.sqrt(max(0.0, 1 - float(error_B @ error_B) / squares)) if squares else gap_B
 
 
 def _least_reaching(value: float, gap_B: FloatArray, noise_RB: FloatArray, tail: float) -> float:

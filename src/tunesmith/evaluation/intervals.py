@@ -28,6 +28,7 @@ ROUNDING = 1e-24  # a variance that is none: what rounding leaves of rows that a
 LEAST_FREEDOM = 5.0
 RANKED = 0.9  # of the degrees of freedom are left to ranks: with all of them 20 rows of a class hold 92.8%
 NONE = (math.nan, math.nan)  # no interval
+STEP = 1e-4  # of a row's weight, for its slope
 PRIOR = 0.5  # Jeffreys'
 _MIDDLES = (np.arange(400) + 0.5) / 400  # quantiles over which a beta is averaged
 
@@ -43,13 +44,14 @@ def interval(
     level: float = 0.95,
     resamples: int = 2000,
     clusters_N: IntArray | None = None,
+    freedom: float | None = None,
 ) -> tuple[float, float, float]:
     """(value, low, high) of the metric over the rows; the same for the same seed.
 
     Rows of one cluster (several of one source) are drawn, or left out, together; a rate counts as many rows as it is
     worth. Where rows have no spread (one row, or all alike) a metric between 0 and 1 gets Wilson's interval for
     as many rows as it is worth, any other its bounds when n is 1 and its value when rows agree. Limits are NaN where
-    `lacking` says why there are none.
+    `lacking` says why there are none. `freedom`: degrees of freedom in place of these rows' own, for ranks.
     InputError without rows, RefusedError on NaN or infinity.
     """
     value = value_of(metric, statistics_NK)
@@ -64,7 +66,10 @@ def interval(
     count = len(statistics_NK)
     limits: Limits | None = None
     if kind == "rate" or count > 1:
-        limits = _LIMITS[kind](metric, statistics_NK, seed, level, resamples)
+        if freedom is None:
+            limits = _LIMITS[kind](metric, statistics_NK, seed, level, resamples)
+        else:
+            limits = as_of_a_rate(metric, statistics_NK, level, freedom)
     if limits is None:
         if metric.bounds == (0.0, 1.0):
             worth = metric.worth(statistics_NK.sum(axis=0)) if isinstance(metric, Weighed) else count
@@ -251,19 +256,23 @@ def studentised(statistics_N2: FloatArray, seed: int, level: float, resamples: i
     return limits if all(map(math.isfinite, limits)) else None
 
 
-def as_of_a_rate(metric: RowMetric, statistics_NK: FloatArray, level: float) -> Limits | None:
+def as_of_a_rate(
+    metric: RowMetric, statistics_NK: FloatArray, level: float, freedom: float | None = None
+) -> Limits | None:
     """Wilson's limits for as many rows of a rate as would be as uncertain; None if all rows agree.
 
-    The variance is the jackknife's (Efron and Tibshirani 1993, chapter 11), and so is the bias that is taken off; for
-    ROC-AUC this is Kottas, Kuss and Zapf 2014 (BMC Med. Res. Methodol. 14:26) with the score in place of Wald's.
+    `freedom`: degrees of freedom in place of those of these rows. The variance is the jackknife's (Efron and
+    Tibshirani 1993, chapter 11), and so is the bias that is taken off; for ROC-AUC this is Kottas, Kuss and Zapf 2014
+    (BMC Med. Res. Methodol. 14:26) with the score in place of Wald's.
     """
     value, count = value_of(metric, statistics_NK), len(statistics_NK)
     pull_N, bias = influence(metric, statistics_NK)
     variance = float(pull_N @ pull_N) / (count * (count - 1))
     if variance <= ROUNDING or not 0 < value < 1:
         return None
-    freedom = degrees_of_freedom(pull_N)
-    freedom = RANKED * freedom if isinstance(metric, Joint) else max(min(LEAST_FREEDOM, count - 1.0), freedom)
+    if freedom is None:
+        own = degrees_of_freedom(pull_N)
+        freedom = RANKED * own if isinstance(metric, Joint) else max(min(LEAST_FREEDOM, count - 1.0), own)
     widening = special.ndtri((1 + level) / 2) / special.stdtrit(freedom, (1 + level) / 2)
     worth = float(value * (1 - value) / variance * widening**2)
     low, high = wilson(value * worth, worth, level)
@@ -281,6 +290,16 @@ def influence(metric: RowMetric, statistics_NK: FloatArray) -> tuple[FloatArray,
     left_N = np.where(np.isfinite(left_N), left_N, value)  # a row without which there is no value tells nothing
     pull_N = (count - 1) * (value - left_N)
     return pull_N - pull_N.mean(), -float(pull_N.mean())
+
+
+def slope(metric: RowMetric, statistics_NK: FloatArray) -> FloatArray:
+    """How fast the metric changes with each row's weight [N]: its influence by the infinitesimal jackknife.
+
+    Jaeckel 1972 (Bell Labs memorandum); Efron and Tibshirani 1993, chapter 21. The slopes sum to 0.
+    """
+    total_K, step = statistics_NK.sum(axis=0), STEP * statistics_NK
+    slope_N = len(statistics_NK) * (metric.aggregate(total_K + step) - metric.aggregate(total_K - step)) / (2 * STEP)
+    return slope_N - slope_N.mean()
 
 
 def degrees_of_freedom(pull_N: FloatArray) -> float:

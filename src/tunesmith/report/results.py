@@ -69,7 +69,12 @@ def weaknesses(records: Sequence[Mapping[str, Any]]) -> list[str]:
         return [
             "there is no test set (data.test): these rows also chose the checkpoint, so the numbers may be too good"
         ]
-    return []
+    rows = {r["data"]: (r["in_train"], r["n"]) for r in records if r["group"] == "all" and r.get("in_train")}
+    return [
+        f"{count:,} of {of:,} rows of {visible(data)} stand in the training rows too, so the numbers are too good: "
+        "measure on rows that it was not trained on"
+        for data, (count, of) in rows.items()
+    ]
 
 
 def results_tables(records: Sequence[Mapping[str, Any]], effects: Sequence[Mapping[str, Any]]) -> list[Table]:

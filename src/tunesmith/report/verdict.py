@@ -63,17 +63,20 @@ def _of(table: Table, detectable: Mapping[tuple[str, str], float]) -> Verdict:
         names = ", ".join(line.metric.name for line in table.lines)
         text = f"Not judged: what is good is not known of {names}, which a plugin defines."
         return Verdict("Not judged", "caution", text, ("Give its file with --plugin.",), data=table.data)
-    on_validation = table.data == VALIDATION
+    on_validation, trained_on = table.data == VALIDATION, line.after.get("in_train") or 0
     few = "only " * (line.after["n"] < FEW_ROWS)
     plural = "s" * (line.after["n"] != 1)
     named = f"{table.data} row{plural}" if table.data in ("test", VALIDATION) else f"row{plural} of {table.data}"
     rows = f"{few}{line.after['n']:,} {named}"
     caveats = _caveats(table, line, on_validation, detectable.get((table.data, line.metric.name)))
+    if trained_on:
+        rows += f", {trained_on:,} of which it was trained on"
     if on_validation:
         rows += ", which also chose the checkpoint"
     standing = line.standing
-    pill = _PILLS[standing] + " on validation rows" * (on_validation and standing == "better")
-    tone = "caution" if on_validation and standing == "better" else _TONES[standing]
+    where = " on validation rows" * on_validation or " on rows it was trained on" * bool(trained_on)
+    pill = _PILLS[standing] + where * (standing == "better")
+    tone = "caution" if (on_validation or trained_on) and standing == "better" else _TONES[standing]
     said = _compared(line, rows) if standing else _alone(line, rows)
     return Verdict(pill, tone, said, caveats, line, table.data)
 
@@ -122,6 +125,11 @@ def _caveats(table: Table, line: Line, on_validation: bool, detectable: float | 
     found: list[str] = []
     if on_validation:
         found.append("There is no test set (data.test). Rows that chose the checkpoint flatter the model they chose.")
+    if line.after.get("in_train"):
+        found.append(
+            f"{line.after['in_train']:,} of these {line.after['n']:,} rows stand in the training rows too and flatter "
+            "the tuned model: measure it on rows that it was not trained on."
+        )
     if line.after["n"] < FEW_ROWS:
         found.append(f"{line.after['n']} rows can only show large differences: more test rows would say more.")
     if line.standing == "no better" and detectable is not None:
