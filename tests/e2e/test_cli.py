@@ -484,7 +484,11 @@ def test_an_unfinished_run_has_no_model_to_ask(project: Path, monkeypatch: pytes
     monkeypatch.undo()
     done = call("predict", unfinished, "--input", project / "ask.jsonl")
     assert done.code == 2
-    assert "tunesmith resume" in done.err
+    assert f"`tunesmith resume {unfinished}`" in done.err
+    done = call("evaluate", unfinished)
+    assert (done.code, done.out) == (2, "")
+    assert f"{unfinished} is not finished" in done.err
+    assert f"`tunesmith resume {unfinished}`" in done.err
 
 
 RAISED: list[tuple[Callable[[], BaseException], int, str]] = [
