@@ -15,7 +15,7 @@ export PIP_NO_INPUT := 1
 unexport PYTHONPATH
 unexport PYTHONHOME
 
-.PHONY: help setup demo docs test test-kill verify adapterhub clean
+.PHONY: help setup demo docs test test-kill pictures verify adapterhub clean
 
 help:
 	@echo 'make demo       a whole small run: plan, train, evaluate, resume'
@@ -23,6 +23,7 @@ help:
 	@echo 'make verify     the proofs of minutes: demo, kill and resume, every slow test'
 	@echo 'make test-kill  only the proof that a killed run resumes to the same bits'
 	@echo 'make docs       write the generated pages of docs/ again'
+	@echo 'make pictures   train what docs/images shows and take its pictures again (needs Chromium)'
 	@echo 'make adapterhub AdapterHub'"'"'s library beside ours, and the proof that it loads our bottleneck adapters'
 	@echo 'make setup      only the environment, in .venv'
 	@echo 'make clean      remove what these made (never runs/)'
@@ -45,6 +46,14 @@ demo: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python tools/documents.py
+
+PICTURED := .cache/pictures
+pictures: $(STAMP)
+	@rm -rf $(PICTURED)
+	$(BIN)/tunesmith demo --out $(PICTURED)/demo
+	$(BIN)/tunesmith demo --quick --out $(PICTURED)/40-epochs
+	$(BIN)/tunesmith train $(PICTURED)/40-epochs/recipe.yaml train.epochs=2 --out $(PICTURED)/2-epochs
+	$(BIN)/python tools/pictures.py $(PICTURED)/demo $(PICTURED)/2-epochs $(PICTURED)/40-epochs
 
 test: $(STAMP)
 	$(call step,lint)

@@ -19,7 +19,7 @@ from tunesmith.evaluation.preflight import check_metrics
 from tunesmith.events import Listen, StopRun, Together
 from tunesmith.exporting import Exported
 from tunesmith.loaded import load
-from tunesmith.measurable import is_model, measurable, run_of
+from tunesmith.measurable import check_measured, is_model, measurable, run_of
 from tunesmith.models.cache import cache_dir
 from tunesmith.models.saved import folder_of
 from tunesmith.planning import Assets, Plan, make_plan
@@ -280,6 +280,8 @@ def evaluate(
     load_plugins(plugins)
     of_what = measurable(path)
     run, recipe, counts = of_what.run, of_what.recipe, of_what.label_counts
+    if data is None:
+        check_measured(path)
     results = measuring.read_results(run)
     if data is None:
         return _result(run, results)

@@ -13,7 +13,7 @@ from tunesmith import rundir
 from tunesmith.errors import InputError
 from tunesmith.evaluation import answers
 from tunesmith.evaluation.answers import MAJORITY, Answered
-from tunesmith.measurable import is_model, planned, run_of
+from tunesmith.measurable import check_measured, planned, run_of
 from tunesmith.types import Prediction
 
 TUNED, ALL = "tuned", "all"
@@ -168,14 +168,7 @@ def taking_part(
 
 def _open(path: Path, name: str) -> Finished:
     plan, seed = planned(path)
-    if not (path / "evaluation.json").is_file():
-        if is_model(path):
-            raise InputError(
-                f"{path} was not measured yet", f"measure it: `tunesmith evaluate {path} --data FILE --keep all`"
-            )
-        raise InputError(
-            f"{path} is not finished: nothing was measured yet", f"finish it with `tunesmith resume {path}`"
-        )
+    check_measured(path)
     return Finished(path, name, plan, seed, rundir.read_json(path / "evaluation.json"))
 
 

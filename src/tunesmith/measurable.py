@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith import rundir
+from tunesmith.errors import InputError
 from tunesmith.models.saved import CARD, read_card
 from tunesmith.recipe import Recipe
 from tunesmith.recipe_file import load_recipe, parse_recipe
@@ -53,6 +54,17 @@ def measurable(path: Path) -> Measurable:
         "seed": SEED,
     }
     return Measurable(RunDir(path), parse_recipe(asked), None, False)
+
+
+def check_measured(path: Path) -> None:
+    """InputError where nothing was measured yet: of a run that is not finished, or of a model's folder."""
+    if (path / "evaluation.json").is_file():
+        return
+    if is_model(path):
+        raise InputError(
+            f"{path} was not measured yet", f"measure it: `tunesmith evaluate {path} --data FILE --keep all`"
+        )
+    raise InputError(f"{path} is not finished: nothing was measured yet", f"finish it with `tunesmith resume {path}`")
 
 
 def planned(path: Path) -> tuple[dict[str, Any], int]:

@@ -34,6 +34,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 # Endings that make a word of a recipe a path even where no such file exists (yet, or by a typing error).
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gguf", ".yaml", ".jinja", ".gz")
+ROWS = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")  # JSON may be a recipe too
 NAMED = ("method", "objective")
 
 
@@ -90,6 +91,8 @@ def _read_text(path: Path) -> str:
     if path.is_dir():
         run = " (the recipe of a run is recipe.yaml in it)" if (path / "recipe.yaml").exists() else ""
         raise InputError(f"{path} is a folder, not a recipe{run}", "give the recipe file")
+    if path.suffix.lower() in ROWS and path.is_file():
+        raise InputError(f"{path} holds rows and is no recipe", f"write a recipe that has data: {{train: {path.name}}}")
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from tunesmith import __version__, beneath, rundir
 from tunesmith.beneath import Beneath
+from tunesmith.compat import quiet_transformers
 from tunesmith.data.chat import Renderer
 from tunesmith.data.source import first_batches
 from tunesmith.engine.native import seed_step
@@ -105,7 +106,8 @@ def save_merged(folder: Path, policy: Policy, renderer: Renderer, card: Mapping[
     for parameter in policy.model.parameters():
         parameter.data = parameter.data.to(dtype)
     policy.model.config.dtype = dtype
-    policy.model.save_pretrained(folder, state_dict=whole_state(policy.model))
+    with quiet_transformers():
+        policy.model.save_pretrained(folder, state_dict=whole_state(policy.model))
     _save_heads(folder, policy)
     renderer.tokenizer.save_pretrained(folder)
     whole = {"method": {"name": "full", "options": {}}, "merged": card["method"], "precision": _whole(card)}

@@ -67,6 +67,24 @@ def hashes(run: Path) -> dict[str, str]:
     return {path.name: sha256_file(path) for path in kept}
 
 
+def test_no_bars_of_other_libraries_are_drawn(
+    plain: dict[str, Any], data: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.enable_progress_bar()
+    try:
+        done = tunesmith.train({**plain, "method": "full"}, data=data, out=tmp_path / "run")
+        lora = tunesmith.train(plain, data=data, out=tmp_path / "lora")
+        tunesmith.export(lora.path, tmp_path / "merged", merge=True)
+    finally:
+        if not shown:
+            logging.disable_progress_bar()
+    assert done.records
+    assert capfd.readouterr().err == ""
+
+
 # ---------------------------------------------------------------- rows
 
 

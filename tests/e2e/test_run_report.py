@@ -176,7 +176,10 @@ def test_a_metric_whose_rows_carry_no_interval_says_so_everywhere(classified: Pa
     card = (classified / "model" / "MODEL_CARD.md").read_text()
     assert f"ECE, tuned: {escaped(why)}" in card
     assert "ECE (no interval, n = 60)" in card
-    assert f"ECE, tuned: {escaped(why)}" in call("report", classified, "--format", "md")[1]
+    brief = call("report", classified, "--format", "md")[1]
+    assert brief.count(f"- ECE, tuned: {escaped(why)}") == 1
+    assert "- ECE, difference: no interval" in brief
+    assert "\n\nIn brackets: " in brief  # else Markdown makes it part of the list's last item
 
 
 def test_what_was_given_is_not_told_as_a_default(classified: Path) -> None:

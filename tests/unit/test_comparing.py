@@ -432,6 +432,19 @@ def test_the_tables_fit_80_columns_with_long_names_too(tmp_path: Path) -> None:
     assert "--open" in text
 
 
+def test_a_metrics_name_stays_on_one_line(tmp_path: Path) -> None:
+    rows = asked(40)
+    runs = [
+        run(tmp_path / n, {"test": (rows, {"tuned": written(rows, lambda _: "x", nats=k)})}, None, True)
+        for n, k in (("recipe", 9), ("further", 4))
+    ]
+    text = shown(compare(*runs))
+    table = text[: text.index("[low, high]")]
+    assert max(map(len, table.splitlines())) <= 80
+    for metric in ("exact_match", "perplexity"):
+        assert any(line.split()[:1] == [metric] for line in table.splitlines()), table
+
+
 def test_json_has_everything_and_no_infinity(tmp_path: Path) -> None:
     rows = asked(1)
     a, b = (
@@ -459,6 +472,7 @@ def test_one_row_of_a_loss_has_no_limits_and_says_so(tmp_path: Path) -> None:
     )
     found = compare(a, b, metrics=["loss"])
     for text in (shown(found), comparison_page(found)):
+        text = text.replace('<span class="whole">', "")
         assert "95% interval unknown to unknown, p = 1" in " ".join(text.split())
         assert "too few to show any difference" in " ".join(text.split())
         assert "inf" not in text.split("<script")[0].replace("information", "")

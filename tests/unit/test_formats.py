@@ -150,6 +150,7 @@ def test_unknown_columns_are_told_how_to_be_mapped() -> None:
     error = refused({"question": "a", "answer": "b"})
     assert error.cause == "f.jsonl:1: no known format has the columns question, answer"
     assert "data.columns: {prompt: question, completion: answer}" in error.remedy
+    assert "data.columns: {text: body, label: queue}" in error.remedy
 
 
 @pytest.mark.parametrize(

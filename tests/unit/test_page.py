@@ -149,3 +149,12 @@ def test_figure(value: float, text: str) -> None:
 )
 def test_percent_rounds_nothing_to_all_or_nothing(share: float | None, text: str) -> None:
     assert percent(share) == text
+
+
+def test_no_end_of_a_line_tears_a_p_value_apart() -> None:
+    from tunesmith.report.page import _told
+
+    assert _told("x <b> (+1.0 to +2.0, p < 0.001).") == (
+        'x &lt;b&gt; (+1.0 to +2.0, <span class="whole">p &lt; 0.001</span>).'
+    )
+    assert _told("(p = 1). They") == '(<span class="whole">p = 1</span>). They'

@@ -66,6 +66,11 @@ def test_jsonl_refusals_name_line_and_column(file: Path, line: bytes, cause: str
     assert error.remedy
 
 
+def test_an_array_in_a_jsonl_file_is_told_where_it_belongs(file: Path) -> None:
+    assert refused(file, b'[{"a": 0}]\n').remedy.endswith("a JSON array belongs in a .json file")
+    assert ".json file" not in refused(file, b"null\n").remedy
+
+
 def test_colons_and_quotes_inside_strings_are_no_duplicate_keys(file: Path) -> None:
     row = {"a": 'say "b": c', ":": ' :) \\":', "c ": {"a": ["x :", "\t:"]}}
     file.write_text(json.dumps(row) + "\n")
@@ -246,6 +251,10 @@ def test_names_that_lead_nowhere(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(InputError, match=r"files of kind '\.txt' are not read"):
         rows(tmp_path / "a.txt")
+    (tmp_path / "a.xlsx").write_bytes(b"PK")
+    with pytest.raises(InputError) as caught:
+        rows(tmp_path / "a.xlsx")
+    assert caught.value.remedy.startswith("save the sheet as CSV (UTF-8); known kinds: .jsonl")
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="the folder holds no data files"):
         rows(tmp_path / "empty")

@@ -180,6 +180,14 @@ def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
         load_recipe(tmp_path / "nowhere" / "recipe.yaml")
 
 
+def test_a_file_of_rows_is_no_recipe(tmp_path: Path) -> None:
+    (tmp_path / "tickets.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    with pytest.raises(InputError) as caught:
+        load_recipe(tmp_path / "tickets.jsonl")
+    assert caught.value.cause == f"{tmp_path / 'tickets.jsonl'} holds rows and is no recipe"
+    assert caught.value.remedy == "write a recipe that has data: {train: tickets.jsonl}"
+
+
 # ---------------------------------------------------------------- problems
 
 

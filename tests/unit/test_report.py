@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tunesmith.report.figures import duration
+from tunesmith.report.figures import duration, gibibytes
 from tunesmith.report.live import Pace, View
 from tunesmith.report.results import results_tables, weaknesses
 from tunesmith.report.screen import screen
@@ -78,6 +78,15 @@ def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
+def test_no_memory_is_told_as_nothing() -> None:
+    assert [gibibytes(count) for count in (3 * 2**30, 0.05 * 2**30, 2**25, 2**18)] == [
+        "3.0 GiB",
+        "0.1 GiB",
+        "32.0 MiB",
+        "0.2 MiB",
+    ]
+
+
 def test_a_long_training_is_about_twenty_plain_lines_with_the_first_and_the_last() -> None:
     stream = io.StringIO()
     with View(stream) as view:
@@ -96,12 +105,14 @@ def test_a_terminal_gets_a_bar_that_is_taken_away_and_samples_that_stay(monkeypa
     with View(stream) as view:
         for number in (1, 2):
             view.listen("step", step(number, 2))
-        view.listen("sample", {"where": "test.jsonl:3", "reference": "green", "output": "blu\x1b[0m"})
+        view.listen("sample", {"where": "/somewhere/cache/test.jsonl:3", "reference": "green", "output": "blu\x1b[0m"})
         view.listen("validation", {"step": 2, "loss": 1.5, "best": True})
     text = stream.getvalue()
     assert "step 2/2" in text
     assert "\x1b[2K" in text  # a line of the bar, erased
     assert "blu\\x1b[0m" in text
+    assert "test.jsonl:3" in text
+    assert "/somewhere" not in text  # a folder of a cache says nothing to whoever looks on
     assert text.index("green") < text.index("validation after step 2: loss 1.5000 (the best so far)")
 
 

@@ -264,7 +264,23 @@ def test_clean_data_are_called_fine_and_each_fault_is_told() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["*a*", "_a_", "[a](b)", "`a`", "| a |", "<img>", "# a", "12. a", "- a", "> a", "a\n\n# b", "\\*", "~~a~~", "&lt;"],
+    [
+        "*a*",
+        "_a_",
+        "[a](b)",
+        "`a`",
+        "| a |",
+        "<img>",
+        "a < b <",
+        "# a",
+        "12. a",
+        "- a",
+        "> a",
+        "a\n\n# b",
+        "\\*",
+        "~~a~~",
+        "&lt;",
+    ],
 )
 def test_markdown_shows_text_as_it_is(text: str) -> None:
     from markdown_it import MarkdownIt
@@ -275,6 +291,11 @@ def test_markdown_shows_text_as_it_is(text: str) -> None:
     for written, character in (("&lt;", "<"), ("&gt;", ">"), ("&quot;", '"'), ("&amp;", "&")):
         shown = shown.replace(written, character)
     assert shown == " ".join(text.split())
+
+
+def test_a_p_value_in_markdown_is_readable_as_text() -> None:
+    assert escaped("95% interval +1.0 to +2.0, p < 0.001") == "95% interval +1.0 to +2.0, p < 0.001"
+    assert escaped("a<b <c> <") == "a&lt;b &lt;c&gt; &lt;"
 
 
 @given(st.text(alphabet="`a |~\n", max_size=12))

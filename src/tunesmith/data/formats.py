@@ -236,7 +236,8 @@ def _unknown(raw: Mapping[str, Any], where: str) -> InputError:
     known = "; ".join(" and ".join(form.required) for form in FORMATS.values())
     return InputError(
         f"{where}: no known format has the columns {', '.join(map(str, raw)) or '(none)'}",
-        f"say which column is which, as in data.columns: {{prompt: question, completion: answer}}; known: {known}",
+        "say which column is which, as in data.columns: {prompt: question, completion: answer}, or of labelled texts "
+        f"data.columns: {{text: body, label: queue}}; known: {known}",
     )
 
 

@@ -62,7 +62,8 @@ def parse_object(text: bytes, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(
             f"{where}: a record must be a JSON object, this is {_kind(value)}",
-            'write each record as {"column": value, ...}',
+            'write each record as {"column": value, ...}'
+            + ", a line each; a JSON array belongs in a .json file" * isinstance(value, list),
         )
     record = cast("dict[str, Any]", value)
     try:

@@ -79,6 +79,11 @@ def fingerprint(path: Path) -> str:
         raise InputError(f"{path}: cannot be read: {error.strerror}", "check the file and its permissions") from None
 
 
+_SHEET = "save the sheet as CSV (UTF-8)"
+SAVED_AS = dict.fromkeys((".xlsx", ".xls", ".ods", ".numbers"), _SHEET) | {
+    ".txt": 'write each text as a line of JSON, {"text": ...}, into a .jsonl file'
+}  # how what is not read becomes what is
+
 # ---------------------------------------------------------------- which files
 
 
@@ -93,7 +98,7 @@ def find(source: str, base: Path, split: str) -> list[File]:
         if path.suffix.lower() not in READERS:
             raise InputError(
                 f"{source}: files of kind {path.suffix or '(none)'!r} are not read",
-                f"convert it; known kinds: {', '.join(READERS)}",
+                f"{SAVED_AS.get(path.suffix.lower(), 'convert it')}; known kinds: {', '.join(READERS)}",
             )
         return [File(path, source)]
     if path.is_dir():

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tunesmith.compat import quiet_transformers
 from tunesmith.models.layers import whole_state
 from tunesmith.models.policy import Policy
 
@@ -48,7 +49,8 @@ class OwnWeights(ABC):
 
     def export(self, policy: Policy, to: Path) -> None:
         """The whole model as a transformers folder; the caller writes heads beside it."""
-        policy.model.save_pretrained(to, state_dict=whole_state(policy.model))
+        with quiet_transformers():
+            policy.model.save_pretrained(to, state_dict=whole_state(policy.model))
 
     def load(self, policy: Policy, source: Path) -> None:
         self.attach(policy)

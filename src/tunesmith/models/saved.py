@@ -18,9 +18,10 @@ def folder_of(path: Path) -> Path:
     """Where a run has its model, or an exported one's own folder. InputError where there is none (yet)."""
     folder = path / "model" if (path / "model" / CARD).is_file() else path
     if not (folder / CARD).is_file():
-        hint = "finish it with `tunesmith resume`" if (path / "manifest.json").is_file() else "give a run's folder"
+        if (path / "manifest.json").is_file():
+            raise InputError(f"{path} is a run that has no model yet", f"finish it with `tunesmith resume {path}`")
         what = "holds no model of tunesmith" if path.exists() else "is not there"
-        raise InputError(f"{path} {what}", hint)
+        raise InputError(f"{path} {what}", "give a run's folder")
     return folder
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tunesmith.types import Metric
 
 NAME, SHORT = 14, 11  # characters of a run's name over its column
+LONGEST_METRIC = 14  # characters of its name that stay on one line
 LEGEND = (
     "[low, high]: 95% intervals. p: after Holm's correction for all tests of the set. "
     "+N rows: that many more would show a difference like the one seen in at least 4 of 5 repetitions. "
@@ -59,13 +60,15 @@ def _table(comparison: Comparison, shared: Shared, before: str, after: str) -> T
         Text("\n".join(visible(line, "\n") for line in lines), style="not italic"),
         "left",
     )
-    table.add_column("metric", overflow="fold", min_width=8)
+    values = {(r.metric, r.model): r for r in comparison.records if r.data == shared.data}
+    metrics = dict.fromkeys(name for name, _ in values)
+    # Where 80 columns are too few, what is said of a test breaks between its words before a metric's name breaks.
+    table.add_column("metric", overflow="fold", min_width=min(LONGEST_METRIC, max(map(len, metrics), default=0)))
     for heading in (before, after, "difference", "p"):
         table.add_column(Text(shortened(heading, NAME)), justify="right", no_wrap=True)
-    table.add_column(Text(shortened(after, SHORT)), no_wrap=True)
-    values = {(r.metric, r.model): r for r in comparison.records if r.data == shared.data}
+    table.add_column(Text(shortened(after, SHORT)), min_width=len("undecided"))
     tested = {test.metric: test for test in tests_of(comparison, shared, before, after)}
-    for metric in dict.fromkeys(name for name, _ in values):
+    for metric in metrics:
         test = tested.get(metric)
         table.add_row(
             metric,

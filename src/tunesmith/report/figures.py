@@ -62,4 +62,5 @@ def duration(seconds: float) -> str:
 
 
 def gibibytes(count: float) -> str:
-    return f"{count / 2**30:.1f} GiB"
+    """Bytes as people compare them: GiB, or MiB where that would be 0.0."""
+    return f"{count / 2**30:.1f} GiB" if count >= 0.05 * 2**30 else f"{count / 2**20:.1f} MiB"

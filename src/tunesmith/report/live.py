@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tunesmith.report.figures import duration, gibibytes
+from tunesmith.report.findings import file_name
 from tunesmith.report.screen import is_terminal, screen
 from tunesmith.report.visible import shortened
 
@@ -227,7 +228,7 @@ def _validation(data: Mapping[str, Any]) -> Text:
 
 
 def _sample(data: Mapping[str, Any]) -> Text:
-    text = Text(f"  {data['where']}\n", style="dim")
+    text = Text(f"  {file_name(data['where'])}\n", style="dim")
     if data["reference"] is not None:
         text.append("    expected  ", style="dim").append(shortened(data["reference"], SAMPLE) + "\n", style="not dim")
     text.append("    answered  ", style="dim").append(shortened(data["output"], SAMPLE), style="not dim green")

@@ -18,6 +18,7 @@ from tunesmith.report.summary import Summary
 
 # A star, a bracket or a backtick anywhere; an underscore, a hash or a sign of a list only where it means something.
 _ACTIVE = re.compile(r"([\\`*\[\]|~$]|(?<!\w)_|_(?!\w)|^[#>+-]+(?=\s))")
+_OPENING = re.compile(r"<(?!\s)")  # a space after it makes it no tag: p < 0.001 stays readable as text
 _NUMBERED = re.compile(r"^(\d+)([.)])(?=\s)")
 LONGEST = 200  # characters of a text of others
 EXAMPLES = 3  # answers of each outcome
@@ -47,7 +48,8 @@ def render(template: str, context: Mapping[str, Any]) -> str:
 def escaped(text: Any) -> str:
     """Text on one line in which no character is Markdown or HTML."""
     line = " ".join(harmless(str(text)).split())
-    line = _ACTIVE.sub(r"\\\1", line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
+    line = _OPENING.sub("&lt;", line.replace("&", "&amp;")).replace(">", "&gt;")
+    line = _ACTIVE.sub(r"\\\1", line)
     return _NUMBERED.sub(r"\1\\\2", line)
 
 

@@ -12,7 +12,8 @@ How to make a page:
 Everything that a template prints is escaped, and characters that could hide or turn text are written out
 (`harmless`). The content security policy lets only the scripts run whose hash it names, and nothing be fetched:
 even a hole in the escaping would not run a line. Numbers go through the filters `num`, `pct`,
-`p` (values), `n` (counts), `plain` (values of a recipe), `large`, `duration` and `memory`.
+`p` (values), `n` (counts), `plain` (values of a recipe), `large`, `duration` and `memory`,
+and sentences that hold a p-value through `told`.
 """
 
 from __future__ import annotations
@@ -27,13 +28,14 @@ from importlib.resources import files
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from tunesmith.report import figures
 
 # Control characters and those that change the direction of text: shown by their code, as they show nothing else.
 _HIDDEN = [*range(0x20), *range(0x7F, 0xA0), 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A), 0xFEFF]
 _WRITTEN = {code: ascii(chr(code))[1:-1] for code in _HIDDEN if chr(code) not in "\t\n"}
+_P_TOLD = re.compile(r"\bp (?:=|&lt;) \d[\d.e-]*(?<!\.)")
 _SECTION = re.compile(r'<section id="([\w-]+)" data-title="([^"]*)"')
 
 
@@ -102,6 +104,7 @@ def _environment() -> Environment:
         "num": _typeset(figures.figure),
         "pct": _typeset(figures.percent),
         "p": figures.p_value,
+        "told": _told,
         "n": "{:,}".format,
         "plain": figures.plain,
         "large": figures.large,
@@ -123,6 +126,11 @@ def _typeset(write: Callable[[Any, str], str]) -> Callable[..., str]:
         return write(value, sign).replace("-", "\N{MINUS SIGN}")
 
     return typeset
+
+
+def _told(sentence: str) -> Markup:
+    """A sentence whose p-value no end of a line tears apart."""
+    return Markup(_P_TOLD.sub(r'<span class="whole">\g<0></span>', str(escape(harmless(sentence)))))
 
 
 @cache
