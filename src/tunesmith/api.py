@@ -15,6 +15,7 @@ from tunesmith import exporting, measuring, rundir, training
 from tunesmith.chatting import Chat, default_sampling
 from tunesmith.data.given import PathLike, Rows, check_kinds, check_name, paths, questions, to_answer
 from tunesmith.errors import InputError, StoppedError
+from tunesmith.evaluation.baselines import unread
 from tunesmith.evaluation.preflight import check_metrics
 from tunesmith.events import Listen, StopRun, Together
 from tunesmith.exporting import Exported
@@ -273,7 +274,7 @@ def evaluate(
 
     `name`: of these rows in the results; left out, the file's own without its ending, or "rows" for rows in memory.
     `metrics`, `keep` (answers, or "all"): in place of the recipe's.
-    `base`: whether the base (or the majority class) is measured beside it.
+    `base`: whether the base (or what the objective is compared with) is measured beside it.
     Without `data`, returns what the run has measured.
     """
     path = run_of(Path(path))
@@ -292,7 +293,8 @@ def evaluate(
         loaded = load(path, device)
         rows = questions(data, recipe.data.format, recipe.data.columns, recipe.evaluate.tags)
         check_kinds(rows, loaded.objective.needs.head, asking=False)
-        check_metrics(metrics or recipe.evaluate.metrics or [], loaded.objective.needs.metrics, of, rows, counts)
+        asked, usual = metrics or recipe.evaluate.metrics or [], loaded.objective.needs.metrics
+        check_metrics(asked, usual, of, rows, unread(loaded.objective, rows, counts))
         measuring.check_same_set(run, of, rows)
         found = measuring.measure_rows(
             of,

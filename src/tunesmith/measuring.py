@@ -14,13 +14,13 @@ from tunesmith import rundir
 from tunesmith.data.checks import as_keys, row_keys, shared
 from tunesmith.errors import InputError
 from tunesmith.evaluation import answers
-from tunesmith.evaluation.answers import MAJORITY
+from tunesmith.evaluation.baselines import BASELINES, unread
 from tunesmith.evaluation.class_metrics import by_class
 from tunesmith.evaluation.class_metrics import details as class_details
 from tunesmith.evaluation.intervals import IntArray
 from tunesmith.evaluation.metrics import RowMetric, WithoutFloor, applicable, build
 from tunesmith.evaluation.paired import compare, holm, hypothesis
-from tunesmith.evaluation.run import majority, measure, metric_names, records_to_json
+from tunesmith.evaluation.run import measure, metric_names, records_to_json
 from tunesmith.events import Listen
 from tunesmith.models.policy import Policy
 from tunesmith.planning import Assets, Plan
@@ -89,8 +89,9 @@ def measure_rows(
         listen("phase", {"name": "evaluating", "what": f"{BASE} on {name}", "rows": len(rows)})
         with method.reference(policy):
             found = {BASE: objective.predict(policy, rows, renderer, spec), **found}
-    elif with_base and label_counts:
-        found = {MAJORITY: majority(label_counts, rows), **found}
+    elif with_base and objective.needs.baseline is not None:
+        answers = unread(objective, rows, label_counts)
+        found = found if answers is None else {objective.needs.baseline: answers, **found}
     return found
 
 
@@ -123,7 +124,7 @@ def score(
         own = None if clusters_N is None else np.unique(clusters_N[places_N], return_inverse=True)[1]
         for model, predictions in of_group.items():
             records += measure(model, name, predictions, built, recipe.seed, own, group)
-        before = next((of_group[model] for model in (BASE, MAJORITY) if model in of_group), None)
+        before = next((of_group[model] for model in (BASE, *BASELINES) if model in of_group), None)
         if before is not None and group == ALL:
             tested = [metric for metric in built if BASE in found or not isinstance(metric, WithoutFloor)]
             effects = _effects(name, before, tuned, tested, recipe.seed, own)

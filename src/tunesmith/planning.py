@@ -15,6 +15,7 @@ from tunesmith import beneath, rules, settings
 from tunesmith.beneath import Beneath
 from tunesmith.data.prepare import Prepared, prepare
 from tunesmith.errors import InputError, RefusedError
+from tunesmith.evaluation.baselines import unread
 from tunesmith.evaluation.preflight import check_metrics
 from tunesmith.evaluation.run import metric_names
 from tunesmith.facts import Facts, Previous, gather, gather_model
@@ -137,6 +138,8 @@ def make_plan(
     length = settings.length_limit(facts, defaults)
     renderer = Renderer(tokenizer, template=_template(recipe, base), sequence_length=length)
     workers, tags = recipe.place.workers, recipe.evaluate.tags
+    if previous is not None and objective.heads():
+        objective.adopt(previous.objective["learned"])
     prepared = prepare(recipe.data, base, objective, renderer, recipe.seed, cache_dir(), workers, memory, tell, tags)
     _check_labels(objective, previous)
     trainable, total = _count(meta, facts, method, objective, replace(tokens, encode=renderer.plain))
@@ -240,11 +243,15 @@ def _measured(recipe: Recipe, objective: Objective, prepared: Prepared) -> list[
     usual, counts = objective.needs.metrics, prepared.audit.train.labels
     stopping = recipe.train.early_stopping
     if prepared.validation is not None and stopping is not None and stopping.metric not in (None, "loss"):
-        check_metrics([stopping.metric], usual, "validation", _rows(prepared.validation), counts)
+        held = _rows(prepared.validation)
+        check_metrics([stopping.metric], usual, "validation", held, unread(objective, held, counts))
     sets = prepared.tests or ({"validation": prepared.validation} if prepared.validation is not None else {})
     asked = recipe.evaluate.metrics or []
-    found = [name for n, store in sets.items() for name in check_metrics(asked, usual, n, _rows(store), counts)]
-    return list(dict.fromkeys(found))
+    found: dict[str, None] = {}
+    for name, store in sets.items():
+        rows = _rows(store)
+        found |= dict.fromkeys(check_metrics(asked, usual, name, rows, unread(objective, rows, counts)))
+    return list(found)
 
 
 def _rows(store: TokenStore) -> list[Row]:

@@ -118,6 +118,15 @@ class Ruled(Protocol):
     def rules(self, policy: Policy, total_steps: int) -> list[GradientRule]: ...
 
 
+@runtime_checkable
+class Unread(Protocol):
+    """An objective whose needs name a baseline: what answering without reading comes to."""
+
+    def unread(self, rows: Sequence[Row], label_counts: Mapping[str, int] | None) -> list[Prediction] | None:
+        """An answer for each row; None where the training rows' labels are needed and not known."""
+        ...
+
+
 class Objective(Protocol):
     """Which loss, on which batch, and how the trained thing is used."""
 
@@ -128,7 +137,10 @@ class Objective(Protocol):
 
     def __init__(self, options: Any) -> None: ...
     def fit(self, rows: Iterable[Row]) -> None:
-        """Learn from the training rows what examples need (the label set); called once, first."""
+        """Learn from the training rows what examples need (the label set); called once, first.
+
+        Behind `adopt` only where a head of an earlier run goes on, whose unit stays.
+        """
         ...
 
     def describe(self) -> dict[str, Any]:

@@ -272,10 +272,17 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         ("evaluate.base", "objective"),
-        lambda f: f.recipe.evaluate.base and f.needs.head == "pooled",
+        lambda f: f.recipe.evaluate.base and f.needs.baseline == "majority",
         "a base without a trained head gives no labels",
         "",
         substitute="compared with the majority class of the training rows",
+    ),
+    Rule(
+        ("evaluate.base", "objective"),
+        lambda f: f.recipe.evaluate.base and f.needs.baseline == "mean",
+        "a base without a trained head gives no numbers",
+        "",
+        substitute="compared with the mean of the training rows",
     ),
 )
 

@@ -297,7 +297,8 @@ class ObjectiveNeeds:
     """What an objective asks of data, model and engine.
 
     `formats` are kinds of canonical rows (messages, label, text); `trains_tokens`: a row without a
-    trained token teaches nothing; `metrics` are measured unless the recipe names others.
+    trained token teaches nothing; `metrics` are measured unless the recipe names others. `baseline`: what the tuned
+    model is compared with where the base has no trained head (`evaluation.baselines`).
     """
 
     summary: str
@@ -308,6 +309,7 @@ class ObjectiveNeeds:
     modes: frozenset[GradientMode] = frozenset({"plain", "per_example"})
     trains_tokens: bool = False
     metrics: tuple[str, ...] = ()
+    baseline: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

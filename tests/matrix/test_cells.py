@@ -28,7 +28,7 @@ METHOD_NAMES = (
     *("adalora", "bottleneck", "dora", "full", "head", "ia3", "loha", "lokr", "lora", "oft", "partial", "vera"),
     *("prompt", "p_tuning", "prefix"),
 )
-OBJECTIVE_NAMES = ("classify", "sft")
+OBJECTIVE_NAMES = ("classify", "regress", "sft")
 KINDS: tuple[ModelKind, ...] = get_args(ModelKind)
 CONDITIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -49,6 +49,7 @@ FIRST = Beneath("first", "first", Path("first"), "lora", "lm", "tiny", "0000", (
 COLOURS = ("red", "green")
 ROWS: dict[str, list[dict[str, Any]]] = {
     "sft": [{"prompt": f"colour {i}?", "completion": COLOURS[i % 2]} for i in range(20)],
+    "regress": [{"text": f"a {COLOURS[i % 2]} {i}", "score": i % 3} for i in range(20)],
     "classify": [{"text": f"a {COLOURS[i % 2]} {i}", "label": COLOURS[i % 2]} for i in range(20)],
 }
 
@@ -135,7 +136,7 @@ class Cell:
         if self.condition == "on an adapter":
             if self.method != "lora":
                 axes.add(("adapters", "method"))
-            if self.objective == "classify":
+            if self.objective != "sft":
                 axes.add(("adapters", "objective"))
         if self.condition == "int4, other layers":
             axes.add(("precision", "model"))
@@ -182,6 +183,7 @@ def test_a_cell_runs_is_substituted_or_is_refused(cell: Cell) -> None:
         assert "{" not in conflict.reason + conflict.remedy
     assert any("one padded row" in text for text in substitutions) == (not cell.facts().model.packable)
     assert any("majority" in text for text in substitutions) == (cell.objective == "classify")
+    assert any("mean" in text for text in substitutions) == (cell.objective == "regress")
 
 
 @pytest.mark.parametrize("cell", sample(), ids=str)

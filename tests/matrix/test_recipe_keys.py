@@ -20,7 +20,7 @@ from tunesmith.rundir import read_json, sha256_file
 
 # The built-in ones by name: what another test registers is not ours to judge.
 METHOD_NAMES = ("adalora", "dora", "full", "head", "ia3", "loha", "lokr", "lora", "oft", "partial", "vera")
-REGISTERED = {"method": (METHODS, METHOD_NAMES), "objective": (OBJECTIVES, ("classify", "sft"))}
+REGISTERED = {"method": (METHODS, METHOD_NAMES), "objective": (OBJECTIVES, ("classify", "regress", "sft"))}
 BASE: dict[str, Any] = {
     "model": "llama",
     "data": {"train": "train.jsonl", "validation": "validation.jsonl", "test": "test.jsonl"},
@@ -40,6 +40,7 @@ LABELLED = {
     "data.format": "text+label",
     "objective": {"name": "classify"},
 }
+SCORED = {**LABELLED, "data.format": "text+score", "objective": {"name": "regress"}}
 PARTIAL = {"method": {"name": "partial"}}
 
 
@@ -110,6 +111,8 @@ CHANGES: dict[str, Change] = {
     "method.vera.targets": Change(["q_proj"], {"method": {"name": "vera"}}),
     "objective.classify.pooling": Change("first", LABELLED),
     "objective.classify.hidden": Change(8, LABELLED),
+    "objective.regress.pooling": Change("first", SCORED),
+    "objective.regress.hidden": Change(8, SCORED),
     "adapters": Change(["first"]),
     "train.epochs": Change(2, {"train.max_steps": None, "train.epochs": 1}),
     "train.max_steps": Change(3),
@@ -229,7 +232,8 @@ def place(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     write("validation.jsonl", asked(200, 4))
     write("test.jsonl", asked(300, 3))
     write("two.jsonl", [{**row, "instruction": row["remark"], "output": row["prompt"]} for row in asked(0, 12)])
-    write("both.jsonl", [{**row, "text": row["prompt"], "label": row["completion"]} for row in asked(0, 12)])
+    both = [{**row, "text": row["prompt"], "label": row["completion"]} for row in asked(0, 12)]
+    write("both.jsonl", [{**row, "score": len(row["completion"]) + index % 3} for index, row in enumerate(both)])
     return folder
 
 

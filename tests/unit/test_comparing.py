@@ -19,7 +19,7 @@ from tunesmith.comparing import Comparison, Contrast, compare
 from tunesmith.errors import InputError
 from tunesmith.evaluation import paired
 from tunesmith.evaluation.metrics import METRICS
-from tunesmith.evaluation.run import majority
+from tunesmith.objectives.classify import majority
 from tunesmith.recipe_file import parse_recipe
 from tunesmith.report.comparison_page import comparison_page
 from tunesmith.report.comparison_view import show_comparison

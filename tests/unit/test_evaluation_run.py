@@ -9,7 +9,8 @@ import pytest
 
 from tunesmith.errors import InputError
 from tunesmith.evaluation.metrics import Loss, build
-from tunesmith.evaluation.run import majority, measure, metric_names, records_to_json
+from tunesmith.evaluation.run import measure, metric_names, records_to_json
+from tunesmith.objectives.classify import majority
 from tunesmith.types import Prediction, Row
 
 

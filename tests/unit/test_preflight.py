@@ -6,6 +6,7 @@ import pytest
 
 from tunesmith.errors import InputError
 from tunesmith.evaluation.preflight import check_metrics
+from tunesmith.objectives.classify import majority
 from tunesmith.types import Row
 
 
@@ -27,7 +28,8 @@ def test_what_can_be_measured_passes() -> None:
         ["exact_match", "rouge_l", "macro_f1", "loss", "json_valid"], [], "test", [chat("a"), chat("b")], None
     )
     check_metrics(["loss", "perplexity"], [], "test", [text()], None)
-    check_metrics(["accuracy", "roc_auc", "ece"], [], "test", [label("a"), label("b")], {"a": 2, "b": 1})
+    guesses = majority({"a": 2, "b": 1}, [label("a"), label("b")])
+    check_metrics(["accuracy", "roc_auc", "ece"], [], "test", [label("a"), label("b")], guesses)
     assert check_metrics([], ["exact_match", "loss"], "test", [text()], None) == ["loss"]
 
 

@@ -26,7 +26,7 @@ def row_keys(value: Mapping[str, Any]) -> tuple[bytes, bytes]:
     """The keys of a canonical row: of what the model is shown, and of that with the answer.
 
     Shown are the messages before the last assistant's, and the tools; or the text without its
-    labels. Where nothing that tells rows apart comes before the answer, both keys are of the whole.
+    labels and score. Where nothing that tells rows apart comes before the answer, both keys are of the whole.
     """
     if "messages" in value:
         return _conversation_keys(value["messages"], value.get("tools"))
@@ -34,6 +34,8 @@ def row_keys(value: Mapping[str, Any]) -> tuple[bytes, bytes]:
     whole = shown.copy()
     for label in [value["label"]] if "label" in value else sorted(value.get("labels", [])):
         whole.update(b"\x1e" + label.encode())
+    if "score" in value:
+        whole.update(b"\x1e" + repr(value["score"]).encode())
     return shown.digest(), whole.digest()
 
 

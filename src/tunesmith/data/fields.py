@@ -64,6 +64,17 @@ class Fields:
                 raise self.wrong(name, f"the label {label!r} is given twice", "name each label of a row once")
         return found
 
+    def number(self, name: str) -> float:
+        """A finite number, also one written as text, as tables of text have it."""
+        value = self.need(name)
+        try:
+            found = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError):
+            found = math.nan
+        if not math.isfinite(found):
+            raise self.wrong(name, f"must be a number, this is {shown(value)}", "write it as 3 or 3.25")
+        return found
+
     def items(self, name: str) -> list[Any]:
         value = self.need(name)
         if not isinstance(value, list):

@@ -13,10 +13,11 @@ from tunesmith.data.fields import Fields, absent_column, shown
 from tunesmith.errors import InputError
 from tunesmith.types import Row
 
-Kind = Literal["messages", "label", "text"]
+Kind = Literal["messages", "label", "score", "text"]
 KINDS: Mapping[Kind, str] = {
     "messages": "a conversation: what the assistant says is learned",
     "label": "a text and its class",
+    "score": "a text and a number",
     "text": "plain text, all of which is learned",
 }
 Value = dict[str, Any]
@@ -90,6 +91,10 @@ def _text_labels(fields: Fields) -> Value:
     return {"text": fields.text("text"), "labels": fields.labels("labels")}
 
 
+def _text_score(fields: Fields) -> Value:
+    return {"text": fields.text("text"), "score": fields.number("score")}
+
+
 def _text(fields: Fields) -> Value:
     return {"text": fields.text("text")}
 
@@ -149,6 +154,14 @@ FORMATS: Mapping[str, Format] = {
             (),
             _text_labels,
             '{"text": "Thanks, that was fun!", "labels": ["gratitude", "joy"]}',
+        ),
+        Format(
+            "text+score",
+            "score",
+            ("text", "score"),
+            (),
+            _text_score,
+            '{"text": "The room was fine, the breakfast was not.", "score": 2.5}',
         ),
         Format("text", "text", ("text",), (), _text, '{"text": "Any plain text to go on learning the language from."}'),
     )
@@ -229,7 +242,8 @@ def _nearest(word: str, known: Iterable[str]) -> str:
 def _format_of(raw: Mapping[str, Any], columns: Mapping[str, str]) -> str | None:
     taken = set(columns.values())
     present = {name for name in raw if name not in taken} | set(columns)
-    return next((form.name for form in FORMATS.values() if present.issuperset(form.required)), None)
+    fitting = (form for form in FORMATS.values() if present.issuperset(form.required))
+    return next((form.name for form in fitting if set(columns).issubset(form.columns)), None)
 
 
 def _unknown(raw: Mapping[str, Any], where: str) -> InputError:

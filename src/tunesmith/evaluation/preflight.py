@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from tunesmith.errors import InputError
 from tunesmith.evaluation.metrics import applicable, build, statistics
-from tunesmith.evaluation.run import majority
 from tunesmith.types import Prediction, Row
 
 SEEN = 100  # rows by which a metric that nobody asked for is judged
 
 
 def check_metrics(
-    asked: Sequence[str], usual: Sequence[str], data: str, rows: Sequence[Row], label_counts: Mapping[str, int] | None
+    asked: Sequence[str], usual: Sequence[str], data: str, rows: Sequence[Row], unread: Sequence[Prediction] | None
 ) -> list[str]:
     """The metrics that will be measured: those `asked` for, else the `usual` ones that the rows can have.
 
-    Measures them on answers such as a model will give: the majority's label, or an empty text. Raises InputError
+    Measures them on answers such as a model will give: `unread`, or an empty text. Raises InputError
     for an unknown metric, for one that such answers or references cannot have, and where some rows of the set
     called `data` have an answer to compare with and others have none.
     """
-    answers = majority(label_counts, rows) if label_counts else [_unanswered(row) for row in rows]
+    answers = unread or [_unanswered(row) for row in rows]
     lacking = [answer.where for answer in answers if answer.reference is None]
     if 0 < len(lacking) < len(answers):
         raise InputError(

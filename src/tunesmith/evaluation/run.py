@@ -1,22 +1,17 @@
-"""Predictions of one model -> records with intervals; and what a classifier that ignores the text would answer."""
+"""Predictions of one model -> records with intervals."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
-
-import numpy as np
 
 from tunesmith.errors import InputError
 from tunesmith.evaluation import METRICS
 from tunesmith.evaluation.intervals import IntArray, interval
 from tunesmith.evaluation.metrics import RowMetric, lacking, statistics
-from tunesmith.types import Metric, Prediction, Row
-
-# Stands for the probability of a label that training never saw, here as in the classifier's own predictions.
-SMALLEST = float(np.finfo(np.float32).tiny)
+from tunesmith.types import Metric, Prediction
 
 
 def metric_names(default: Sequence[str], asked: Sequence[str] | None) -> list[str]:
@@ -48,28 +43,6 @@ def measure(
         limits, why = interval(metric, table, seed, clusters_N=clusters_N), lacking(metric, table)
         records.append(Metric(model_name, data_name, metric.name, *limits, len(predictions), group, why))
     return records
-
-
-def majority(references_train: Mapping[str, int], rows: Sequence[Row]) -> list[Prediction]:
-    """What a classifier that ignores the text would answer: the most frequent label of the training rows.
-
-    Its probabilities are the training frequencies, so `loss` measures the entropy a model must beat.
-    Ties go to the first label in alphabetical order. InputError without labels.
-    """
-    total = sum(references_train.values())
-    if total <= 0:
-        raise InputError("there is no majority label: the training rows hold no labels", "check data.train")
-    probabilities = {label: references_train[label] / total for label in sorted(references_train)}
-    output = max(probabilities, key=lambda label: probabilities[label])
-    predictions: list[Prediction] = []
-    for row in rows:
-        reference = row.value.get("label")
-        expected = reference if isinstance(reference, str) else None
-        share = probabilities.get(expected, 0.0) if expected is not None else 0.0
-        nll = -math.log(max(share, SMALLEST))
-        scores = {} if expected is None else {"nll": nll, "tokens": 1.0}
-        predictions.append(Prediction(output, expected, row.where, scores, probabilities))
-    return predictions
 
 
 def records_to_json(records: Sequence[Metric]) -> list[dict[str, Any]]:

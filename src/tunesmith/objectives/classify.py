@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 
-from tunesmith.data.pack import place
-from tunesmith.data.source import ExampleList, batches
 from tunesmith.errors import InputError
 from tunesmith.models.policy import Policy
 from tunesmith.objectives import OBJECTIVES
-from tunesmith.objectives.pooled import PooledOptions
+from tunesmith.objectives.pooled import PooledOptions, head_outputs, read_all
 from tunesmith.types import (
     Batch,
     Example,
@@ -26,12 +25,13 @@ from tunesmith.types import (
     SampleSpec,
     Step,
     Terms,
-    Want,
 )
 
 if TYPE_CHECKING:
     from tunesmith.data.chat import Renderer
 
+# Stands for the probability of a label that training never saw, here as in the classifier's own predictions.
+SMALLEST = float(torch.finfo(torch.float32).tiny)
 UNKNOWN = -1  # the index of a label that training never saw
 
 
@@ -46,6 +46,7 @@ class Classify:
         kinds=frozenset({"encoder", "decoder"}),
         coupling="example",
         metrics=("accuracy", "macro_f1", "roc_auc", "ece", "loss"),
+        baseline="majority",
     )
 
     class Options(PooledOptions):
@@ -83,7 +84,7 @@ class Classify:
         return {"cross_entropy": float(step.examples)}
 
     def terms(self, policy: Policy, batch: Batch) -> Terms:
-        logits_NV, label_N = self._logits(policy, batch), batch.columns["label"]
+        logits_NV, label_N = head_outputs(policy, "label", batch), batch.columns["label"]
         loss_N = F.cross_entropy(logits_NV, label_N, reduction="none")
         right = float((logits_NV.argmax(-1) == label_N).sum())
         part = Part(loss_N, torch.ones_like(loss_N), torch.arange(len(loss_N), device=loss_N.device))
@@ -91,19 +92,12 @@ class Classify:
 
     def predict(self, policy: Policy, rows: Sequence[Row], renderer: Renderer, spec: SampleSpec) -> list[Prediction]:
         """The most probable label of each row, with all probabilities."""
-        examples = ExampleList([self.example(row, renderer) for row in rows])
-        found: dict[int, Prediction] = {}
-        policy.eval()
-        with torch.no_grad():
-            for batch in batches(examples, spec.batch_tokens, packed=policy.packed, pad_id=policy.tokens.pad):
-                logprobs_NV = self._logits(policy, place(batch, policy.device)).log_softmax(-1).cpu()
-                for index, logprobs_V in zip(batch.examples, logprobs_NV, strict=True):
-                    found[index] = self._prediction(rows[index], logprobs_V)
-        return [found[index] for index in range(len(rows))]
+        logits = read_all(policy, "label", [self.example(row, renderer) for row in rows], spec)
+        return [self._prediction(row, logits_V.log_softmax(-1)) for row, logits_V in zip(rows, logits, strict=True)]
 
-    def _logits(self, policy: Policy, batch: Batch) -> torch.Tensor:
-        pooled_SD = policy.score(batch, Want(pooled=True)).pooled_SD
-        return policy.heads["label"](pooled_SD)
+    def unread(self, rows: Sequence[Row], label_counts: Mapping[str, int] | None) -> list[Prediction] | None:
+        """The most frequent label of training for every row; None where the counts are not known."""
+        return majority(label_counts, rows) if label_counts else None
 
     def _prediction(self, row: Row, logprobs_V: torch.Tensor) -> Prediction:
         reference = row.value.get("label")
@@ -111,11 +105,7 @@ class Classify:
         if reference is not None:
             # A label that training never saw has no probability: the smallest positive number stands for it.
             known = reference in self.labels
-            nll = (
-                -float(logprobs_V[self.labels.index(reference)])
-                if known
-                else -float(torch.tensor(torch.finfo().tiny).log())
-            )
+            nll = -float(logprobs_V[self.labels.index(reference)]) if known else -math.log(SMALLEST)
             scores = {"nll": nll, "tokens": 1.0}
         probabilities = dict(zip(self.labels, logprobs_V.exp().tolist(), strict=True))
         return Prediction(self.labels[int(logprobs_V.argmax())], reference, row.where, scores, probabilities)
@@ -127,3 +117,25 @@ def _label(row: Row) -> str:
             f"{row.where}: this row has several labels", "classify takes one label a row: give the column `label`"
         )
     return row.value["label"]
+
+
+def majority(references_train: Mapping[str, int], rows: Sequence[Row]) -> list[Prediction]:
+    """What a classifier that ignores the text would answer: the most frequent label of the training rows.
+
+    Its probabilities are the training frequencies, so `loss` measures the entropy a model must beat.
+    Ties go to the first label in alphabetical order. InputError without labels.
+    """
+    total = sum(references_train.values())
+    if total <= 0:
+        raise InputError("there is no majority label: the training rows hold no labels", "check data.train")
+    probabilities = {label: references_train[label] / total for label in sorted(references_train)}
+    output = max(probabilities, key=lambda label: probabilities[label])
+    predictions: list[Prediction] = []
+    for row in rows:
+        reference = row.value.get("label")
+        expected = reference if isinstance(reference, str) else None
+        share = probabilities.get(expected, 0.0) if expected is not None else 0.0
+        nll = -math.log(max(share, SMALLEST))
+        scores = {} if expected is None else {"nll": nll, "tokens": 1.0}
+        predictions.append(Prediction(output, expected, row.where, scores, probabilities))
+    return predictions

@@ -9,9 +9,10 @@ from typing import Any, Literal
 
 from tunesmith.errors import InputError
 from tunesmith.evaluation import METRICS
+from tunesmith.evaluation.baselines import BASELINES
 from tunesmith.report.plots import Mark, Scale, scale_of
 
-TUNED, MAJORITY = "tuned", "majority"
+TUNED = "tuned"
 OF_A_CLASS = ("precision", "recall")
 LEVEL = 0.05
 # As they are written where they are spoken of; all other words of a metric's name stay as they are.
@@ -24,6 +25,10 @@ _SPELLED = {
     "rouge": "ROUGE",
     "l": "L",
     "chrf": "chrF",
+    "mae": "MAE",
+    "rmse": "RMSE",
+    "pearson": "Pearson",
+    "spearman": "Spearman",
 }
 _NEAR = 0.3  # numbers that differ by less than this share of the largest are drawn without 0, to be told apart
 Standing = Literal["better", "worse", "no better", "cannot tell", ""]
@@ -153,7 +158,7 @@ def facts_of(name: str) -> MetricFacts:
 
 
 def model_title(model: str) -> str:
-    return "most frequent label" if model == MAJORITY else model
+    return BASELINES[model].title if model in BASELINES else model
 
 
 def headline(lines: Iterable[Line]) -> Line | None:

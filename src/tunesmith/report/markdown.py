@@ -9,9 +9,10 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from tunesmith.evaluation.baselines import BASELINES
 from tunesmith.report import figures, verdict
 from tunesmith.report.answers import Answer, Answers
-from tunesmith.report.before_after import MAJORITY, model_title
+from tunesmith.report.before_after import model_title
 from tunesmith.report.findings import file_name
 from tunesmith.report.page import harmless
 from tunesmith.report.summary import Summary
@@ -28,7 +29,7 @@ def run_markdown(summary: Summary) -> str:
     """The whole of the brief report."""
     answers = summary.answers.get(summary.verdicts[0].data)
     examples = [] if answers is None else _examples(answers)
-    before = answers is not None and answers.before not in (None, MAJORITY)
+    before = answers is not None and answers.before not in (None, *BASELINES)
     return render("run.md", {"run": summary, "plan": summary.plan, "examples": examples, "before": before})
 
 

@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tunesmith.report.before_after import MAJORITY, Line, MetricFacts, Table, headline
+from tunesmith.evaluation.baselines import BASELINES
+from tunesmith.report.before_after import Line, MetricFacts, Table, headline
 from tunesmith.report.figures import figure, p_told, percent
 
 FEW_ROWS = 50
 VALIDATION = "validation"
-_THAN = {MAJORITY: "always answering the most frequent label", "base": "its base"}
+_THAN = {"base": "its base"} | {name: baseline.than for name, baseline in BASELINES.items()}
 _PILLS = {
     "better": "Better",
     "worse": "Worse",
@@ -137,11 +138,8 @@ def _caveats(table: Table, line: Line, on_validation: bool, detectable: float | 
         found.append(
             f"These rows would have shown a difference of {least} or more in at least 4 of 5 such tests (power 0.8)."
         )
-    if line.before is not None and line.before["model"] == MAJORITY:
-        found.append(
-            "A base without a trained head gives no labels, so the comparison is with the label that is most frequent "
-            "in the training rows."
-        )
+    if line.before is not None and line.before["model"] in BASELINES:
+        found.append(BASELINES[line.before["model"]].why)
     before = [other for other in table.lines[: table.lines.index(line)] if other.metric.higher is not None]
     passed = [other.metric.title for other in before if other.standing != "cannot tell"]
     silent = [

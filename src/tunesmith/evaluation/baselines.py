@@ -1,0 +1,41 @@
+"""What a model is compared with whose base has no trained head: an answer that is the same for every row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from tunesmith.protocols import Objective, Unread
+from tunesmith.types import Prediction, Row
+
+
+@dataclass(frozen=True, slots=True)
+class Baseline:
+    """How reports call it, what a model is better than, and why there is no base."""
+
+    title: str
+    than: str
+    why: str
+
+
+# By the name that an objective's needs give, which is that of the model in records.
+BASELINES: Mapping[str, Baseline] = {
+    "majority": Baseline(
+        "most frequent label",
+        "always answering the most frequent label",
+        "A base without a trained head gives no labels, so the comparison is with the label that is most frequent "
+        "in the training rows.",
+    ),
+    "mean": Baseline(
+        "mean of training",
+        "always answering the mean of the training rows",
+        "A base without a trained head gives no numbers, so the comparison is with the mean of the training rows.",
+    ),
+}
+
+
+def unread(
+    objective: Objective, rows: Sequence[Row], label_counts: Mapping[str, int] | None
+) -> list[Prediction] | None:
+    """What the objective's model is compared with where its base has no head; None where that is not known."""
+    return objective.unread(rows, label_counts) if isinstance(objective, Unread) else None

@@ -1,0 +1,111 @@
+"""Regression: squared error of one number a row, from one pooled vector."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from tunesmith.errors import InputError
+from tunesmith.models.policy import Policy
+from tunesmith.objectives import OBJECTIVES
+from tunesmith.objectives.pooled import PooledOptions, head_outputs, read_all
+from tunesmith.types import (
+    Batch,
+    Example,
+    HeadSpec,
+    ObjectiveNeeds,
+    Part,
+    Piece,
+    Prediction,
+    Row,
+    SampleSpec,
+    Step,
+    Terms,
+)
+
+if TYPE_CHECKING:
+    from tunesmith.data.chat import Renderer
+
+
+@OBJECTIVES.register("regress")
+class Regress:
+    """loss = sum_i (head(pooled_i) - z_i)^2 / N with z = (score - mean) / deviation of the training rows.
+
+    So a rate does not depend on the scores' unit, and an untrained head, which gives 0, answers the mean.
+    """
+
+    needs: ClassVar[ObjectiveNeeds] = ObjectiveNeeds(
+        summary="give each text a number",
+        head="pooled",
+        formats=frozenset({"score"}),
+        kinds=frozenset({"encoder", "decoder"}),
+        coupling="example",
+        metrics=("mae", "rmse", "pearson", "spearman"),
+        baseline="mean",
+    )
+
+    class Options(PooledOptions):
+        """How a text becomes the vector that its number is read from."""
+
+    def __init__(self, options: Any) -> None:
+        self.options = options
+        self.mean, self.scale = 0.0, 1.0
+        self._goes_on = False
+
+    def fit(self, rows: Iterable[Row]) -> None:
+        """Mean and deviation of the scores, unless an earlier run's hold. Raises InputError where all are alike."""
+        if self._goes_on:
+            return
+        scores = [float(row.value["score"]) for row in rows]
+        self.mean = math.fsum(scores) / len(scores)
+        self.scale = math.sqrt(math.fsum((score - self.mean) ** 2 for score in scores) / len(scores))
+        if not self.scale > 1e-12 * max(1.0, abs(self.mean)):
+            raise InputError(
+                f"all {len(scores)} training rows have the score {scores[0]:g}: there is nothing to learn",
+                "give rows of other scores, or check data.columns",
+            )
+
+    def describe(self) -> dict[str, Any]:
+        return {"mean": self.mean, "scale": self.scale}
+
+    def adopt(self, description: Mapping[str, Any]) -> None:
+        self.mean, self.scale = float(description["mean"]), float(description["scale"])
+        self._goes_on = True
+
+    def heads(self) -> list[HeadSpec]:
+        return [HeadSpec("score", 1, hidden=self.options.hidden or 0)]
+
+    def example(self, row: Row, renderer: Renderer) -> Example:
+        encoded = renderer.text(row.value["text"])
+        # A row that is only asked about has no score; nothing is learned from it.
+        standard = (row.value["score"] - self.mean) / self.scale if "score" in row.value else 0.0
+        return Example((Piece(encoded.input_ids),), columns={"score": standard}, cut=encoded.cut)
+
+    def normalisers(self, step: Step) -> dict[str, float]:
+        return {"squared_error": float(step.examples)}
+
+    def terms(self, policy: Policy, batch: Batch) -> Terms:
+        loss_N = (head_outputs(policy, "score", batch)[:, 0] - batch.columns["score"]).square()
+        part = Part(loss_N, torch.ones_like(loss_N), torch.arange(len(loss_N), device=loss_N.device))
+        return Terms({"squared_error": part})
+
+    def predict(self, policy: Policy, rows: Sequence[Row], renderer: Renderer, spec: SampleSpec) -> list[Prediction]:
+        """The number of each row, in the unit of the training rows."""
+        outputs = read_all(policy, "score", [self.example(row, renderer) for row in rows], spec)
+        found = [float(output_1) * self.scale + self.mean for output_1 in outputs]
+        return [_number(row, value) for row, value in zip(rows, found, strict=True)]
+
+    def unread(self, rows: Sequence[Row], label_counts: Mapping[str, int] | None) -> list[Prediction] | None:
+        """The mean of the training rows for every row."""
+        del label_counts
+        return [_number(row, self.mean) for row in rows]
+
+
+def _number(row: Row, predicted: float) -> Prediction:
+    """A number as an answer, beside the row's score if it has one."""
+    expected = row.value.get("score")
+    scores = {"predicted": predicted} if expected is None else {"predicted": predicted, "expected": float(expected)}
+    return Prediction(f"{predicted:.6g}", None if expected is None else f"{expected:.9g}", row.where, scores)
