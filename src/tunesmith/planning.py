@@ -147,6 +147,7 @@ def make_plan(
         facts, length, prepared.train.lengths, prepared.repeats, _longest_answer(prepared), defaults
     )
     longest = max(int(s.lengths.max(initial=1)) for s in _stores(prepared))
+    longest = min(longest, length or longest) if objective.needs.windows else longest
     epoch = _epoch(facts, prepared)
     placement, shape, peak = settings.resolve_placement(facts, training, speed, trainable, longest, epoch, defaults)
     plan = Plan(

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
+from tunesmith.tracked import Outcome, TrackedRun
 from tunesmith.types import (
     Batch,
     Combination,
@@ -18,14 +19,12 @@ from tunesmith.types import (
     HeadSpec,
     MethodFacts,
     ObjectiveNeeds,
-    Outcome,
     Prediction,
     Row,
     SampleSpec,
     Step,
     StepStats,
     Terms,
-    TrackedRun,
 )
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ from tunesmith.protocols import Tracker
 from tunesmith.recipe import Recipe
 from tunesmith.recipe_file import leaves
 from tunesmith.rundir import RunDir
+from tunesmith.tracked import Outcome, TrackedRun
 from tunesmith.trackers import TRACKERS
-from tunesmith.types import Outcome, TrackedRun
 
 log = logging.getLogger("tunesmith.tracking")
 

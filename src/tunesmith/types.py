@@ -8,9 +8,8 @@ V vocabulary, D width. A name carries its shape where that helps (`loss_U`, `tar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
 ModelKind = Literal["decoder", "encoder", "encoder-decoder"]
 Coupling = Literal["token", "example", "group", "batch"]
 GradientMode = Literal["plain", "per_example", "cached"]
+WINDOW = "window"
 
 
 # ---------------------------------------------------------------- data, before it is a batch
@@ -54,7 +54,10 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """What an objective makes of one row: pieces, scalar columns, and what truncation took."""
+    """What an objective makes of one row: pieces, scalar columns, and what truncation took.
+
+    Pieces of the role WINDOW depend on nothing of each other: they may run in different micro-batches.
+    """
 
     pieces: tuple[Piece, ...]
     columns: Mapping[str, float | int] = field(default_factory=dict[str, "float | int"])
@@ -297,8 +300,9 @@ class ObjectiveNeeds:
     """What an objective asks of data, model and engine.
 
     `formats` are kinds of canonical rows (messages, label, text); `trains_tokens`: a row without a
-    trained token teaches nothing; `metrics` are measured unless the recipe names others. `baseline`: what the tuned
-    model is compared with where the base has no trained head (`evaluation.baselines`).
+    trained token teaches nothing; `windows`: longer texts come in windows of train.sequence_length; `metrics` are
+    measured unless the recipe names others. `baseline`: what the tuned model is compared with where the base has no
+    trained head (`evaluation.baselines`).
     """
 
     summary: str
@@ -308,6 +312,7 @@ class ObjectiveNeeds:
     coupling: Coupling = "token"
     modes: frozenset[GradientMode] = frozenset({"plain", "per_example"})
     trains_tokens: bool = False
+    windows: bool = False
     metrics: tuple[str, ...] = ()
     baseline: str | None = None
 
@@ -361,42 +366,3 @@ class Metric:
     n: int
     group: str = "all"
     reason: str | None = None
-
-
-# ---------------------------------------------------------------- trackers
-
-
-@dataclass(frozen=True, slots=True)
-class TrackedRun:
-    """What a tracker is told of a run when it begins or goes on.
-
-    `key` is what the tracker called it before, None the first time. Points of steps up to `from_step` stay as they
-    are; those of later steps come again, because the run goes on from there.
-    """
-
-    name: str
-    folder: Path
-    params: Mapping[str, str | float]
-    key: str | None
-    from_step: int
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How a run ended: after which step, with which records of evaluation.json, and files worth keeping."""
-
-    state: Literal["finished", "stopped", "failed"]
-    step: int
-    records: Sequence[Mapping[str, Any]] = ()
-    files: Sequence[Path] = ()
-
-    def numbers(self) -> dict[str, float]:
-        """The records of whole data sets as flat numbers, each with its interval: "test/tuned/accuracy/low"."""
-        found: dict[str, float] = {}
-        for record in self.records:
-            if record["group"] != "all":
-                continue
-            name = f"evaluation/{record['data']}/{record['model']}/{record['metric']}"
-            parts = {name: record["value"], **{f"{name}/{part}": record[part] for part in ("low", "high", "n")}}
-            found |= {key: float(value) for key, value in parts.items() if value is not None}
-        return found

@@ -189,8 +189,8 @@ def test_wandb(run: Path, truth: dict[str, dict[int, float]]) -> None:
 
 @needs("wandb")
 def test_wandb_keeps_files_that_were_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tunesmith.tracked import Outcome, TrackedRun
     from tunesmith.trackers import TRACKERS
-    from tunesmith.types import Outcome, TrackedRun
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     folder = tmp_path / "wandb" / "offline-run-20260101_000000-k1"

@@ -28,7 +28,8 @@ METHOD_NAMES = (
     *("adalora", "bottleneck", "dora", "full", "head", "ia3", "loha", "lokr", "lora", "oft", "partial", "vera"),
     *("prompt", "p_tuning", "prefix"),
 )
-OBJECTIVE_NAMES = ("classify", "regress", "sft")
+OBJECTIVE_NAMES = ("classify", "pretrain", "regress", "sft")
+LM = ("pretrain", "sft")  # those with a language model's head
 KINDS: tuple[ModelKind, ...] = get_args(ModelKind)
 CONDITIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -49,6 +50,7 @@ FIRST = Beneath("first", "first", Path("first"), "lora", "lm", "tiny", "0000", (
 COLOURS = ("red", "green")
 ROWS: dict[str, list[dict[str, Any]]] = {
     "sft": [{"prompt": f"colour {i}?", "completion": COLOURS[i % 2]} for i in range(20)],
+    "pretrain": [{"text": f"a text of {i} words, and {COLOURS[i % 2]}"} for i in range(20)],
     "regress": [{"text": f"a {COLOURS[i % 2]} {i}", "score": i % 3} for i in range(20)],
     "classify": [{"text": f"a {COLOURS[i % 2]} {i}", "label": COLOURS[i % 2]} for i in range(20)],
 }
@@ -76,7 +78,7 @@ class Cell:
             "train": {"max_steps": 2, "batch_size": 4, **asked.get("train", {})},
             "precision": asked.get("precision", "fp32"),
             "place": {"device": "cpu"},
-            "evaluate": {"limit": 2, **({"max_new_tokens": 2} if self.objective == "sft" else {})},
+            "evaluate": {"limit": 2, **({"max_new_tokens": 2} if self.objective in LM else {})},
         }
 
     def facts(self) -> Facts:
@@ -117,9 +119,9 @@ class Cell:
     def refused_axes(self) -> set[tuple[str, ...]]:
         """What must be refused, said a second time and not read off the rules."""
         axes: set[tuple[str, ...]] = set()
-        if self.kind == "encoder-decoder" or (self.objective, self.kind) == ("sft", "encoder"):
+        if self.kind == "encoder-decoder" or (self.objective in LM and self.kind == "encoder"):
             axes.add(("objective", "model"))
-        if self.method == "head" and (self.kind == "encoder-decoder" or self.objective == "sft"):
+        if self.method == "head" and (self.kind == "encoder-decoder" or self.objective in LM):
             axes.add(("method", "model"))  # of an encoder-decoder there is no head; a tied projection asks for untie
         if self.method == "prefix" and (self.kind == "encoder-decoder" or self.condition == "unpackable"):
             axes.add(("method", "model"))  # no attention of ours to put keys into
@@ -136,7 +138,7 @@ class Cell:
         if self.condition == "on an adapter":
             if self.method != "lora":
                 axes.add(("adapters", "method"))
-            if self.objective != "sft":
+            if self.objective not in LM:
                 axes.add(("adapters", "objective"))
         if self.condition == "int4, other layers":
             axes.add(("precision", "model"))

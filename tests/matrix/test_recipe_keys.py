@@ -20,7 +20,7 @@ from tunesmith.rundir import read_json, sha256_file
 
 # The built-in ones by name: what another test registers is not ours to judge.
 METHOD_NAMES = ("adalora", "dora", "full", "head", "ia3", "loha", "lokr", "lora", "oft", "partial", "vera")
-REGISTERED = {"method": (METHODS, METHOD_NAMES), "objective": (OBJECTIVES, ("classify", "regress", "sft"))}
+REGISTERED = {"method": (METHODS, METHOD_NAMES), "objective": (OBJECTIVES, ("classify", "pretrain", "regress", "sft"))}
 BASE: dict[str, Any] = {
     "model": "llama",
     "data": {"train": "train.jsonl", "validation": "validation.jsonl", "test": "test.jsonl"},

@@ -21,8 +21,8 @@ from tunesmith.report.live import View
 from tunesmith.report.plan_view import show_plan
 from tunesmith.report.screen import screen
 from tunesmith.rundir import read_json, sha256_file
+from tunesmith.tracked import Outcome, TrackedRun
 from tunesmith.trackers import TRACKERS
-from tunesmith.types import Outcome, TrackedRun
 
 STEPS = 6
 

@@ -165,13 +165,31 @@ class Renderer:
             cut = max(len(ids) - room, 0)
             ids = [*self._before, *ids[:room], *self._after]
             return Encoded(np.array(ids, np.int32), np.ones(len(ids), np.float32), cut, cut)
+        return self._cut(*self._document(ids))
+
+    def windows(self, text: str) -> list[Encoded]:
+        """A document as `text` reads one for a decoder, in windows of the sequence length instead of cut.
+
+        A window begins with the last token of the one before, which is shown there and not learned again.
+        """
+        ids, weights = self._document(self._aligner.read(text))
+        length = len(ids) if self.sequence_length is None else max(2, self.sequence_length)
+        found = [Encoded(np.array(ids[:length], np.int32), weights[:length])]
+        for start in range(length - 1, len(ids) - 1, length - 1):
+            own = weights[start : start + length].copy()
+            own[0] = 0
+            found.append(Encoded(np.array(ids[start : start + length], np.int32), own))
+        return found
+
+    def _document(self, ids: list[int]) -> tuple[list[int], NDArray[np.float32]]:
+        """With BOS if the tokenizer puts one and with EOS at the end, neither twice; only BOS has weight 0."""
         if self._eos is None:
             raise InputError("the tokenizer has no EOS token, so a text has no end", "set eos_token in its config")
         ids = [*self._opening(ids), *ids, *([] if ids[-1:] == [self._eos] else [self._eos])]
         weights = np.ones(len(ids), np.float32)
         if len(ids) > 1 and ids[0] == self.tokenizer.bos_token_id:
             weights[0] = 0
-        return self._cut(ids, weights)
+        return ids, weights
 
     def plain(self, text: str) -> list[int]:
         """The tokens of a text alone, nothing put around it and nothing cut."""

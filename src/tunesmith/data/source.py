@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tunesmith.data.pack import collate
 from tunesmith.errors import InputError
 from tunesmith.protocols import Annotator
-from tunesmith.types import Batch, Example, Step
+from tunesmith.types import WINDOW, Batch, Example, Step
 
 if TYPE_CHECKING:
     from tunesmith.models.policy import Policy
@@ -196,14 +196,16 @@ class DataSource:
         spans = _spans(
             self._examples.lengths[chosen], self._batching.micro_batch_size, self._batching.micro_batch_tokens
         )
-        return Step(state["step"], [self._batch(chosen[a:b].tolist()) for a, b in spans], state, epoch)
+        made = [batch for a, b in spans for batch in self._batches(chosen[a:b].tolist())]
+        return Step(state["step"], made, state, epoch)
 
-    def _batch(self, indices: Sequence[int]) -> Batch:
+    def _batches(self, indices: Sequence[int]) -> Iterator[Batch]:
         examples = [self._examples.example(index) for index in indices]
         if "pooled" in self._columns:
             examples = [replace(example, pieces=()) for example in examples]
         columns = {name: column[list(indices)] for name, column in self._columns.items()}
-        return collate(examples, indices, packed=self._packed, pad_id=self._pad_id, columns=columns)
+        for part in _apart(examples, self._batching.micro_batch_tokens):
+            yield collate(part, indices, packed=self._packed, pad_id=self._pad_id, columns=columns)
 
     def _annotated(self, policy: Policy, step: Step) -> Step:
         if self._annotator is not None:
@@ -224,4 +226,15 @@ def batches(
     for a, b in _spans(examples.lengths[order], None, tokens):
         indices = order[a:b].tolist()
         chosen = {name: column[indices] for name, column in (columns or {}).items()}
-        yield collate([examples.example(i) for i in indices], indices, packed=packed, pad_id=pad_id, columns=chosen)
+        for part in _apart([examples.example(i) for i in indices], tokens):
+            yield collate(part, indices, packed=packed, pad_id=pad_id, columns=chosen)
+
+
+def _apart(examples: Sequence[Example], tokens: int) -> Iterator[Sequence[Example]]:
+    """The examples as they are; one alone whose windows are more than so many tokens, so many at a time."""
+    pieces = examples[0].pieces if len(examples) == 1 else ()
+    if len(pieces) < 2 or any(piece.role != WINDOW for piece in pieces):
+        yield examples
+        return
+    for a, b in _spans(np.array([len(piece.input_ids_T) for piece in pieces]), None, tokens):
+        yield [replace(examples[0], pieces=pieces[a:b])]

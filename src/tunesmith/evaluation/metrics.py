@@ -295,6 +295,26 @@ class Loss:
         return quotient(sums)
 
 
+@METRICS.register("bits_per_byte")
+class BitsPerByte(Loss):
+    """Bits that a byte of UTF-8 text costs: unlike the loss, the same unit whatever the tokenizer."""
+
+    name: ClassVar[str] = "bits_per_byte"
+
+    @staticmethod
+    def applies(predictions: Sequence[Prediction]) -> bool:
+        return all("bytes" in prediction.scores for prediction in predictions)
+
+    def statistics(self, prediction: Prediction) -> tuple[float, ...]:
+        nats, _ = super().statistics(prediction)
+        if "bytes" not in prediction.scores:
+            raise InputError(
+                f"{self.name} needs the bytes of a text, and {prediction.where} is none",
+                f"leave {self.name} out of evaluate.metrics, or measure plain text",
+            )
+        return (nats / np.log(2), float(prediction.scores["bytes"]))
+
+
 @METRICS.register("perplexity")
 class Perplexity(Loss):
     """exp of the loss."""

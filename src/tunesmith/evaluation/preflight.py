@@ -37,4 +37,5 @@ def check_metrics(
 def _unanswered(row: Row) -> Prediction:
     last = row.value["messages"][-1] if "messages" in row.value else {}
     reference = str(last["content"]) if last.get("role") == "assistant" else None
-    return Prediction("", reference, row.where, {"nll": 1.0, "tokens": 1.0})
+    text = {"bytes": float(len(row.value["text"].encode()))} if "text" in row.value else {}
+    return Prediction("", reference, row.where, {"nll": 1.0, "tokens": 1.0, **text})

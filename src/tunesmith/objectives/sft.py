@@ -143,7 +143,7 @@ class Sft:
     def _score(
         self, policy: Policy, rows: Sequence[Row], renderer: Renderer, tokens: int
     ) -> dict[int, dict[str, float]]:
-        """Summed negative log-likelihood (nats) and trained tokens of each row that has an answer."""
+        """Summed negative log-likelihood (nats) and trained tokens of each row that has an answer; bytes of a text."""
         answered = [index for index, row in enumerate(rows) if "text" in row.value or _answer(row) is not None]
         examples = ExampleList([self.example(rows[index], renderer) for index in answered])
         found: dict[int, dict[str, float]] = {}
@@ -156,7 +156,12 @@ class Sft:
                 sums_N.index_add_(0, part.example_U.cpu(), (part.loss_U * part.weight_U).double().cpu())
                 counts_N.index_add_(0, part.example_U.cpu(), part.weight_U.double().cpu())
                 for position, number in enumerate(batch.examples):
-                    found[answered[number]] = {"nll": float(sums_N[position]), "tokens": float(counts_N[position])}
+                    own = found.setdefault(answered[number], {"nll": 0.0, "tokens": 0.0})
+                    own["nll"] += float(sums_N[position])  # a document's windows may come in several batches
+                    own["tokens"] += float(counts_N[position])
+        for index, own in found.items():
+            if "text" in rows[index].value:
+                own["bytes"] = float(len(rows[index].value["text"].encode()))
         return found
 
 

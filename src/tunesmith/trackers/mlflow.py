@@ -9,8 +9,8 @@ import time
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from tunesmith.tracked import Outcome, TrackedRun
 from tunesmith.trackers import TRACKERS
-from tunesmith.types import Outcome, TrackedRun
 
 PATIENCE = 2.0  # seconds between two messages: one may take as long as a step
 POINTS = 900  # in one message; MLflow takes 1,000

@@ -8,8 +8,8 @@ import secrets
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from tunesmith.tracked import Outcome, TrackedRun
 from tunesmith.trackers import TRACKERS
-from tunesmith.types import Outcome, TrackedRun
 
 
 @TRACKERS.register("trackio")

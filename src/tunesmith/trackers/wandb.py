@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from tunesmith.tracked import Outcome, TrackedRun
 from tunesmith.trackers import TRACKERS
-from tunesmith.types import Outcome, TrackedRun
 
 COLUMNS = ("data", "group", "model", "metric", "value", "low", "high", "n")
 
