@@ -206,7 +206,8 @@ def _base_name(model: str, base: Path, previous_run: Path | None) -> str:
 
 
 def _chosen(recipe: Recipe, origin: Origin, previous: Previous | None) -> tuple[Objective, Method]:
-    objective_class, method_class = OBJECTIVES.get(recipe.objective.name), METHODS.get(recipe.method.name)
+    objective_class = OBJECTIVES.get(recipe.objective.name, origin.place("objective"))
+    method_class = METHODS.get(recipe.method.name, origin.place("method"))
     objective = objective_class(check_options(recipe.objective, objective_class.Options, "objective", origin))
     options = check_options(recipe.method, method_class.Options, "method", origin)
     if previous is not None and not recipe.method.options and previous.method["name"] == recipe.method.name:

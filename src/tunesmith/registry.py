@@ -41,8 +41,8 @@ class Registry(Generic[T]):
 
         return add
 
-    def get(self, name: str) -> T:
-        """The item called `name`; an unknown name is refused with the nearest known one."""
+    def get(self, name: str, place: str = "") -> T:
+        """The item called `name`; an unknown name is refused with its place ("recipe.yaml:4: ") and the nearest."""
         self._load()
         if name in self._items:
             return self._items[name]
@@ -50,7 +50,7 @@ class Registry(Generic[T]):
         hint = f"did you mean {near[0]!r}? " if near else ""
         if (here := self._called_here(name)) is not None:
             hint = f"write `{here}`; "
-        raise InputError(f"unknown {self.what} {name!r}", f"{hint}known: {', '.join(sorted(self._items))}")
+        raise InputError(f"{place}unknown {self.what} {name!r}", f"{hint}known: {', '.join(sorted(self._items))}")
 
     def _called_here(self, name: str) -> str | None:
         """What a recipe writes for a name that the field has for an item or its options."""

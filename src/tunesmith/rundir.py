@@ -265,9 +265,10 @@ class RunDir:
                 )
             if not path.exists():
                 raise InputError(f"there is no folder {path}", "give the folder that `tunesmith train` printed")
+            inside = sorted(str(found.parent) for found in path.glob("*/manifest.json"))
             raise InputError(
                 f"{path} is not a run of tunesmith (it has no manifest.json)",
-                "give the folder that `tunesmith train` printed",
+                f"give one in it, such as {inside[0]}" if inside else "give the folder that `tunesmith train` printed",
             )
         return RunDir(path)
 

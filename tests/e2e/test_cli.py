@@ -491,6 +491,18 @@ def test_an_unfinished_run_has_no_model_to_ask(project: Path, monkeypatch: pytes
     assert f"`tunesmith resume {unfinished}`" in done.err
 
 
+def test_a_mistyped_name_is_told_with_its_line(project: Path) -> None:
+    text = (project / "chat.yaml").read_text()
+    (project / "typo.yaml").write_text(text.replace("name: lora", "name: loar"))
+    line = 1 + text[: text.index("name: lora")].count("\n")
+    done = call("plan", project / "typo.yaml")
+    assert done.code == 2
+    assert done.err.startswith(f"error: typo.yaml:{line}: unknown method 'loar'\nremedy: did you mean 'lora'?")
+    assert call("plan", project / "chat.yaml", "objective=sfft").err.startswith(
+        "error: command line: unknown objective"
+    )
+
+
 RAISED: list[tuple[Callable[[], BaseException], int, str]] = [
     (KeyboardInterrupt, 130, "interrupted"),
     (MemoryError, 4, "out of memory"),

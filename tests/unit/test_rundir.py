@@ -338,6 +338,9 @@ def test_only_a_run_is_opened(tmp_path: Path) -> None:
         RunDir.open(tmp_path)
     rundir.write_json(tmp_path / "manifest.json", {})
     assert RunDir.open(tmp_path).model == tmp_path / "model"
+    with pytest.raises(InputError) as caught:
+        RunDir.open(tmp_path.parent)
+    assert caught.value.remedy == f"give one in it, such as {tmp_path}"
 
 
 def test_a_run_stopped_before_its_manifest_gives_way_to_a_new_one(tmp_path: Path) -> None:
