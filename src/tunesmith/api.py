@@ -122,7 +122,7 @@ def train(
     """
     hashes = load_plugins(plugins)
     typed, origin = _recipe(recipe, overrides, data)
-    folder = Path(out) if out else typed.out or free_folder(run_name(origin.file) if origin.file else "run")
+    folder = Path(out) if out else typed.out or rundir.free_folder(run_name(origin.file) if origin.file else "run")
     training.check_run_folder(folder)
     with _listening(listen, progress, folder) as tell:
         planned, assets = _planned(typed, origin, tell)
@@ -389,14 +389,6 @@ def _recipe(
         typed = parse_recipe({**keys, "data": {**own, **held}} if held else keys)
     origin = Origin(given=frozenset(leaves(typed.model_dump(mode="json", exclude_unset=True))))
     return resolve_paths(typed, Path.cwd()), origin
-
-
-def free_folder(name: str) -> Path:
-    """runs/<name>, or the first of -2, -3, ... that is free."""
-    folder, number = Path("runs") / name, 2
-    while folder.exists():
-        folder, number = Path("runs") / f"{name}-{number}", number + 1
-    return folder
 
 
 def _result(run: RunDir, results: Mapping[str, Any]) -> Result:

@@ -275,11 +275,17 @@ class RunDir:
             inside = sorted(str(found.parent) for found in path.glob("*/manifest.json"))
             raise InputError(
                 f"{path} is not a run of tunesmith (it has no manifest.json)",
-                f"give a run in it, such as {inside[0]}"
-                if inside
-                else "give the folder that `tunesmith train` printed",
+                f"give one in it, such as {inside[0]}" if inside else "give the folder that `tunesmith train` printed",
             )
         return RunDir(path)
+
+
+def free_folder(name: str) -> Path:
+    """runs/<name>, or the first of -2, -3, ... that is free."""
+    folder, number = Path("runs") / name, 2
+    while folder.exists():
+        folder, number = Path("runs") / f"{name}-{number}", number + 1
+    return folder
 
 
 def is_unbegun(path: Path) -> bool:

@@ -50,9 +50,9 @@ def rows(quick: bool) -> dict[str, list[dict[str, Any]]]:
 
 def run_demo(quick: bool, out: Path | None, listen: Listen) -> Result:
     """Trains and measures the demo in a new folder, runs/demo or the first free name after it."""
-    from tunesmith import api
+    from tunesmith import api, rundir
 
-    folder = out or api.free_folder("demo-quick" if quick else "demo")
+    folder = out or rundir.free_folder("demo-quick" if quick else "demo")
     return api.train(recipe(quick), data=rows(quick), out=folder, listen=listen)
 
 

@@ -8,7 +8,7 @@ What is kept for the backward is chosen here: nothing is computed twice but the 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from types import MethodType
 from typing import Any, cast
 
@@ -41,10 +41,10 @@ class FastLayer:
         self.key_heads = base_of(attention.k_proj).out_features // self.width
         self.norms = (layer.input_layernorm, layer.post_attention_layernorm)
         self.fp8 = fp8
-        self.refresh = self._refresher()
 
-    def _refresher(self) -> Callable[[], None]:
-        """Copies the adapters into the borders."""
+    @cached_property
+    def refresh(self) -> Callable[[], None]:
+        """Copies the adapters into the borders when called."""
         from tunesmith.kernels import triton_entries
 
         entries = [entry for weight in self.weights for entry in weight.entries]
