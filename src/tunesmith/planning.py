@@ -138,16 +138,13 @@ def make_plan(
     length = settings.length_limit(facts, defaults)
     renderer = Renderer(tokenizer, template=_template(recipe, base), sequence_length=length)
     workers, tags = recipe.place.workers, recipe.evaluate.tags
-    if previous is not None and objective.heads():
-        objective.adopt(previous.objective["learned"])
     prepared = prepare(recipe.data, base, objective, renderer, recipe.seed, cache_dir(), workers, memory, tell, tags)
     _check_labels(objective, previous)
     trainable, total = _count(meta, facts, method, objective, replace(tokens, encode=renderer.plain))
     training = settings.resolve_meaning(
         facts, length, prepared.train.lengths, prepared.repeats, _longest_answer(prepared), defaults
     )
-    longest = max(int(s.lengths.max(initial=1)) for s in _stores(prepared))
-    longest = min(longest, length or longest) if objective.needs.windows else longest
+    longest = _longest(prepared, length if objective.needs.windows else None)
     epoch = _epoch(facts, prepared)
     placement, shape, peak = settings.resolve_placement(facts, training, speed, trainable, longest, epoch, defaults)
     plan = Plan(
@@ -216,6 +213,8 @@ def _chosen(recipe: Recipe, origin: Origin, previous: Previous | None) -> tuple[
     options = check_options(recipe.method, method_class.Options, "method", origin)
     if previous is not None and not recipe.method.options and previous.method["name"] == recipe.method.name:
         options = method_class.Options.model_validate(previous.method["options"])
+    if previous is not None and objective.heads() and previous.objective["name"] == recipe.objective.name:
+        objective.adopt(previous.objective["learned"])
     return objective, method_class(options, recipe.train.dropout or 0.0)
 
 
@@ -277,6 +276,12 @@ def _count(meta: MetaModel, facts: Facts, method: Method, objective: Objective, 
 def _stores(prepared: Prepared) -> list[Any]:
     held = [prepared.validation] if prepared.validation is not None else []
     return [prepared.train, *held, *prepared.tests.values()]
+
+
+def _longest(prepared: Prepared, window: int | None) -> int:
+    """Tokens of the longest example, or of a window where examples come in windows."""
+    longest = max(int(s.lengths.max(initial=1)) for s in _stores(prepared))
+    return longest if window is None else min(longest, window)
 
 
 def _longest_answer(prepared: Prepared) -> int:
