@@ -129,7 +129,7 @@ def areas(actual_NL: Truths, scores_NL: FloatArray, apart_N: Truths) -> FloatArr
         rows = actual_NL[:, labels_L[alone_L]].argmax(axis=0)
         np.add.at(influence_N, rows, len(rows) * _deviations(area_L[alone_L]))
     value_N = area_L.mean() + influence_N * count / len(labels_L)
-    return np.column_stack([value_N, np.ones(count), apart_N])
+    return np.column_stack([value_N, np.ones(count), apart_N.astype(np.float64)])
 
 
 def _deviations(placements_P: FloatArray) -> FloatArray:

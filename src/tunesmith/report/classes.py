@@ -100,7 +100,7 @@ def classes_of(records: Sequence[Json], details: Mapping[str, Json]) -> list[Cla
                     _lines(
                         [r for r in records if r["data"] == data and r["model"] == TUNED], (confusion or own)["labels"]
                     ),
-                    confusion and _confusion(confusion),
+                    None if confusion is None else _confusion(confusion),
                     [_bin(one) for one in reliability["bins"]],
                     reliability["ece"],
                 )
