@@ -15,7 +15,7 @@ from tunesmith import beneath, rules, settings
 from tunesmith.beneath import Beneath
 from tunesmith.data.prepare import Prepared, prepare
 from tunesmith.errors import InputError, RefusedError
-from tunesmith.evaluation.baselines import unread
+from tunesmith.evaluation.baselines import label_counts, unread
 from tunesmith.evaluation.preflight import check_metrics
 from tunesmith.evaluation.run import metric_names
 from tunesmith.facts import Facts, Previous, gather, gather_model
@@ -240,7 +240,7 @@ def _check_labels(objective: Objective, previous: Previous | None) -> None:
 
 def _measured(recipe: Recipe, objective: Objective, prepared: Prepared) -> list[str]:
     """The metrics that the rows will be measured by; refuses what could not be measured once the model is trained."""
-    usual, counts = objective.needs.metrics, prepared.audit.train.labels
+    usual, counts = objective.needs.metrics, label_counts(prepared.audit.to_json()["train"])
     stopping = recipe.train.early_stopping
     if prepared.validation is not None and stopping is not None and stopping.metric not in (None, "loss"):
         held = _rows(prepared.validation)

@@ -40,6 +40,7 @@ LABELLED = {
     "data.format": "text+label",
     "objective": {"name": "classify"},
 }
+LISTED = {**LABELLED, "data.format": "text+labels"}
 SCORED = {**LABELLED, "data.format": "text+score", "objective": {"name": "regress"}}
 PARTIAL = {"method": {"name": "partial"}}
 
@@ -111,6 +112,7 @@ CHANGES: dict[str, Change] = {
     "method.vera.targets": Change(["q_proj"], {"method": {"name": "vera"}}),
     "objective.classify.pooling": Change("first", LABELLED),
     "objective.classify.hidden": Change(8, LABELLED),
+    "objective.classify.threshold": Change(0.2, LISTED),
     "objective.regress.pooling": Change("first", SCORED),
     "objective.regress.hidden": Change(8, SCORED),
     "adapters": Change(["first"]),
@@ -232,7 +234,10 @@ def place(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     write("validation.jsonl", asked(200, 4))
     write("test.jsonl", asked(300, 3))
     write("two.jsonl", [{**row, "instruction": row["remark"], "output": row["prompt"]} for row in asked(0, 12)])
-    both = [{**row, "text": row["prompt"], "label": row["completion"]} for row in asked(0, 12)]
+    both = [
+        {**row, "text": row["prompt"], "label": row["completion"], "labels": row["completion"].split()}
+        for row in asked(0, 12)
+    ]
     write("both.jsonl", [{**row, "score": len(row["completion"]) + index % 3} for index, row in enumerate(both)])
     return folder
 

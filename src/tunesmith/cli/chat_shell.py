@@ -257,7 +257,7 @@ class Conversation:
 
 
 class Labelling:
-    """Each turn is a text that gets its label. `adapters`: those to switch between."""
+    """Each turn is a text that gets its label, or its labels. `adapters`: those to switch between."""
 
     def __init__(self, loaded: Loaded, talk: Talk, adapters: Adapters | None = None) -> None:
         self._loaded = loaded
@@ -273,4 +273,6 @@ class Labelling:
 
     def say(self, text: str) -> None:
         (found,) = self._loaded.predict([{"text": text}])
-        self._talk.labels(found.probabilities or {found.output: 1.0}, self._adapters and self._adapters.active)
+        shares = found.probabilities or {found.output: 1.0}
+        chosen = found.answered if found.multi_label else None
+        self._talk.labels(shares, self._adapters and self._adapters.active, chosen)
