@@ -273,4 +273,8 @@ class Labelling:
 
     def say(self, text: str) -> None:
         (found,) = self._loaded.predict([{"text": text}])
-        self._talk.labels(found.probabilities or {found.output: 1.0}, self._adapters and self._adapters.active)
+        active = self._adapters and self._adapters.active
+        if self._loaded.objective.needs.vectors == "token":
+            self._talk.tags(list(zip(text.split(), found.output.split(), strict=True)), active)
+        else:
+            self._talk.labels(found.probabilities or {found.output: 1.0}, active)

@@ -34,6 +34,7 @@ class Talk(Protocol):
     def end(self, reply: Reply, remarks: Sequence[str]) -> None: ...
     def abandon(self) -> None: ...
     def labels(self, probabilities: Mapping[str, float], model: str | None = None) -> None: ...
+    def tags(self, pairs: Sequence[tuple[str, str]], model: str | None = None) -> None: ...
     def note(self, text: str) -> None: ...
     def fail(self, cause: str, remedy: str) -> None: ...
 
@@ -80,6 +81,12 @@ class PlainTalk:
         screen(self._answers).print(_ranking(probabilities))
         self._answers.flush()
 
+    def tags(self, pairs: Sequence[tuple[str, str]], model: str | None = None) -> None:
+        if model is not None:
+            self._answers.write(f"{harmless(model)}:\n")
+        screen(self._answers).print(_tagged(pairs))
+        self._answers.flush()
+
     def note(self, text: str) -> None:
         self._notes.write(harmless(text) + "\n")
         self._notes.flush()
@@ -112,6 +119,10 @@ class JsonTalk:
         ranked = _ranked(probabilities)
         told = {} if model is None else {"model": model}
         self._line({**told, "label": ranked[0][0], "probabilities": dict(ranked)})
+
+    def tags(self, pairs: Sequence[tuple[str, str]], model: str | None = None) -> None:
+        told = {} if model is None else {"model": model}
+        self._line({**told, "tokens": [word for word, _ in pairs], "tags": [tag for _, tag in pairs]})
 
     def note(self, text: str) -> None:
         self._notes.note(text)
@@ -173,6 +184,11 @@ class TerminalTalk:
             self._console.print(Text(harmless(model), style="bold"))
         self._console.print(_ranking(probabilities))
 
+    def tags(self, pairs: Sequence[tuple[str, str]], model: str | None = None) -> None:
+        if model is not None:
+            self._console.print(Text(harmless(model), style="bold"))
+        self._console.print(_tagged(pairs))
+
     def _table(self) -> Table:
         """The answers side by side, with room behind them for the ^C that a terminal writes where it stands."""
         width = max(self._console.width - 4, 20)
@@ -203,6 +219,14 @@ def _ranking(probabilities: Mapping[str, float]) -> Table:
     rest = ranked[TOP:]
     if rest:
         table.add_row(Text(f"  {len(rest)} more", style="dim"), Text(f"{sum(s for _, s in rest):.3f}", style="dim"), "")
+    return table
+
+
+def _tagged(pairs: Sequence[tuple[str, str]]) -> Table:
+    """Words with their tags."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for word, tag in pairs:
+        table.add_row(Text(f"  {visible(word)}"), Text(visible(tag)))
     return table
 
 
