@@ -256,3 +256,14 @@ def test_a_second_run_goes_on_with_the_tags_of_the_first(tiny_bert: Path, tmp_pa
     second = api.train({**recipe, "model": str(first.path)}, data=more, out=tmp_path / "second")
     learned = [json.loads((run.path / "plan.json").read_text())["meaning"]["objective"][2] for run in (first, second)]
     assert learned[0] == learned[1]
+
+
+def test_a_merged_model_tags_as_the_run_does(tiny_bert: Path, tmp_path: Path) -> None:
+    recipe = _recipe(tiny_bert, "lora", epochs=2)
+    run = api.train(recipe, data={"train": _rows(40), "test": _rows(5, 1)}, out=tmp_path / "run").path
+    merged = tmp_path / "merged"
+    api.export(run, merged, merge=True, data=_rows(5, 2))
+    rows = [{"tokens": row["tokens"]} for row in _rows(12, 3)]
+    answers = [[answer.output for answer in api.predict(path, rows)] for path in (run, merged)]
+    assert answers[0] == answers[1]
+    assert len(set(answers[0])) > 1
