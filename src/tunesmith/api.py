@@ -250,7 +250,7 @@ def export(
         rows = exporting.rows_to_check(_planned(recipe, Origin(), Together([]))[1].prepared)
     else:
         rows = to_answer(data, loaded.card.get("columns", {}))[: exporting.CHECKED_ROWS]
-        check_kinds(rows, loaded.objective.needs.head, asking=True)
+        check_kinds(rows, loaded.objective.needs, asking=True)
     parts = (loaded.policy, loaded.objective, loaded.method, loaded.renderer, loaded.card)
     if gguf:
         return exporting.to_gguf(parts, rows, to, dtype or "fp32")
@@ -292,7 +292,7 @@ def evaluate(
     with run.hold(), _listening(listen, progress) as tell:
         loaded = load(path, device)
         rows = questions(data, recipe.data.format, recipe.data.columns, recipe.evaluate.tags)
-        check_kinds(rows, loaded.objective.needs.head, asking=False)
+        check_kinds(rows, loaded.objective.needs, asking=False)
         asked, usual = metrics or recipe.evaluate.metrics or [], loaded.objective.needs.metrics
         check_metrics(asked, usual, of, rows, unread(loaded.objective, rows, counts))
         measuring.check_same_set(run, of, rows)

@@ -87,7 +87,7 @@ class Facts:
     @property
     def caches_vectors(self) -> bool:
         """Whether each example goes through the backbone once, and training sees its vector alone."""
-        return self.method.frozen_backbone and self.needs.head == "pooled"
+        return self.method.frozen_backbone and self.needs.head == "pooled" and self.needs.vectors == "text"
 
     @property
     def context_length(self) -> int | None:

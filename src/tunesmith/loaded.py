@@ -29,7 +29,7 @@ class Loaded:
         """Answers to rows of a file or in memory, in their order; labels and answers in them are optional."""
         spec = SampleSpec(max_new_tokens or int(self.card["max_new_tokens"]))
         asked = to_answer(rows, self.card.get("columns", {}))
-        check_kinds(asked, self.objective.needs.head, asking=True)
+        check_kinds(asked, self.objective.needs, asking=True)
         return self.objective.predict(self.policy, asked, self.renderer, spec)
 
 

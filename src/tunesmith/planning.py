@@ -392,5 +392,4 @@ def _shown(prepared: Prepared, renderer: Renderer) -> list[tuple[str, bool]]:
     from tunesmith.data.chat import Encoded
 
     piece = prepared.train.example(prepared.audit.shown).pieces[0]
-    weights = piece.weights_T if piece.weights_T is not None else 0 * piece.input_ids_T.astype("float32")
-    return renderer.show(Encoded(piece.input_ids_T, weights, 0, 0))
+    return renderer.show(Encoded(piece.input_ids_T, piece.trained, 0, 0))

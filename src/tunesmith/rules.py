@@ -195,7 +195,9 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         ("train.head_learning_rate", "method", "objective"),
-        lambda f: f.recipe.train.head_learning_rate is not None and (f.needs.head != "pooled" or f.caches_vectors),
+        lambda f: (
+            f.recipe.train.head_learning_rate is not None and (f.needs.head != "pooled" or f.method.frozen_backbone)
+        ),
         "train.head_learning_rate: {f.objective_name} by {f.method_name} trains no head beside a base that learns too",
         "set train.learning_rate, which is that of all that trains there",
     ),
@@ -283,6 +285,13 @@ RULES: tuple[Rule, ...] = (
         "a base without a trained head gives no numbers",
         "",
         substitute="compared with the mean of the training rows",
+    ),
+    Rule(
+        ("evaluate.base", "objective"),
+        lambda f: f.recipe.evaluate.base and f.needs.baseline == "frequent",
+        "a base without a trained head gives no tags",
+        "",
+        substitute="compared with the tag that each word has most often in the training rows",
     ),
 )
 

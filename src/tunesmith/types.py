@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ ModelKind = Literal["decoder", "encoder", "encoder-decoder"]
 Coupling = Literal["token", "example", "group", "batch"]
 GradientMode = Literal["plain", "per_example", "cached"]
 WINDOW = "window"
+Number: TypeAlias = "Tensor | float"
 
 
 # ---------------------------------------------------------------- data, before it is a batch
@@ -44,13 +45,22 @@ class Row:
 class Piece:
     """One segment of an example: its tokens, and how much each of them is to be produced.
 
-    `weights_T[t] > 0` says that token t must be produced by the model; None says none of them.
+    `weights_T[t] > 0` says that token t must be produced by the model; None says none of them. `labels_T`, in place
+    of weights: the class of token t itself, -1 for a token that has none.
     """
 
     input_ids_T: NDArray[np.int32]
     weights_T: NDArray[np.float32] | None = None
     role: str = "text"
     stream: str = "input"
+    labels_T: NDArray[np.int32] | None = None
+
+    @property
+    def trained(self) -> NDArray[np.float32]:
+        """The weights; 1 for each token with a label."""
+        if self.labels_T is not None:
+            return (self.labels_T >= 0).astype(np.float32)
+        return np.zeros(len(self.input_ids_T), np.float32) if self.weights_T is None else self.weights_T
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +90,7 @@ class Stream:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A stretch of one row of a stream that attends to itself only."""
+    """A stretch of one row of a stream that attends to itself only. `labelled`: its piece has labels, not weights."""
 
     row: int
     start: int
@@ -89,6 +99,7 @@ class Segment:
     role: str = "text"
     stream: str = "input"
     weight: float = 1.0
+    labelled: bool = False
 
     @property
     def stop(self) -> int:
@@ -99,7 +110,7 @@ class Segment:
 class Batch:
     """One micro-batch, the same layout for every objective.
 
-    `target_BT[b, t]` is what position t predicts, shifted inside its segment; where `weight_BT`
+    `target_BT[b, t]` is what position t predicts: the token behind it in its segment, or its label; where `weight_BT`
     is 0 there is no loss and no logits are computed. Both belong to the decoder stream if there
     is one. The other positions are the units, row by row: `unit_U` indexes [B * T], `example_U` is the
     example of each. `Segment.example` indexes `examples`, which holds positions in the data set;
@@ -222,12 +233,7 @@ class StepStats:
     """What one step measured. `loss` is the sum of all parts by their normalisers; to look at either is to wait."""
 
     def __init__(
-        self,
-        loss: Tensor | float,
-        parts: Mapping[str, Tensor | float],
-        metrics: dict[str, float],
-        tokens: int,
-        skipped: bool = False,
+        self, loss: Number, parts: Mapping[str, Number], metrics: dict[str, float], tokens: int, skipped: bool = False
     ) -> None:
         self._loss, self._parts = loss, parts
         self.metrics, self.tokens, self.skipped = metrics, tokens, skipped
@@ -300,10 +306,10 @@ class Combination:
 class ObjectiveNeeds:
     """What an objective asks of data, model and engine.
 
-    `formats` are kinds of canonical rows (messages, label, text); `trains_tokens`: a row without a
-    trained token teaches nothing; `windows`: longer texts come in windows of train.sequence_length; `metrics` are
-    measured unless the recipe names others. `baseline`: what the tuned model is compared with where the base has no
-    trained head (`evaluation.baselines`).
+    `formats` are kinds of canonical rows (messages, label, text); `vectors`: a pooled head reads one vector a text, or
+    one a token; `trains_tokens`: a row without a trained token teaches nothing; `windows`: longer texts come in windows
+    of train.sequence_length; `metrics` are measured unless the recipe names others. `baseline`: what the tuned model is
+    compared with where the base has no trained head (`evaluation.baselines`).
     """
 
     summary: str
@@ -316,19 +322,22 @@ class ObjectiveNeeds:
     windows: bool = False
     metrics: tuple[str, ...] = ()
     baseline: str | None = None
+    vectors: Literal["text", "token"] = "text"
 
 
 @dataclass(frozen=True, slots=True)
 class HeadSpec:
     """A head to add to a backbone: fresh, always trained, always saved beside the adapter.
 
-    `hidden`: width of a layer between vector and outputs; 0 for a linear head.
+    `hidden`: width of a layer between vector and outputs; 0 for a linear head. `per_token`: it reads a token's vector,
+    not that of a text.
     """
 
     name: str
     outputs: int
     labels: tuple[str, ...] = ()
     hidden: int = 0
+    per_token: bool = False
 
 
 # ---------------------------------------------------------------- results

@@ -28,7 +28,7 @@ METHOD_NAMES = (
     *("adalora", "bottleneck", "dora", "full", "head", "ia3", "loha", "lokr", "lora", "oft", "partial", "vera"),
     *("prompt", "p_tuning", "prefix"),
 )
-OBJECTIVE_NAMES = ("classify", "pretrain", "regress", "sft")
+OBJECTIVE_NAMES = ("classify", "pretrain", "regress", "sft", "tag")
 LM = ("pretrain", "sft")  # those with a language model's head
 KINDS: tuple[ModelKind, ...] = get_args(ModelKind)
 CONDITIONS: dict[str, dict[str, Any]] = {
@@ -52,6 +52,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "sft": [{"prompt": f"colour {i}?", "completion": COLOURS[i % 2]} for i in range(20)],
     "pretrain": [{"text": f"a text of {i} words, and {COLOURS[i % 2]}"} for i in range(20)],
     "regress": [{"text": f"a {COLOURS[i % 2]} {i}", "score": i % 3} for i in range(20)],
+    "tag": [{"tokens": ["a", COLOURS[i % 2], str(i)], "tags": ["O", f"B-{COLOURS[i % 2]}", "O"]} for i in range(20)],
     "classify": [{"text": f"a {COLOURS[i % 2]} {i}", "label": COLOURS[i % 2]} for i in range(20)],
 }
 LISTS, HELD_LISTS = (
@@ -190,6 +191,7 @@ def test_a_cell_runs_is_substituted_or_is_refused(cell: Cell) -> None:
     assert any("one padded row" in text for text in substitutions) == (not cell.facts().model.packable)
     assert any("majority" in text for text in substitutions) == (cell.objective == "classify")
     assert any("mean" in text for text in substitutions) == (cell.objective == "regress")
+    assert any("the tag that each word" in text for text in substitutions) == (cell.objective == "tag")
 
 
 @pytest.mark.parametrize("cell", sample(), ids=str)

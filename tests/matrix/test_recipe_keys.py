@@ -20,7 +20,10 @@ from tunesmith.rundir import read_json, sha256_file
 
 # The built-in ones by name: what another test registers is not ours to judge.
 METHOD_NAMES = ("adalora", "dora", "full", "head", "ia3", "loha", "lokr", "lora", "oft", "partial", "vera")
-REGISTERED = {"method": (METHODS, METHOD_NAMES), "objective": (OBJECTIVES, ("classify", "pretrain", "regress", "sft"))}
+REGISTERED = {
+    "method": (METHODS, METHOD_NAMES),
+    "objective": (OBJECTIVES, ("classify", "pretrain", "regress", "sft", "tag")),
+}
 BASE: dict[str, Any] = {
     "model": "llama",
     "data": {"train": "train.jsonl", "validation": "validation.jsonl", "test": "test.jsonl"},
@@ -42,6 +45,7 @@ LABELLED = {
 }
 LISTED = {**LABELLED, "data.format": "text+labels"}
 SCORED = {**LABELLED, "data.format": "text+score", "objective": {"name": "regress"}}
+TAGGED = {**LABELLED, "data.format": "tokens+tags", "objective": {"name": "tag"}}
 PARTIAL = {"method": {"name": "partial"}}
 
 
@@ -115,6 +119,7 @@ CHANGES: dict[str, Change] = {
     "objective.classify.threshold": Change(0.2, LISTED),
     "objective.regress.pooling": Change("first", SCORED),
     "objective.regress.hidden": Change(8, SCORED),
+    "objective.tag.hidden": Change(8, TAGGED),
     "adapters": Change(["first"]),
     "train.epochs": Change(2, {"train.max_steps": None, "train.epochs": 1}),
     "train.max_steps": Change(3),
@@ -238,7 +243,9 @@ def place(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         {**row, "text": row["prompt"], "label": row["completion"], "labels": row["completion"].split()}
         for row in asked(0, 12)
     ]
-    write("both.jsonl", [{**row, "score": len(row["completion"]) + index % 3} for index, row in enumerate(both)])
+    words = [{"tokens": row["prompt"].split(), "tags": ["O", row["completion"].split()[-1]]} for row in both]
+    scores = [{"score": len(row["completion"]) + index % 3} for index, row in enumerate(both)]
+    write("both.jsonl", [{**row, **score, **own} for row, score, own in zip(both, scores, words, strict=True)])
     return folder
 
 

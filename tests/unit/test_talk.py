@@ -102,6 +102,18 @@ def test_json_is_a_line_an_answer_with_its_exact_text() -> None:
     }  # fmt: skip
     assert lines[1] == {"label": "red", "probabilities": {"red": 0.75, "green": 0.25}}
     assert len(lines) == 2
+    on.tags([("Ada", "B-PER"), ("came", "O")], "first")
+    last = json.loads(answers.getvalue().splitlines()[-1])
+    assert last == {"model": "first", "tokens": ["Ada", "came"], "tags": ["B-PER", "O"]}
+
+
+def test_words_stand_beside_their_tags() -> None:
+    for stream in (io.StringIO(), Terminal()):
+        talk(stream, stream).tags([("Ada", "B-PER"), (EVIL, "O")], "first")
+        shown = stream.getvalue()
+        assert "first" in shown.splitlines()[0]
+        assert ["Ada", "B-PER"] in [line.split() for line in shown.splitlines()]
+        assert EVIL not in shown
 
 
 def test_labels_that_are_chosen_are_all_shown_and_told_from_the_others() -> None:

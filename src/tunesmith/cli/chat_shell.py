@@ -273,6 +273,9 @@ class Labelling:
 
     def say(self, text: str) -> None:
         (found,) = self._loaded.predict([{"text": text}])
-        shares = found.probabilities or {found.output: 1.0}
-        chosen = found.answered if found.multi_label else None
-        self._talk.labels(shares, self._adapters and self._adapters.active, chosen)
+        active = self._adapters and self._adapters.active
+        if self._loaded.objective.needs.vectors == "token":
+            self._talk.tags(list(zip(text.split(), found.output.split(), strict=True)), active)
+        else:
+            chosen = found.answered if found.multi_label else None
+            self._talk.labels(found.probabilities or {found.output: 1.0}, active, chosen)

@@ -50,6 +50,25 @@ class Aligner:
             tokens = _Tokens(self, text, cuts | crossed)
         return tokens.ids, [(bisect_left(tokens.starts, a), bisect_left(tokens.starts, b)) for a, b in spans]
 
+    def words(self, words: Sequence[str]) -> tuple[list[int], list[int | None]]:
+        """Tokens of words joined by spaces, and the first token of each word: None where it has none of its own.
+
+        A token of two words is the first one's; a word may be dropped by the tokenizer's normaliser.
+        """
+        spans: list[Range] = []
+        for word in words:
+            start = spans[-1][1] + 1 if spans else 0
+            spans.append((start, start + len(word)))
+        ids, offsets = self.piece(" ".join(words), first=True)
+        found: list[int | None] = [None] * len(words)
+        at = 0
+        for token, (start, stop) in enumerate(offsets):
+            while at < len(spans) and (spans[at][1] <= start or (found[at] is not None and spans[at][1] < stop)):
+                at += 1
+            if at < len(spans) and found[at] is None and spans[at][0] < stop:
+                found[at] = token
+        return ids, found
+
     def piece(self, text: str, first: bool) -> tuple[list[int], list[Range]]:
         """Tokens and offsets of a stretch of text that begins the text or goes on from another stretch."""
         if first or self._continues:

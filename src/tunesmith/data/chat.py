@@ -57,6 +57,14 @@ class Encoded:
     cut_trained: int = 0
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Words:
+    """Tokens of words that follow each other. `first`: of each word by its index, the position of its first token."""
+
+    input_ids: NDArray[np.int32]
+    first: Mapping[int, int]
+
+
 class Renderer:
     """One tokenizer with one template, cut to one length. It can be pickled.
 
@@ -157,10 +165,7 @@ class Renderer:
         if (special or self.kind) == "encoder":
             around = len(self._before) + len(self._after)
             if self.sequence_length is not None and self.sequence_length <= around:
-                raise InputError(
-                    f"{around} of {self.sequence_length} tokens are the tokenizer's own, so no text has room",
-                    "raise train.sequence_length",
-                )
+                raise self._no_room(around)
             room = len(ids) if self.sequence_length is None else self.sequence_length - around
             cut = max(len(ids) - room, 0)
             ids = [*self._before, *ids[:room], *self._after]
@@ -179,6 +184,29 @@ class Renderer:
             own = weights[start : start + length].copy()
             own[0] = 0
             found.append(Encoded(np.array(ids[start : start + length], np.int32), own))
+        return found
+
+    def words(self, words: Sequence[str]) -> list[Words]:
+        """Words joined by spaces, in windows of the sequence length that begin with a word where they can.
+
+        An encoder's tokenizer puts its own tokens around each window, a decoder's its BOS before it. A word may have
+        no token; no window where no word has one.
+        """
+        ids, first = self._aligner.words(words)
+        before, after = (self._before, self._after) if self.kind == "encoder" else (self._opening([]), [])
+        room = len(ids) if self.sequence_length is None else self.sequence_length - len(before) - len(after)
+        if ids and room < 1:
+            raise self._no_room(len(before) + len(after))
+        begins = {token: word for word, token in enumerate(first) if token is not None}
+        found: list[Words] = []
+        start = 0
+        while start < len(ids):
+            stop = min(start + room, len(ids))
+            if stop < len(ids):
+                stop = max((token for token in begins if start < token <= stop), default=stop)
+            places = {word: len(before) + at - start for at, word in begins.items() if start <= at < stop}
+            found.append(Words(np.array([*before, *ids[start:stop], *after], np.int32), places))
+            start = stop
         return found
 
     def _document(self, ids: list[int]) -> tuple[list[int], NDArray[np.float32]]:
@@ -244,6 +272,12 @@ class Renderer:
         """The BOS that the tokenizer puts before any text, unless it is there."""
         bos: Any = self.tokenizer.bos_token_id
         return [bos] if bos is not None and bos in self._before and list(ids[:1]) != [bos] else []
+
+    def _no_room(self, around: int) -> InputError:
+        return InputError(
+            f"{around} of {self.sequence_length} tokens are the tokenizer's own, so no text has room",
+            "raise train.sequence_length",
+        )
 
     def _cut(self, ids: Sequence[int], weights: NDArray[np.float32]) -> Encoded:
         length = len(ids) if self.sequence_length is None else self.sequence_length

@@ -64,6 +64,28 @@ class Fields:
                 raise self.wrong(name, f"the label {label!r} is given twice", "name each label of a row once")
         return found
 
+    def words(self, name: str) -> list[str]:
+        """The words of a text, one at least, none of them empty."""
+        found = self.items(name)
+        if not found:
+            raise self.wrong(name, "there are no words", "give at least one, or leave the row out")
+        for index, word in enumerate(found):
+            if not isinstance(word, str) or not word or word.isspace():
+                raise self.wrong(f"{name}[{index}]", f"must be a word, this is {shown(word)}", "write it as a string")
+        return found
+
+    def word_tags(self, name: str) -> list[str]:
+        """Tags of words, in words themselves and without white space."""
+        found = self.items(name)
+        for index, tag in enumerate(found):
+            if not isinstance(tag, str) or tag.split() != [tag]:
+                raise self.wrong(
+                    f"{name}[{index}]",
+                    f"must be a tag without spaces, this is {shown(tag)}",
+                    "write tags as B-ORG, I-ORG and O; numbers that stand for tags by their names",
+                )
+        return found
+
     def number(self, name: str) -> float:
         """A finite number, also one written as text, as tables of text have it."""
         value = self.need(name)

@@ -13,12 +13,14 @@ from tunesmith.data.fields import Fields, absent_column, shown
 from tunesmith.errors import InputError
 from tunesmith.types import Row
 
-Kind = Literal["messages", "label", "score", "text"]
+Kind = Literal["messages", "label", "score", "tags", "text", "words"]
 KINDS: Mapping[Kind, str] = {
     "messages": "a conversation: what the assistant says is learned",
     "label": "a text and its class",
     "score": "a text and a number",
+    "tags": "the words of a text and a tag for each",
     "text": "plain text, all of which is learned",
+    "words": "the words of a text, to be tagged",
 }
 Value = dict[str, Any]
 Raw = tuple[Mapping[str, Any], str]
@@ -101,6 +103,17 @@ def _text_score(fields: Fields) -> Value:
     return {"text": fields.text("text"), "score": fields.number("score")}
 
 
+def _tokens_tags(fields: Fields) -> Value:
+    words, tags = fields.words("tokens"), fields.word_tags("tags")
+    if len(words) != len(tags):
+        raise fields.wrong("tags", f"there are {len(tags)} tags for {len(words)} words", "give each word one tag")
+    return {"tokens": words, "tags": tags}
+
+
+def _tokens(fields: Fields) -> Value:
+    return {"tokens": fields.words("tokens")}
+
+
 def _text(fields: Fields) -> Value:
     return {"text": fields.text("text")}
 
@@ -170,7 +183,16 @@ FORMATS: Mapping[str, Format] = {
             _text_score,
             '{"text": "The room was fine, the breakfast was not.", "score": 2.5}',
         ),
+        Format(
+            "tokens+tags",
+            "tags",
+            ("tokens", "tags"),
+            (),
+            _tokens_tags,
+            '{"tokens": ["Ada", "Lovelace", "lived", "in", "London"], "tags": ["B-PER", "I-PER", "O", "O", "B-LOC"]}',
+        ),
         Format("text", "text", ("text",), (), _text, '{"text": "Any plain text to go on learning the language from."}'),
+        Format("tokens", "words", ("tokens",), (), _tokens, '{"tokens": ["Who", "was", "Ada", "Lovelace", "?"]}'),
     )
 }
 

@@ -15,7 +15,7 @@ from tunesmith.data.formats import Raw, rows
 from tunesmith.data.read import read, read_memory
 from tunesmith.errors import InputError
 from tunesmith.recipe import SET_NAME
-from tunesmith.types import Row
+from tunesmith.types import ObjectiveNeeds, Row
 
 PathLike = str | os.PathLike[str]
 
@@ -110,16 +110,19 @@ def to_answer(given: PathLike | Rows, columns: Mapping[str, str]) -> list[Row]:
     return list(rows(_askable(_renamed(_raw(given), columns)), None, {})[1])
 
 
-def check_kinds(given: Sequence[Row], head: str, *, asking: bool) -> None:
-    """Refuses rows that a model with this head cannot read, and with `asking` those that ask it nothing."""
+def check_kinds(given: Sequence[Row], needs: ObjectiveNeeds, *, asking: bool) -> None:
+    """Refuses rows that a model for these needs cannot read, and with `asking` those that ask it nothing."""
+    texts = {"text", "tokens"} if needs.vectors == "token" else {"text"}
     for row in given:
-        if head == "lm" and (asking or "label" in row.value or "labels" in row.value) and "messages" not in row.value:
+        plain = "text" in row.value and len(row.value) == 1
+        if needs.head == "lm" and (asking or not plain) and "messages" not in row.value:
             raise InputError(
                 f"{row.where}: a row of plain text asks nothing of a model that writes answers",
                 'give {"prompt": ...} or {"messages": [...]}',
             )
-        if head == "pooled" and "text" not in row.value:
-            raise InputError(f"{row.where}: a conversation is no text to be labelled", 'give {"text": ...}')
+        if needs.head == "pooled" and not texts & row.value.keys():
+            what = "a conversation" if "messages" in row.value else "a list of words"
+            raise InputError(f"{row.where}: {what} is no text to be labelled", 'give {"text": ...}')
 
 
 def _raw(given: PathLike | Rows) -> Iterator[Raw]:

@@ -74,10 +74,14 @@ def _lay_out(
         ids[row, start:stop] = piece.input_ids_T
         positions[row, start:stop] = np.arange(lengths[number])
         owner[row, start:stop] = len(segments)
-        if piece.weights_T is not None:
+        if piece.labels_T is not None:
+            target[row, start:stop] = np.maximum(piece.labels_T, 0)
+            weight[row, start:stop] = piece.trained
+        elif piece.weights_T is not None:
             target[row, start : stop - 1] = piece.input_ids_T[1:]
             weight[row, start : stop - 1] = piece.weights_T[1:]
-        segments.append(Segment(row, start, lengths[number], example, piece.role, name))
+        labelled = piece.labels_T is not None
+        segments.append(Segment(row, start, lengths[number], example, piece.role, name, labelled=labelled))
     stream = Stream(*(torch.from_numpy(x) for x in (ids, positions, owner)))
     return stream, (target, weight)
 
@@ -110,6 +114,11 @@ def _example(batch: Batch, position: int) -> Example:
         stream = batch.streams[segment.stream]
         span = slice(segment.start, segment.stop)
         ids = stream.input_ids_BT[segment.row, span].cpu().numpy().astype(np.int32)
+        if segment.labelled:
+            target_T, weight_T = batch.target_BT[segment.row, span].cpu(), batch.weight_BT[segment.row, span].cpu()
+            labels_T = torch.where(weight_T > 0, target_T, -1).numpy().astype(np.int32)
+            pieces.append(Piece(ids, None, segment.role, segment.stream, labels_T))
+            continue
         weights = np.zeros(segment.length, np.float32)
         if segment.stream == ("decoder" if "decoder" in batch.streams else "input"):
             weights[1:] = batch.weight_BT[segment.row, segment.start : segment.stop - 1].cpu().numpy()

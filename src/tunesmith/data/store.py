@@ -21,10 +21,11 @@ _EXAMPLE = struct.Struct("<qiiiqq")
 _EXAMPLE_DTYPE = np.dtype(
     [("piece", "<i8"), ("pieces", "<i4"), ("cut", "<i4"), ("cut_trained", "<i4"), ("tokens", "<i8"), ("trained", "<i8")]
 )
-_PIECE = struct.Struct("<qqihh?")
+_PIECE = struct.Struct("<qqihhb")
 _PIECE_DTYPE = np.dtype(
-    [("example", "<i8"), ("offset", "<i8"), ("length", "<i4"), ("role", "<i2"), ("stream", "<i2"), ("weighted", "?")]
+    [("example", "<i8"), ("offset", "<i8"), ("length", "<i4"), ("role", "<i2"), ("stream", "<i2"), ("trained", "i1")]
 )
+_NOTHING, _WEIGHTS, _LABELS = range(3)  # what stands beside a piece's tokens, four bytes each
 
 
 class Writer:
@@ -40,7 +41,7 @@ class Writer:
         self._count = self._piece_count = self._offset = 0
 
     def append(self, example: Example, row: Row) -> None:
-        """ValueError: weights of another length than the tokens, or columns unlike the first example's."""
+        """ValueError: weights or labels of another length than the tokens, or columns unlike the first example's."""
         self.append_line(example, encode(row))
 
     def append_line(self, example: Example, line: bytes) -> None:
@@ -65,16 +66,19 @@ class Writer:
         return {"examples": self._count, "names": list(self._names), "columns": kinds}
 
     def _piece(self, piece: Piece) -> int:
-        ids, weights = np.asarray(piece.input_ids_T, dtype="<i4"), piece.weights_T
-        if weights is not None and len(weights) != len(ids):
-            raise ValueError(f"a piece has {len(ids)} tokens and {len(weights)} weights")
+        ids, weights, labels = np.asarray(piece.input_ids_T, dtype="<i4"), piece.weights_T, piece.labels_T
+        if len(piece.trained) != len(ids):
+            what = "weights" if labels is None else "labels"
+            raise ValueError(f"a piece has {len(ids)} tokens and {len(piece.trained)} {what}")
         self._tokens.write(ids.tobytes())
-        self._weights.write(bytes(4 * len(ids)) if weights is None else np.asarray(weights, dtype="<f4").tobytes())
+        held = np.asarray(piece.trained, dtype="<f4") if labels is None else np.asarray(labels, dtype="<i4")
+        self._weights.write(held.tobytes())
+        trained = _LABELS if labels is not None else _NOTHING if weights is None else _WEIGHTS
         role, stream = (self._names.setdefault(name, len(self._names)) for name in (piece.role, piece.stream))
-        self._pieces.write(_PIECE.pack(self._count, self._offset, len(ids), role, stream, weights is not None))
+        self._pieces.write(_PIECE.pack(self._count, self._offset, len(ids), role, stream, trained))
         self._offset += len(ids)
         self._piece_count += 1
-        return 0 if weights is None else int(np.count_nonzero(np.asarray(weights) > 0))
+        return int(np.count_nonzero(np.asarray(piece.trained) > 0))
 
     def _scalars(self, example: Example) -> None:
         if self._count and example.columns.keys() != self._columns.keys():
@@ -196,5 +200,7 @@ class TokenStore:
 
     def _piece(self, entry: Any) -> Piece:
         stretch = slice(int(entry["offset"]), int(entry["offset"]) + int(entry["length"]))
-        weights = self._weights[stretch].copy() if entry["weighted"] else None
-        return Piece(self._tokens[stretch].copy(), weights, self._names[entry["role"]], self._names[entry["stream"]])
+        weights = self._weights[stretch].copy() if entry["trained"] == _WEIGHTS else None
+        labels = self._weights[stretch].copy().view("<i4") if entry["trained"] == _LABELS else None
+        role, stream = self._names[entry["role"]], self._names[entry["stream"]]
+        return Piece(self._tokens[stretch].copy(), weights, role, stream, labels)

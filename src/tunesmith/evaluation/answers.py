@@ -90,9 +90,9 @@ def kept(run: Path) -> list[str]:
 
 
 def asked_text(row: Row) -> str:
-    """What a person would call the row's question: the last user turn, or the text."""
+    """What a person would call the row's question: the last user turn, or the text, or its words."""
     said = [m["content"] for m in row.value.get("messages", []) if m["role"] in ("user", "tool")]
-    return str(said[-1]) if said else str(row.value.get("text", ""))
+    return str(said[-1]) if said else str(row.value.get("text", " ".join(row.value.get("tokens", []))))
 
 
 def _written(model: str, prediction: Prediction) -> dict[str, Any]:

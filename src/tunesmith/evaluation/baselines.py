@@ -32,6 +32,12 @@ BASELINES: Mapping[str, Baseline] = {
         "always answering the mean of the training rows",
         "A base without a trained head gives no numbers, so the comparison is with the mean of the training rows.",
     ),
+    "frequent": Baseline(
+        "most frequent tag of each word",
+        "giving each word the tag that it has most often in training",
+        "A base without a trained head gives no tags, so the comparison is with the tag that each word has most often "
+        "in the training rows.",
+    ),
 }
 
 

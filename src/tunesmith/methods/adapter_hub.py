@@ -111,7 +111,7 @@ def _config(options: Mapping[str, Any], places: Sequence[str], dropout: float) -
 
 
 def _write_head(policy: Policy, to: Path, about: Mapping[str, Any], model_class: str | None) -> None:
-    """A linear head on the first position, in the library's words; it has none for other poolings or hidden layers.
+    """A linear head on the first position, in the library's words; none for others: poolings, hidden layers, tags.
 
     The standardisation of its inputs goes into its weights: W (x - m) / s + b = (W / s) x + (b - (W / s) m).
     """
@@ -119,6 +119,8 @@ def _write_head(policy: Policy, to: Path, about: Mapping[str, Any], model_class:
     if model_class is None or policy.pooling != "first" or len(heads) != 1 or heads[0].hidden is not None:
         return
     head: Head = heads[0]
+    if head.spec.per_token:
+        return
     weight_OD = head.linear.weight.detach() / head.scale_D
     bias_O = head.linear.bias.detach() - weight_OD @ head.mean_D
     save_file({f"heads.{NAME}.1.weight": weight_OD, f"heads.{NAME}.1.bias": bias_O}, to / HEAD)

@@ -32,7 +32,11 @@ HUB_LICENCES = {
     "LicenseRef-Llama-3.2": "llama3.2",
     "LicenseRef-Gemma": "gemma",
 }
-TASKS = {"lm": "text-generation", "pooled": "text-classification"}
+TASKS = {
+    ("lm", "text"): "text-generation",
+    ("pooled", "text"): "text-classification",
+    ("pooled", "token"): "token-classification",
+}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _LOCAL = re.compile(r"[/\\]|\.\w{1,8}$")
 WEAKEST = 3  # classes named among the limits
@@ -46,19 +50,20 @@ def model_card(summary: Summary, library: Library, merged: str | None = None) ->
     plan = summary.plan
     objective, method = str(plan["meaning"]["objective"][0]), str(plan["meaning"]["method"][0])
     learned = plan["meaning"]["objective"][2] or {}
-    head = str(OBJECTIVES.get(objective).needs.head)
+    needs = OBJECTIVES.get(objective).needs
+    head, task = str(needs.head), TASKS[needs.head, needs.vectors]
     entry = _entry(str(plan["base"]["name"]))
     adapter = library != "transformers"
     data = ModelCardData(
         base_model=_hub_id(summary, entry),
         base_model_relation="adapter" if adapter else "finetune",
         library_name=library,
-        pipeline_tag=TASKS[head],
+        pipeline_tag=task,
         tags=["tunesmith", objective, method],
         datasets=_hub_datasets(summary) or None,
         metrics=list(dict.fromkeys(line.metric.name for table in summary.tables for line in table.lines)) or None,
         model_name=summary.title,
-        eval_results=_results(summary, TASKS[head]) or None,
+        eval_results=_results(summary, task) or None,
         **_licence(summary),
     )
     body = render(
@@ -78,6 +83,7 @@ def model_card(summary: Summary, library: Library, merged: str | None = None) ->
             "threshold": (plan["meaning"]["objective"][1].get("threshold") or THRESHOLD)
             if learned.get("multi_label")
             else None,
+            "tags": learned.get("tags"),
             "base": _base(summary, entry),
             "converted": _is_converted(summary, entry),
             "weakest": _weakest(summary),

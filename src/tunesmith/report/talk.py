@@ -36,6 +36,7 @@ class Talk(Protocol):
     def labels(
         self, probabilities: Mapping[str, float], model: str | None = None, chosen: Sequence[str] | None = None
     ) -> None: ...
+    def tags(self, pairs: Sequence[tuple[str, str]], model: str | None = None) -> None: ...
     def note(self, text: str) -> None: ...
     def fail(self, cause: str, remedy: str) -> None: ...
 
@@ -84,6 +85,12 @@ class PlainTalk:
         screen(self._answers).print(_ranking(probabilities, chosen))
         self._answers.flush()
 
+    def tags(self, pairs: Sequence[tuple[str, str]], model: str | None = None) -> None:
+        if model is not None:
+            self._answers.write(f"{harmless(model)}:\n")
+        screen(self._answers).print(_tagged(pairs))
+        self._answers.flush()
+
     def note(self, text: str) -> None:
         self._notes.write(harmless(text) + "\n")
         self._notes.flush()
@@ -119,6 +126,10 @@ class JsonTalk:
         told = {} if model is None else {"model": model}
         answer = {"label": ranked[0][0]} if chosen is None else {"labels": list(chosen)}
         self._line({**told, **answer, "probabilities": dict(ranked)})
+
+    def tags(self, pairs: Sequence[tuple[str, str]], model: str | None = None) -> None:
+        told = {} if model is None else {"model": model}
+        self._line({**told, "tokens": [word for word, _ in pairs], "tags": [tag for _, tag in pairs]})
 
     def note(self, text: str) -> None:
         self._notes.note(text)
@@ -182,6 +193,11 @@ class TerminalTalk:
             self._console.print(Text(harmless(model), style="bold"))
         self._console.print(_ranking(probabilities, chosen))
 
+    def tags(self, pairs: Sequence[tuple[str, str]], model: str | None = None) -> None:
+        if model is not None:
+            self._console.print(Text(harmless(model), style="bold"))
+        self._console.print(_tagged(pairs))
+
     def _table(self) -> Table:
         """The answers side by side, with room behind them for the ^C that a terminal writes where it stands."""
         width = max(self._console.width - 4, 20)
@@ -218,6 +234,14 @@ def _ranking(probabilities: Mapping[str, float], chosen: Sequence[str] | None) -
     if rest:
         left = f"{sum(s for _, s in rest):.3f}" if chosen is None else f"≤ {rest[0][1]:.3f}"
         table.add_row(Text(f"  {len(rest)} more", style="dim"), Text(left, style="dim"), "")
+    return table
+
+
+def _tagged(pairs: Sequence[tuple[str, str]]) -> Table:
+    """Words with their tags."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for word, tag in pairs:
+        table.add_row(Text(f"  {visible(word)}"), Text(visible(tag)))
     return table
 
 
