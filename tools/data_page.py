@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pages import code, table
 
 from tunesmith.data.conversation import SHAREGPT_ROLES
-from tunesmith.data.formats import FORMATS, KINDS, Format
+from tunesmith.data.formats import FORMATS, Format
 from tunesmith.data.read import READERS, SPLIT_NAMES
 from tunesmith.recipe import ALLOWED
 
@@ -22,7 +22,7 @@ def splits() -> str:
 
 
 def formats() -> str:
-    rows = [[code(form.name), _columns(form), KINDS[form.kind]] for form in FORMATS.values()]
+    rows = [[code(form.name), _columns(form), form.says] for form in FORMATS.values()]
     samples = [f"{form.name}:\n\n```jsonl format={form.name}\n{form.sample}\n```" for form in FORMATS.values()]
     return "\n\n".join([table(["format", "columns", "a row is"], rows), *samples])
 

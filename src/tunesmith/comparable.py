@@ -13,6 +13,7 @@ from tunesmith import rundir
 from tunesmith.errors import InputError
 from tunesmith.evaluation import answers
 from tunesmith.evaluation.answers import MAJORITY, Answered
+from tunesmith.evaluation.baselines import label_counts
 from tunesmith.measurable import check_measured, planned, run_of
 from tunesmith.types import Prediction
 
@@ -71,8 +72,8 @@ class Finished:
 
     def majority(self) -> dict[str, float]:
         """The probabilities of the majority class, which are not written with every row."""
-        counts = self.plan["audit"]["train"]["labels"] or {}
-        return {label: count / sum(counts.values()) for label, count in counts.items()}
+        counts = label_counts(self.plan["audit"]["train"])
+        return {} if counts is None else {label: count / counts.rows for label, count in counts.of.items()}
 
 
 def opened(paths: Sequence[PathLike]) -> list[Finished]:

@@ -143,7 +143,7 @@ def _passed(before: Sequence[Prediction], after: Sequence[Prediction], dtype: st
             f"what was exported is not the model that was measured: over {check.rows} rows its log-probabilities "
             f"differ by up to {check.largest:.3g} nats a token (at most {tolerance:g} may be), "
             f"and {check.agreement:.1%} of its answers are equal (at least {agreement:.0%} must be)",
-            "export at --dtype fp32, or as a folder without --merge",
+            "export as a folder without --merge" if dtype == "fp32" else "export at --dtype fp32, or without --merge",
         )
     return check
 

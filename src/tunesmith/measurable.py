@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tunesmith import rundir
 from tunesmith.errors import InputError
+from tunesmith.evaluation.baselines import label_counts
 from tunesmith.models.saved import CARD, read_card
 from tunesmith.recipe import Recipe
 from tunesmith.recipe_file import load_recipe, parse_recipe
 from tunesmith.rundir import RunDir
+from tunesmith.types import LabelCounts
 
 SEED = 17  # of intervals, where no recipe names one
 
@@ -23,7 +24,7 @@ class Measurable:
 
     run: RunDir
     recipe: Recipe
-    label_counts: Mapping[str, int] | None
+    label_counts: LabelCounts | None
     is_run: bool
 
 
@@ -44,7 +45,7 @@ def measurable(path: Path) -> Measurable:
         run = RunDir.open(path)
         recipe, _ = load_recipe(path / "recipe.yaml")
         audit = rundir.read_record(path / "plan.json", "audit")["audit"]
-        return Measurable(run, recipe, audit["train"]["labels"], True)
+        return Measurable(run, recipe, label_counts(audit["train"]), True)
     card = read_card(path)
     asked = {
         "model": card["base"]["name"],

@@ -14,7 +14,7 @@ from tunesmith import rundir
 from tunesmith.data.checks import as_keys, row_keys, shared
 from tunesmith.errors import InputError
 from tunesmith.evaluation import answers
-from tunesmith.evaluation.baselines import BASELINES, unread
+from tunesmith.evaluation.baselines import BASELINES, label_counts, unread
 from tunesmith.evaluation.class_metrics import by_class
 from tunesmith.evaluation.class_metrics import details as class_details
 from tunesmith.evaluation.intervals import IntArray
@@ -26,7 +26,7 @@ from tunesmith.models.policy import Policy
 from tunesmith.planning import Assets, Plan
 from tunesmith.protocols import Method, Objective
 from tunesmith.rundir import RunDir
-from tunesmith.types import Metric, Prediction, Row, SampleSpec
+from tunesmith.types import LabelCounts, Metric, Prediction, Row, SampleSpec
 
 if TYPE_CHECKING:
     from tunesmith.data.chat import Renderer
@@ -46,7 +46,7 @@ def measure_run(
     stores: dict[str, TokenStore] = dict(assets.prepared.tests)
     if not stores and assets.prepared.validation is not None:
         stores = {"validation": assets.prepared.validation}
-    counts = plan.audit["train"]["labels"]
+    counts = label_counts(plan.audit["train"])
     spec = SampleSpec(plan.training.max_new_tokens)
     results = _nothing()
     for name, store in stores.items():
@@ -79,7 +79,7 @@ def measure_rows(
     renderer: Renderer,
     spec: SampleSpec,
     with_base: bool,
-    label_counts: Mapping[str, int] | None,
+    counts: LabelCounts | None,
     listen: Listen,
 ) -> dict[str, list[Prediction]]:
     """Answers of the tuned model and, if asked for, of what it is compared with, to the same rows."""
@@ -90,7 +90,7 @@ def measure_rows(
         with method.reference(policy):
             found = {BASE: objective.predict(policy, rows, renderer, spec), **found}
     elif with_base and objective.needs.baseline is not None:
-        answers = unread(objective, rows, label_counts)
+        answers = unread(objective, rows, counts)
         found = found if answers is None else {objective.needs.baseline: answers, **found}
     return found
 
@@ -130,7 +130,7 @@ def score(
             effects = _effects(name, before, tuned, tested, recipe.seed, own)
     details: dict[str, Any] = {}
     if labels is not None:
-        known = sorted({*labels, *(p.reference for p in found[TUNED] if p.reference is not None)})
+        known = sorted({*labels, *(label for p in found[TUNED] for label in p.expected)})
         for model, predictions in found.items():
             records += by_class(model, name, predictions, known, clusters_N)
         details[name] = {model: class_details(predictions, known) for model, predictions in found.items()}

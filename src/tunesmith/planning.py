@@ -15,7 +15,7 @@ from tunesmith import beneath, rules, settings
 from tunesmith.beneath import Beneath
 from tunesmith.data.prepare import Prepared, prepare
 from tunesmith.errors import InputError, RefusedError
-from tunesmith.evaluation.baselines import unread
+from tunesmith.evaluation.baselines import label_counts, unread
 from tunesmith.evaluation.preflight import check_metrics
 from tunesmith.evaluation.run import metric_names
 from tunesmith.facts import Facts, Previous, gather, gather_model
@@ -240,7 +240,7 @@ def _check_labels(objective: Objective, previous: Previous | None) -> None:
 
 def _measured(recipe: Recipe, objective: Objective, prepared: Prepared) -> list[str]:
     """The metrics that the rows will be measured by; refuses what could not be measured once the model is trained."""
-    usual, counts = objective.needs.metrics, prepared.audit.train.labels
+    usual, counts = objective.needs.metrics, label_counts(prepared.audit.to_json()["train"])
     stopping = recipe.train.early_stopping
     if prepared.validation is not None and stopping is not None and stopping.metric not in (None, "loss"):
         held = _rows(prepared.validation)
@@ -390,6 +390,7 @@ def _warnings(recipe: Recipe, prepared: Prepared) -> list[str]:
 def _shown(prepared: Prepared, renderer: Renderer) -> list[tuple[str, bool]]:
     """The example of median length, in pieces, with whether each is trained."""
     from tunesmith.data.chat import Encoded
+    from tunesmith.data.store import trained_of
 
     piece = prepared.train.example(prepared.audit.shown).pieces[0]
-    return renderer.show(Encoded(piece.input_ids_T, piece.trained, 0, 0))
+    return renderer.show(Encoded(piece.input_ids_T, trained_of(piece), 0, 0))

@@ -17,6 +17,7 @@ from tunesmith.types import (
     Example,
     GradientMode,
     HeadSpec,
+    LabelCounts,
     MethodFacts,
     ObjectiveNeeds,
     Prediction,
@@ -121,7 +122,7 @@ class Ruled(Protocol):
 class Unread(Protocol):
     """An objective whose needs name a baseline: what answering without reading comes to."""
 
-    def unread(self, rows: Sequence[Row], label_counts: Mapping[str, int] | None) -> list[Prediction] | None:
+    def unread(self, rows: Sequence[Row], label_counts: LabelCounts | None) -> list[Prediction] | None:
         """An answer for each row; None where the training rows' labels are needed and not known."""
         ...
 

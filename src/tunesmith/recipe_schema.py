@@ -65,7 +65,8 @@ def _one(node: Node, schema: Node) -> str:
     if kind == "array" and "prefixItems" in node:
         return f"a list of {len(node['prefixItems'])} (each {describe(node['prefixItems'][0], schema)})"
     if kind == "array":
-        return f"a list (each item {describe(node.get('items', {}), schema)})"
+        least = f" of at least {node['minItems']}" if node.get("minItems") else ""
+        return f"a list{least} (each item {describe(node.get('items', {}), schema)})"
     if kind == "object" and "properties" in node:
         keys = list(node["properties"])
         more = ", ..." if len(keys) > 4 or node.get("additionalProperties") else ""

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 LENGTH_LIMIT = 2048  # tokens of an example where the recipe names none
 MICRO_TOKENS = {"cpu": 2048, "mps": 4096, "cuda": 16384}  # beyond these a larger micro-batch was not faster
 MEMORY_SHARE = 0.7  # of what is free: the rest is for other processes and what the model leaves out
-FP8_GAIN = 1.35  # of whole LoRA steps over bf16: only the frozen products are in fp8
-INT4_GAIN = 0.8  # weights are made anew in both passes: by the bytes that moves; not measured yet
+FP8_GAIN = 1.4  # of whole LoRA steps over bf16 on an H100: only the frozen products are in fp8
+INT4_GAIN = 0.97  # likewise: weights are made anew in both passes (benchmarks/gpu/NOTES.md)
 EFFICIENCY = {"cpu": 0.7, "mps": 0.4, "cuda": 0.45}  # of the probed matrix-product rate, whole steps
 
 

@@ -8,6 +8,7 @@ V vocabulary, D width. A name carries its shape where that helps (`loss_U`, `tar
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -52,13 +53,6 @@ class Piece:
     role: str = "text"
     stream: str = "input"
     labels_T: NDArray[np.int32] | None = None
-
-    @property
-    def trained(self) -> NDArray[np.float32]:
-        """The weights; 1 for each token with a label."""
-        if self.labels_T is not None:
-            return (self.labels_T >= 0).astype(np.float32)
-        return np.zeros(len(self.input_ids_T), np.float32) if self.weights_T is None else self.weights_T
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,9 +344,10 @@ class HeadSpec:
 class Prediction:
     """What the model answered to one row, and what was expected.
 
-    `output` is text or a label; `scores` holds numbers for the row (`nll` in nats summed over the
-    trained tokens, `tokens`; or `nll` of the label and `tokens` 1); `probabilities` by label. `finished`: it
-    ended itself, and was not cut off.
+    `output` is text or a label; with `multi_label` both it and `reference` are JSON lists of labels. `scores` holds
+    numbers for the row (`nll` in nats summed over the trained tokens, `tokens`; or `nll` of the label and `tokens` 1;
+    or `nll` of the decisions on all labels and their number); `probabilities` by label. `finished`: it ended itself,
+    and was not cut off.
     """
 
     output: str
@@ -361,6 +356,27 @@ class Prediction:
     scores: Mapping[str, float] = field(default_factory=dict[str, float])
     probabilities: Mapping[str, float] | None = None
     finished: bool = True
+    multi_label: bool = False
+
+    @property
+    def answered(self) -> list[str]:
+        """The labels that were answered, if these are labels."""
+        return json.loads(self.output) if self.multi_label else [self.output]
+
+    @property
+    def expected(self) -> list[str]:
+        """The labels that were expected; none where there is no reference, or no label is right."""
+        if self.reference is None:
+            return []
+        return json.loads(self.reference) if self.multi_label else [self.reference]
+
+
+@dataclass(frozen=True, slots=True)
+class LabelCounts:
+    """How many of the training rows, of which there are `rows`, have each label."""
+
+    of: Mapping[str, int]
+    rows: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,6 +92,10 @@ def test_a_merge_that_changes_the_answers_is_refused_and_leaves_nothing(
     with pytest.raises(RefusedError, match="nats a token"):
         api.export(run, tmp_path / "merged", merge=True, dtype="bf16")
     assert not (tmp_path / "merged").exists()
+    monkeypatch.setitem(exporting.TOLERANCE, "fp32", -1.0)
+    with pytest.raises(RefusedError, match="nats a token") as refused:
+        api.export(run, tmp_path / "merged", merge=True, dtype="fp32")
+    assert refused.value.remedy == "export as a folder without --merge"  # and not what was just asked for
     assert api.export(run, tmp_path / "merged", merge=True, dtype="fp16").check is not None
     from safetensors.torch import load_file
 

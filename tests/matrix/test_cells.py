@@ -55,6 +55,10 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "tag": [{"tokens": ["a", COLOURS[i % 2], str(i)], "tags": ["O", f"B-{COLOURS[i % 2]}", "O"]} for i in range(20)],
     "classify": [{"text": f"a {COLOURS[i % 2]} {i}", "label": COLOURS[i % 2]} for i in range(20)],
 }
+LISTS, HELD_LISTS = (
+    [{"text": f"{COLOURS[: i % 3]} {i}", "labels": list(COLOURS[: i % 3])} for i in range(*span)]
+    for span in ((20,), (20, 26))
+)
 
 
 @dataclass(frozen=True)
@@ -210,3 +214,15 @@ def test_a_cell_that_runs_takes_two_steps(
     assert (result.path / "model" / "tunesmith.json").is_file()
     assert all(math.isfinite(record["value"]) for record in result.records)
     assert bool(result.records) == ("validation" in recipe["data"])
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_lists_of_labels_take_two_steps(method: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """A second kind of rows of `classify`, for each method on one kind of model, the next on the other."""
+    kind: ModelKind = ("decoder", "encoder")[METHOD_NAMES.index(method) % 2]
+    folder: Path = request.getfixturevalue({"decoder": "tiny_llama", "encoder": "tiny_bert"}[kind])
+    recipe = Cell(method, "classify", kind, "plain").recipe(str(folder))
+    del recipe["data"]["train"]
+    result = api.train(recipe, data={"train": LISTS, "test": HELD_LISTS}, out=tmp_path / "run")
+    assert {"micro_f1", "macro_f1", "accuracy", "loss"} <= {record["metric"] for record in result.records}
+    assert all(math.isfinite(record["value"]) for record in result.records)

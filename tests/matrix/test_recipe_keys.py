@@ -43,6 +43,7 @@ LABELLED = {
     "data.format": "text+label",
     "objective": {"name": "classify"},
 }
+LISTED = {**LABELLED, "data.format": "text+labels"}
 SCORED = {**LABELLED, "data.format": "text+score", "objective": {"name": "regress"}}
 TAGGED = {**LABELLED, "data.format": "tokens+tags", "objective": {"name": "tag"}}
 PARTIAL = {"method": {"name": "partial"}}
@@ -115,6 +116,7 @@ CHANGES: dict[str, Change] = {
     "method.vera.targets": Change(["q_proj"], {"method": {"name": "vera"}}),
     "objective.classify.pooling": Change("first", LABELLED),
     "objective.classify.hidden": Change(8, LABELLED),
+    "objective.classify.threshold": Change(0.2, LISTED),
     "objective.regress.pooling": Change("first", SCORED),
     "objective.regress.hidden": Change(8, SCORED),
     "objective.tag.hidden": Change(8, TAGGED),
@@ -237,7 +239,10 @@ def place(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     write("validation.jsonl", asked(200, 4))
     write("test.jsonl", asked(300, 3))
     write("two.jsonl", [{**row, "instruction": row["remark"], "output": row["prompt"]} for row in asked(0, 12)])
-    both = [{**row, "text": row["prompt"], "label": row["completion"]} for row in asked(0, 12)]
+    both = [
+        {**row, "text": row["prompt"], "label": row["completion"], "labels": row["completion"].split()}
+        for row in asked(0, 12)
+    ]
     words = [{"tokens": row["prompt"].split(), "tags": ["O", row["completion"].split()[-1]]} for row in both]
     scores = [{"score": len(row["completion"]) + index % 3} for index, row in enumerate(both)]
     write("both.jsonl", [{**row, **score, **own} for row, score, own in zip(both, scores, words, strict=True)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -170,3 +171,66 @@ def test_the_interval_of_the_calibration_error_is_freed_of_noise() -> None:
     shown, low, high = interval(metric, statistics(metric, bold), 0)
     rate = wilson(float(np.mean(outputs == "yes")) * 200, 200)
     assert (shown - low, high - shown) == pytest.approx(((rate[1] - rate[0]) / 2,) * 2, abs=0.01)
+
+
+def sets(count: int, seed: int, labels: list[str]) -> list[Prediction]:
+    """Rows with several labels or none, and answers that are drawn towards them."""
+    draw = np.random.default_rng(seed)
+    found: list[Prediction] = []
+    for index in range(count):
+        truth = draw.random(len(labels)) < np.linspace(0.1, 0.5, len(labels))
+        shares = np.round(1 / (1 + np.exp(-draw.normal(size=len(labels)) - 1.5 * truth + 0.7)), 3)
+        said, actual = (
+            json.dumps([label for label, on in zip(labels, chosen, strict=True) if on])
+            for chosen in (shares >= 0.5, truth)
+        )
+        by_label = dict(zip(labels, shares.tolist(), strict=True))
+        found.append(Prediction(said, actual, f"row {index}", probabilities=by_label, multi_label=True))
+    return found
+
+
+@pytest.mark.parametrize("labels", [LABELS, [f"label {i}" for i in range(30)]], ids=["3", "30"])
+def test_label_sets_are_measured_as_by_scikit_learn(labels: list[str]) -> None:
+    predictions = sets(400, 7, labels)
+    truth, said = (
+        np.array([[label in own for label in labels] for own in own_sets])
+        for own_sets in ([p.expected for p in predictions], [p.answered for p in predictions])
+    )
+    shares = np.array([list((p.probabilities or {}).values()) for p in predictions])
+    expected = {
+        "micro_f1": sk.f1_score(truth, said, average="micro"),
+        "macro_f1": sk.f1_score(truth, said, average="macro"),
+        "accuracy": sk.accuracy_score(truth, said),
+        "roc_auc": sk.roc_auc_score(truth, shares, average="macro"),
+    }
+    assert {name: value(name, predictions, labels) for name in expected} == pytest.approx(expected, abs=1e-12)
+    records = {(r.group, r.metric): r for r in by_class("tuned", "test", predictions, labels)}
+    precision, recall, _, rows = sk.precision_recall_fscore_support(truth, said, average=None)
+    for at, label in enumerate(labels):
+        found = records[f"label={label}", "recall"]
+        assert (found.value, found.n) == (pytest.approx(recall[at]), rows[at])
+        assert records[f"label={label}", "precision"].value == pytest.approx(precision[at])
+
+
+def test_the_spread_of_a_mean_area_over_label_sets_is_that_of_resamples() -> None:
+    predictions = sets(300, 11, LABELS)
+    metric = METRICS.get("roc_auc")(LABELS)
+    spread = statistics(metric, predictions)[:, 0].std() / np.sqrt(len(predictions))
+    draw = np.random.default_rng(0)
+    drawn = [value("roc_auc", [predictions[i] for i in draw.integers(300, size=300)]) for _ in range(300)]
+    assert spread == pytest.approx(np.std(drawn), rel=0.15)
+
+
+def test_sets_of_one_label_each_are_measured_as_labels() -> None:
+    one = answers(150, 4)
+    as_sets = [
+        replace(p, output=json.dumps([p.output]), reference=json.dumps([p.reference]), multi_label=True) for p in one
+    ]
+    for name in ("micro_f1", "macro_f1", "accuracy", "roc_auc"):
+        metric = METRICS.get(name)(LABELS)
+        assert statistics(metric, as_sets).tolist() == statistics(metric, one).tolist()
+
+
+def test_ece_of_label_sets_is_refused() -> None:
+    with pytest.raises(InputError, match="ece needs one label a row, and row 0 may have several"):
+        value("ece", sets(3, 1, LABELS))

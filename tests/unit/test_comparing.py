@@ -88,7 +88,10 @@ def run(
     path.mkdir()
     rundir.write_json(path / "manifest.json", {"seed": 17})
     meaning = {"objective": [name, {}, learned], "evaluate": recipe.evaluate.model_dump(mode="json")}
-    rundir.write_json(path / "plan.json", {"meaning": meaning, "audit": {"train": {"labels": dict(train)}}})
+    rundir.write_json(
+        path / "plan.json",
+        {"meaning": meaning, "audit": {"train": {"labels": dict(train), "rows": sum(train.values())}}},
+    )
     results: dict[str, Any] = {"records": [], "effects": [], "details": {}}
     for data, (rows, found) in sets.items():
         measuring.write_predictions(RunDir(path), data, rows, found, recipe.evaluate.keep)

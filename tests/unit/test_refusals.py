@@ -125,6 +125,20 @@ NAMED: dict[str, dict[str, Any]] = {
     "method partial chooses no bias of Llama": {"name": "partial", "only": "biases"},
     "method.top is 3, and LlamaForCausalLM has 2 layers": {"name": "partial", "top": 3},
     "ranks: '(' is no regular expression": {"name": "lora", "ranks": {"(": 2}},
+    "start_rank is 4, and ranks fall from there to 16": {"name": "adalora", "start_rank": 4},
+    "start_rank is 8, and ranks fall from there to 8": {"name": "adalora", "rank": 8, "start_rank": 8},
+    "method.targets must be all-linear or a list of at least 1": {"name": "lora", "targets": []},
+    "method.targets must be a list of at least 1": {"name": "ia3", "targets": []},
+    "method.feedforward must be a list of at least 1": {"name": "ia3", "feedforward": []},
+    "'up_proj' stands in targets and in feedforward": {
+        "name": "ia3",
+        "targets": ["up_proj"],
+        "feedforward": ["up_proj"],
+    },
+    "method.block_size is 7, and model.layers.0.self_attn.q_proj reads 32": {"name": "oft", "block_size": 7},
+    "method.block_size must be a whole number of at least 2": {"name": "oft", "block_size": 1},
+    "top is 1.5; give a whole number of layers": {"name": "partial", "top": 1.5},
+    "cannot train a layer of LlamaForCausalLM: Target module LlamaRMSNorm": {"name": "lora", "targets": ["norm"]},
 }
 
 
@@ -413,7 +427,7 @@ def test_a_method_that_finds_no_place_in_a_model(tiny_bert: Path) -> None:
     with pytest.raises(TunesmithError, match="ia3 does not know where Sequential keeps its keys"):
         ia3(ia3.Options(), 0.0).config(SimpleNamespace(model=torch.nn.Sequential(torch.nn.Linear(2, 2))))
     lora = METHODS.get("lora")
-    with pytest.raises(TunesmithError, match=r"method.targets name no layer of MixtralForCausalLM"):
+    with pytest.raises(TunesmithError, match=r"cannot train a layer of MixtralForCausalLM"):
         lora(lora.Options(targets=["query"]), 0.0).attach(policy_of("mixtral"))
     with pytest.raises(TunesmithError, match=r"method.targets: LlamaForCausalLM has no layer 'query'") as refused:
         lora(lora.Options(targets=["query"]), 0.0).attach(policy_of("llama"))
@@ -545,3 +559,11 @@ def test_dora_starts_at_no_update() -> None:
     choice = Choice.model_validate({"name": "dora", "init": "pissa"})
     with pytest.raises(TunesmithError, match="dora cannot start at pissa"):
         check_options(choice, METHODS.get("dora").Options, "method")
+
+
+@pytest.mark.parametrize("name", ["oft", "loha", "lokr"])
+def test_layers_that_a_method_has_no_form_for_are_refused_and_are_no_failure(name: str) -> None:
+    method = METHODS.get(name)(METHODS.get(name).Options(), 0.0)
+    with pytest.raises(TunesmithError, match=r"cannot train a layer of GPT2LMHeadModel: .*Conv1D") as caught:
+        method.attach(policy_of("gpt2"))
+    assert "c_attn, c_fc, c_proj" in caught.value.remedy

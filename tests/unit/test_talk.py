@@ -116,6 +116,18 @@ def test_words_stand_beside_their_tags() -> None:
         assert EVIL not in shown
 
 
+def test_labels_that_are_chosen_are_all_shown_and_told_from_the_others() -> None:
+    shares = {f"label {i}": 0.9 - 0.1 * i for i in range(9)}
+    stream = io.StringIO()
+    talk(stream, stream).labels(shares, None, [f"label {i}" for i in range(7)])
+    shown = stream.getvalue().splitlines()
+    assert [line.startswith("\u2713") for line in shown] == [True] * 7 + [False]
+    assert shown[-1].split() == ["2", "more", "\u2264", "0.200"]
+    answers = io.StringIO()
+    talk(answers, answers, as_json=True).labels({"green": 0.25, "red": 0.75}, None, [])
+    assert json.loads(answers.getvalue()) == {"labels": [], "probabilities": {"red": 0.75, "green": 0.25}}
+
+
 def test_only_the_first_labels_are_shown_and_the_rest_is_summed() -> None:
     stream = io.StringIO()
     talk(stream, stream).labels({f"label {i}": 0.1 for i in range(10)})

@@ -257,7 +257,7 @@ class Conversation:
 
 
 class Labelling:
-    """Each turn is a text that gets its label. `adapters`: those to switch between."""
+    """Each turn is a text that gets its label, or its labels. `adapters`: those to switch between."""
 
     def __init__(self, loaded: Loaded, talk: Talk, adapters: Adapters | None = None) -> None:
         self._loaded = loaded
@@ -276,5 +276,6 @@ class Labelling:
         active = self._adapters and self._adapters.active
         if self._loaded.objective.needs.vectors == "token":
             self._talk.tags(list(zip(text.split(), found.output.split(), strict=True)), active)
-        else:
-            self._talk.labels(found.probabilities or {found.output: 1.0}, active)
+            return
+        shares = found.probabilities or {found.output: 1.0}
+        self._talk.labels(shares, active, found.answered if found.multi_label else None)

@@ -39,6 +39,12 @@ class Format:
     optional: tuple[str, ...]
     make: Callable[[Fields], Value]
     sample: str
+    means: str = ""
+
+    @property
+    def says(self) -> str:
+        """What a row is, for people."""
+        return self.means or KINDS[self.kind]
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -167,6 +173,7 @@ FORMATS: Mapping[str, Format] = {
             (),
             _text_labels,
             '{"text": "Thanks, that was fun!", "labels": ["gratitude", "joy"]}',
+            "a text and its classes: several, one or none",
         ),
         Format(
             "text+score",

@@ -102,6 +102,7 @@ def _written(model: str, prediction: Prediction) -> dict[str, Any]:
         "scores": prediction.scores,
         "probabilities": shares and {label: float(f"{share:.{DIGITS}g}") for label, share in shares.items()},
         "finished": prediction.finished,
+        **({"multi_label": True} if prediction.multi_label else {}),
     }
 
 
@@ -109,7 +110,15 @@ def _read(line: dict[str, Any], copies: Counter[str]) -> Answered:
     key, where, reference = line["key"], line["where"], line["reference"]
     copies[key] += 1
     answers = {
-        model: Prediction(a["output"], reference, where, a["scores"], a["probabilities"], a["finished"])
+        model: Prediction(
+            a["output"],
+            reference,
+            where,
+            a["scores"],
+            a["probabilities"],
+            a["finished"],
+            a.get("multi_label", False),
+        )
         for model, a in line["answers"].items()
     }
     return Answered(key, line["shown"], copies[key], where, line["input"], reference, line["tags"], answers)

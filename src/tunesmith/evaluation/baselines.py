@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tunesmith.protocols import Objective, Unread
-from tunesmith.types import Prediction, Row
+from tunesmith.types import LabelCounts, Prediction, Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +41,11 @@ BASELINES: Mapping[str, Baseline] = {
 }
 
 
-def unread(
-    objective: Objective, rows: Sequence[Row], label_counts: Mapping[str, int] | None
-) -> list[Prediction] | None:
+def label_counts(train: Mapping[str, Any]) -> LabelCounts | None:
+    """Of the training rows, by what their audit says as plan.json has it; None where they have no labels."""
+    return LabelCounts(train["labels"], train["rows"]) if train["labels"] else None
+
+
+def unread(objective: Objective, rows: Sequence[Row], label_counts: LabelCounts | None) -> list[Prediction] | None:
     """What the objective's model is compared with where its base has no head; None where that is not known."""
     return objective.unread(rows, label_counts) if isinstance(objective, Unread) else None

@@ -31,7 +31,8 @@ class Ece:
 
     Guo et al. 2017 (1706.04599). Few rows overstate it: noise adds up in every bin. The value is given as everybody
     gives it; the interval is that of the error without the noise, so its lower end may lie further from the value
-    than its upper end. There is none with fewer than 200 rows, and no comparison with fewer than 1,000.
+    than its upper end. There is none with fewer than 200 rows, and no comparison with fewer than 1,000. A row with
+    several labels has no one confidence.
     """
 
     name: ClassVar[str] = "ece"
@@ -44,7 +45,7 @@ class Ece:
 
     @staticmethod
     def applies(predictions: Sequence[Prediction]) -> bool:
-        return have_probabilities(predictions)
+        return have_probabilities(predictions) and not any(p.multi_label for p in predictions)
 
     def statistics(self, prediction: Prediction) -> tuple[float, ...]:
         confidence = _confidence(prediction, self.name)
@@ -187,7 +188,12 @@ def probabilities(prediction: Prediction, metric: str) -> Mapping[str, float]:
 
 
 def _confidence(prediction: Prediction, metric: str) -> float:
-    """The probability of what was answered."""
+    """The probability of what was answered; InputError of a row that may have several labels."""
+    if prediction.multi_label:
+        raise InputError(
+            f"{metric} needs one label a row, and {prediction.where} may have several",
+            f"leave {metric} out of evaluate.metrics",
+        )
     return probabilities(prediction, metric).get(prediction.output, 0.0)
 
 

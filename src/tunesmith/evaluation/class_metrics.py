@@ -26,6 +26,36 @@ from tunesmith.evaluation.metrics import (
 )
 from tunesmith.types import Metric, Prediction
 
+Truths = NDArray[np.bool_]
+
+
+@METRICS.register("micro_f1")
+class MicroF1:
+    """F1 = 2 TP / (predicted + actual) over all labels of all rows together; a row may have several, or none.
+
+    scikit-learn's f1_score(average="micro") of label sets. A row that has no label and is given none does not count.
+    """
+
+    name: ClassVar[str] = "micro_f1"
+    higher_is_better: ClassVar[bool] = True
+    kind: ClassVar[MetricKind] = "general"
+    bounds: ClassVar[Bounds] = (0.0, 1.0)
+
+    def __init__(self, labels: Sequence[str] = ()) -> None:
+        del labels
+
+    @staticmethod
+    def applies(predictions: Sequence[Prediction]) -> bool:
+        return any(p.multi_label and (p.answered or p.expected) for p in predictions)
+
+    def statistics(self, prediction: Prediction) -> tuple[float, ...]:
+        reference_of(prediction, self.name)
+        said, actual = set(prediction.answered), set(prediction.expected)
+        return (2.0 * len(said & actual), float(len(said) + len(actual)))
+
+    def aggregate(self, sums: FloatArray) -> FloatArray:
+        return quotient(sums)
+
 
 @METRICS.register("roc_auc")
 class RocAuc:
@@ -54,15 +84,15 @@ class RocAuc:
 
     def joint_statistics(self, predictions: Sequence[Prediction]) -> FloatArray:
         """As `areas`. InputError where all rows are of one class, or one has no probabilities."""
-        place = {label: i for i, label in enumerate(self.labels)}
-        actual_N = np.array([place[reference_of(p, self.name)] for p in predictions])
-        if len(np.unique(actual_N)) < 2:
+        references, answer_N = np.unique([reference_of(p, self.name) for p in predictions], return_inverse=True)
+        if len(references) < 2:
             raise InputError(
                 f"{self.name} needs rows of two classes, and all of these have {predictions[0].reference!r}",
                 f"measure on rows of several classes, or leave {self.name} out of evaluate.metrics",
             )
         shares_NL = [[probabilities(p, self.name).get(label, 0.0) for label in self.labels] for p in predictions]
-        return areas(actual_N, np.array(shares_NL))
+        apart_N = answer_N != np.bincount(answer_N).argmax()
+        return areas(_having([p.expected for p in predictions], self.labels), np.array(shares_NL), apart_N)
 
     def aggregate(self, sums: FloatArray) -> FloatArray:
         return quotient(sums)
@@ -78,13 +108,17 @@ class RocAuc:
         return float(sums_K[2])
 
 
-def areas(actual_N: IntArray, scores_NL: FloatArray) -> FloatArray:
-    """[N, 3]: the mean area with the row's influence on it, 1, and whether the row is of a class but the largest."""
-    count = len(actual_N)
-    labels_L, class_N, counts_L = np.unique(actual_N, return_inverse=True, return_counts=True)
+def areas(actual_NL: Truths, scores_NL: FloatArray, apart_N: Truths) -> FloatArray:
+    """[N, 3]: the mean area with the row's influence on it, 1, and whether the row is `apart` from the largest class.
+
+    `actual_NL`: which rows have which labels.
+    """
+    count, rows_L = len(actual_NL), actual_NL.sum(axis=0)
+    labels_L = np.flatnonzero((rows_L > 0) & (rows_L < count))
+    counts_L = rows_L[labels_L]
     area_L, influence_N = np.zeros(len(labels_L)), np.zeros(count)
     for at, label in enumerate(labels_L):
-        positive_N, scores_N = class_N == at, scores_NL[:, label]
+        positive_N, scores_N = actual_NL[:, label], scores_NL[:, label]
         above_P = _placements(scores_N[positive_N], scores_N[~positive_N])
         area_L[at] = above_P.mean()
         influence_N[positive_N] += _deviations(above_P)
@@ -92,10 +126,10 @@ def areas(actual_N: IntArray, scores_NL: FloatArray) -> FloatArray:
     alone_L = counts_L == 1
     if alone_L.sum() > 1:
         # One row does not show its class's spread; those of all such classes do (collapsed strata, Wolter 2007).
-        rows = [int(np.flatnonzero(class_N == at)[0]) for at in np.flatnonzero(alone_L)]
-        influence_N[rows] += len(rows) * _deviations(area_L[alone_L])
+        rows = actual_NL[:, labels_L[alone_L]].argmax(axis=0)
+        np.add.at(influence_N, rows, len(rows) * _deviations(area_L[alone_L]))
     value_N = area_L.mean() + influence_N * count / len(labels_L)
-    return np.column_stack([value_N, np.ones(count), class_N != counts_L.argmax()])
+    return np.column_stack([value_N, np.ones(count), apart_N.astype(np.float64)])
 
 
 def _deviations(placements_P: FloatArray) -> FloatArray:
@@ -117,14 +151,15 @@ def by_class(
 
     A class that no answer names has no precision, one that no row has no recall: it has no such record.
     """
-    said_N, actual_N = np.array([p.output for p in predictions]), np.array([str(p.reference) for p in predictions])
+    said_NL = _having([p.answered for p in predictions], labels)
+    actual_NL = _having([p.expected for p in predictions], labels)
     records: list[Metric] = []
-    for label in labels:
-        for metric, chosen_N in (("precision", said_N == label), ("recall", actual_N == label)):
-            rows = np.flatnonzero(chosen_N)
+    for at, label in enumerate(labels):
+        for metric, chosen_NL in (("precision", said_NL), ("recall", actual_NL)):
+            rows = np.flatnonzero(chosen_NL[:, at])
             if not len(rows):
                 continue
-            right_N2 = np.column_stack([(said_N == actual_N)[rows], np.ones(len(rows))]).astype(np.float64)
+            right_N2 = np.column_stack([(said_NL & actual_NL)[rows, at], np.ones(len(rows))]).astype(np.float64)
             own = None if clusters_N is None else np.unique(clusters_N[rows], return_inverse=True)[1]
             limits = interval(Accuracy(), right_N2, seed=0, clusters_N=own)
             records.append(Metric(model, data, metric, *limits, len(rows), f"label={label}"))
@@ -142,9 +177,23 @@ def confusion(predictions: Sequence[Prediction], labels: Sequence[str]) -> dict[
 
 
 def details(predictions: Sequence[Prediction], labels: Sequence[str]) -> dict[str, Any]:
-    """What a picture of a classifier needs; of no probabilities, the confusion alone."""
+    """What a picture of a classifier needs; of no probabilities, the confusion alone; of label sets, the labels.
+
+    A label of several is missing or too many: none of them is taken for another.
+    """
+    if any(p.multi_label for p in predictions):
+        return {"labels": list(labels)}
     found: dict[str, Any] = {"confusion": confusion(predictions, labels)}
     return {**found, "reliability": reliability(predictions)} if have_probabilities(predictions) else found
+
+
+def _having(sets: Sequence[Sequence[str]], labels: Sequence[str]) -> Truths:
+    """[N, L]: which rows have which of the labels."""
+    place = {label: i for i, label in enumerate(labels)}
+    found_NL: Truths = np.zeros((len(sets), len(labels)), dtype=bool)
+    for row, own in enumerate(sets):
+        found_NL[row, [place[label] for label in own if label in place]] = True
+    return found_NL
 
 
 def _placements(scores: FloatArray, others: FloatArray) -> FloatArray:

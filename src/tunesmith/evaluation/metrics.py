@@ -132,8 +132,7 @@ def build(
     for prediction in predictions:
         if labels is None:
             found.update(prediction.probabilities or ())
-        if prediction.reference is not None:
-            found.add(prediction.reference)
+        found.update(prediction.expected)
     return [METRICS.get(name)(sorted(found)) for name in names]
 
 
@@ -194,7 +193,7 @@ class ExactMatch(_Rate):
 
 @METRICS.register("accuracy")
 class Accuracy(_Rate):
-    """The label is the reference's, character by character."""
+    """The label is the reference's, character by character; of several labels, all are and no other is given."""
 
     name: ClassVar[str] = "accuracy"
 
@@ -207,7 +206,8 @@ class MacroF1:
     """Mean over classes of F1 = 2 TP / (predicted + actual), each class counting the same.
 
     Classes that neither references nor predictions hold are left out, so on predictions from the label set
-    it is scikit-learn's f1_score(average="macro"). Statistics: L hits, L predicted, L actual.
+    it is scikit-learn's f1_score(average="macro"). A row may have several labels, or none. Statistics: L hits,
+    L predicted, L actual.
     """
 
     name: ClassVar[str] = "macro_f1"
@@ -220,21 +220,26 @@ class MacroF1:
         self.labels = tuple(labels)
         self._index = {label: i for i, label in enumerate(self.labels)}
 
+    @staticmethod
+    def applies(predictions: Sequence[Prediction]) -> bool:
+        return any(p.answered or p.expected for p in predictions)
+
     def statistics(self, prediction: Prediction) -> tuple[float, ...]:
-        reference = reference_of(prediction, self.name)
-        actual = self._index.get(reference)
-        if actual is None:
-            raise InputError(
-                f"{prediction.where} has the label {reference!r}, which is not in the label set",
-                f"known labels: {', '.join(self.labels[:20])}; correct the row, or add rows of that label to train on",
-            )
+        reference_of(prediction, self.name)
         count = len(self.labels)
         row = [0.0] * (3 * count)
-        row[2 * count + actual] = 1.0
-        predicted = self._index.get(prediction.output)
-        if predicted is not None:
-            row[count + predicted] = 1.0
-            row[actual] = float(predicted == actual)
+        for label in prediction.answered:
+            if (predicted := self._index.get(label)) is not None:
+                row[count + predicted] = 1.0
+        for label in prediction.expected:
+            if (actual := self._index.get(label)) is None:
+                known = ", ".join(self.labels[:20])
+                raise InputError(
+                    f"{prediction.where} has the label {label!r}, which is not in the label set",
+                    f"known labels: {known}; correct the row, or add rows of that label to train on",
+                )
+            row[2 * count + actual] = 1.0
+            row[actual] = row[count + actual]
         return tuple(row)
 
     def aggregate(self, sums: FloatArray) -> FloatArray:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tunesmith.methods import METHODS
 from tunesmith.methods.peft_adapter import LowRankOptions, PeftAdapter, has_transposed_linears, task_type
@@ -42,6 +42,12 @@ class AdaLora(PeftAdapter):
         """`rank` is the mean rank at the end."""
 
         start_rank: Positive | None = Field(None, description="rank of every layer at the start; half as much again")
+
+        @model_validator(mode="after")
+        def _falls(self) -> AdaLora.Options:
+            if self.start_rank is not None and self.start_rank <= self.rank:
+                raise ValueError(f"start_rank is {self.start_rank}, and ranks fall from there to {self.rank}; raise it")
+            return self
 
     options: Options
 

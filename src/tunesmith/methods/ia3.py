@@ -8,12 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from tunesmith.errors import InputError
 from tunesmith.methods import METHODS
-from tunesmith.methods.peft_adapter import PeftAdapter, has_transposed_linears, linear_layers, linear_names, task_type
+from tunesmith.methods.peft_adapter import (
+    Names,
+    PeftAdapter,
+    has_transposed_linears,
+    linear_layers,
+    linear_names,
+    task_type,
+)
 from tunesmith.models.policy import Policy
 from tunesmith.recipe import Strict
 from tunesmith.types import Combination, MethodFacts
@@ -48,8 +55,15 @@ class Ia3(PeftAdapter):
     class Options(Strict):
         """Which layers are scaled; the family's own by default."""
 
-        targets: list[str] | None = Field(None, description="layers whose outputs are scaled: keys and values")
-        feedforward: list[str] | None = Field(None, description="layers whose inputs are scaled instead")
+        targets: Names | None = Field(None, description="layers whose outputs are scaled: keys and values")
+        feedforward: Names | None = Field(None, description="layers whose inputs are scaled instead")
+
+        @model_validator(mode="after")
+        def _apart(self) -> Ia3.Options:
+            for name in self.targets or ():
+                if name in (self.feedforward or ()):
+                    raise ValueError(f"{name!r} stands in targets and in feedforward; keep it in one")
+            return self
 
     options: Options
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from math import gcd
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
+from tunesmith.errors import InputError
 from tunesmith.methods import METHODS
-from tunesmith.methods.peft_adapter import PeftAdapter, Targets, has_transposed_linears, task_type
+from tunesmith.methods.peft_adapter import TRAINED, PeftAdapter, Targets, has_transposed_linears, task_type
 from tunesmith.models.policy import Policy
-from tunesmith.recipe import Positive, Strict
+from tunesmith.recipe import Strict
 from tunesmith.types import MethodFacts
 
 if TYPE_CHECKING:
@@ -37,10 +39,28 @@ class Oft(PeftAdapter):
     class Options(Strict):
         """How wide the rotated blocks are, and which layers are rotated."""
 
-        block_size: Positive = Field(32, description="inputs that one rotation mixes; it divides every layer's width")
+        block_size: Annotated[int, Field(ge=2)] = Field(
+            32, description="inputs that one rotation mixes; it divides every layer's width"
+        )
         targets: Targets = Field("all-linear", description="linear layers by name, or all-linear")
 
     options: Options
+
+    def attach(self, policy: Policy) -> None:
+        """InputError where blocks of this size do not fill a layer: PEFT would take others there, and not say so."""
+        from peft.tuners.oft import OFTLayer
+
+        super().attach(policy)
+        size = self.options.block_size
+        layers = {name: layer for name, layer in self._peft.named_modules() if isinstance(layer, OFTLayer)}
+        for name, layer in layers.items():
+            if layer.oft_block_size[TRAINED] != size:
+                most = gcd(*(int(layer.in_features or 0) for layer in layers.values()))
+                raise InputError(
+                    f"method.block_size is {size}, and {name.removeprefix('base_model.model.')} reads "
+                    f"{layer.in_features} inputs, which is no multiple of it",
+                    f"set it to a divisor of {most}" if most > 1 else "name layers of one width in method.targets",
+                )
 
     def config(self, policy: Policy) -> OFTConfig:
         from peft import OFTConfig

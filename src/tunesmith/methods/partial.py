@@ -70,6 +70,8 @@ class Partial(OwnWeights):
                 raise ValueError("top, layers and parameters exclude each other; keep one")
             if self.layers is not None and self.layers[0] > self.layers[1]:
                 raise ValueError("layers is [first, last], and first comes after last")
+            if self.top is not None and self.top > 1 and self.top % 1:
+                raise ValueError(f"top is {self.top:g}; give a whole number of layers, or a share of them below 1")
             for pattern in self.parameters or ():
                 try:
                     re.compile(pattern)

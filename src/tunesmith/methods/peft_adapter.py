@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 
 TRAINED, BENEATH = "default", "beneath"  # PEFT's names of the adapter that trains, and of those that it stands on
-Targets = Literal["all-linear"] | list[str]
+Names = Annotated[list[str], Field(min_length=1)]
+Targets = Literal["all-linear"] | Names
 
 
 class LowRankOptions(Strict):
@@ -73,13 +74,14 @@ class PeftAdapter(ABC):
         from peft import get_peft_model
 
         self._check_names(policy)
+        linear = ", ".join(linear_names(policy.model))
         with peft_speaks():
             try:
                 self._peft = get_peft_model(policy.model, self.config(policy))
-            except ValueError as error:
+            except (ValueError, TypeError) as error:  # each of PEFT's methods has its own for a layer it cannot train
                 raise InputError(
-                    f"method.targets name no layer of {type(policy.model).__name__}: {error}",
-                    f"use all-linear, or some of: {', '.join(linear_names(policy.model))}",
+                    f"this method cannot train a layer of {type(policy.model).__name__}: {_first_sentence(error)}",
+                    f"name others in method.targets ({linear}), or choose another method: lora takes the most kinds",
                 ) from error
 
     def _check_names(self, policy: Policy) -> None:
@@ -146,11 +148,16 @@ def hold(peft: Any) -> None:
 
 @contextmanager
 def peft_speaks() -> Generator[None]:
-    """Without what PEFT says of its own conversion of experts and of layers whose rank has fallen to 0."""
+    """Without what PEFT says of experts, of a rank of 0, and of blocks that do not fit."""
     with quiet_transformers(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
         warnings.filterwarnings("ignore", message=".*LoRA tensor.* have invalid shape")  # of AdaLoRA's rank 0
+        warnings.filterwarnings("ignore", message="Invalid `oft_block_size`")  # which OFT refuses in words of its own
         yield
+
+
+def _first_sentence(error: Exception) -> str:
+    return str(error).partition("\n")[0].partition(". ")[0].rstrip("(")
 
 
 def task_type(policy: Policy) -> str:

@@ -1,22 +1,27 @@
-"""Classification: cross-entropy of one label a row, from one pooled vector."""
+"""Classification: one label a row or several, from one pooled vector."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
 
+from tunesmith.data.rows import labels_of
 from tunesmith.errors import InputError
 from tunesmith.models.policy import Policy
 from tunesmith.objectives import OBJECTIVES
+from tunesmith.objectives.label_sets import SMALLEST, LabelSets
 from tunesmith.objectives.pooled import PooledOptions, head_outputs, read_all
 from tunesmith.types import (
     Batch,
     Example,
     HeadSpec,
+    LabelCounts,
     ObjectiveNeeds,
     Part,
     Piece,
@@ -30,77 +35,150 @@ from tunesmith.types import (
 if TYPE_CHECKING:
     from tunesmith.data.chat import Renderer
 
-# Stands for the probability of a label that training never saw, here as in the classifier's own predictions.
-SMALLEST = float(torch.finfo(torch.float32).tiny)
 UNKNOWN = -1  # the index of a label that training never saw
+THRESHOLD = 0.5
+Metrics = dict[str, tuple[float, float]]
+
+
+class Answers(Protocol):
+    """What the head's outputs say: one label of several, or any of them."""
+
+    loss: ClassVar[str]
+
+    def columns(self, row: Row) -> dict[str, int]:
+        """What an example holds of its row's labels."""
+        ...
+
+    def losses(self, logits_NV: Tensor, columns: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
+        """The loss of each example [N], and what else is worth a curve."""
+        ...
+
+    def prediction(self, row: Row, logits_V: Tensor) -> Prediction: ...
+    def unread(self, counts: LabelCounts, rows: Sequence[Row]) -> list[Prediction]: ...
 
 
 @OBJECTIVES.register("classify")
 class Classify:
-    """loss = - sum_i log softmax(head(pooled_i))[label_i] / N; the label set is that of the training rows."""
+    """loss = sum_i l(head(pooled_i), labels_i) / N; the label set is that of the training rows.
+
+    l = - log softmax(logits)[label] where rows have a `label`. Where they have a list of `labels`, it is the mean over
+    labels of the binary cross-entropy of sigmoid(logit) (Nam et al. 2014, arXiv 1312.5419).
+    """
 
     needs: ClassVar[ObjectiveNeeds] = ObjectiveNeeds(
-        summary="give each text one label of those seen in training",
+        summary="give each text one label of those seen in training, or several",
         head="pooled",
         formats=frozenset({"label"}),
         kinds=frozenset({"encoder", "decoder"}),
         coupling="example",
-        metrics=("accuracy", "macro_f1", "roc_auc", "ece", "loss"),
+        metrics=("micro_f1", "accuracy", "macro_f1", "roc_auc", "ece", "loss"),
         baseline="majority",
     )
 
     class Options(PooledOptions):
-        """How a text becomes the vector that its label is read from."""
+        """How a text becomes the vector that its labels are read from, and when they are given."""
+
+        threshold: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+            None,
+            description="the probability from which on a label is given; only for rows of `labels`; 0.5 by default",
+        )
 
     def __init__(self, options: Any) -> None:
         self.options = options
         self.labels: list[str] = []
+        self._multi_label = False
 
     def fit(self, rows: Iterable[Row]) -> None:
-        """The label set, in code-point order. Raises InputError for fewer than two labels."""
-        self.labels = sorted({_label(row) for row in rows})
-        if len(self.labels) < 2:
+        """The label set, in code-point order, and whether rows have lists of them.
+
+        Raises InputError where there is nothing to tell apart: fewer than two labels, or the same list everywhere.
+        """
+        answers: set[tuple[str, ...]] = set()
+        multi_label = False
+        for row in rows:
+            multi_label = multi_label or "labels" in row.value
+            answers.add(tuple(sorted(labels_of(row.value))))
+        labels = sorted({label for answer in answers for label in answer})
+        if len(answers) < 2:
             raise InputError(
-                f"the training rows hold one label ({', '.join(self.labels)}); classification needs two or more",
+                f"the training rows hold one {'list of labels' if multi_label else 'label'} "
+                f"({', '.join(labels) or 'none'}); classification needs two or more",
                 "add rows of another label, or check data.columns",
             )
+        if self.options.threshold is not None and not multi_label:
+            raise InputError(
+                "objective.threshold does nothing where each row has one label: the most probable one is given",
+                "leave it out, or give rows with a list of `labels`",
+            )
+        self.labels, self._multi_label = labels, multi_label
 
     def describe(self) -> dict[str, Any]:
-        return {"labels": self.labels}
+        return {"labels": self.labels, **({"multi_label": True} if self._multi_label else {})}
 
     def adopt(self, description: Mapping[str, Any]) -> None:
-        self.labels = list(description["labels"])
+        self.labels, self._multi_label = list(description["labels"]), description.get("multi_label", False)
 
     def heads(self) -> list[HeadSpec]:
         return [HeadSpec("label", len(self.labels), tuple(self.labels), self.options.hidden or 0)]
 
     def example(self, row: Row, renderer: Renderer) -> Example:
         encoded = renderer.text(row.value["text"])
-        known = "label" in row.value and row.value["label"] in self.labels
-        column = {"label": self.labels.index(row.value["label"]) if known else UNKNOWN}
-        return Example((Piece(encoded.input_ids),), columns=column, cut=encoded.cut)
+        return Example((Piece(encoded.input_ids),), columns=self._answers.columns(row), cut=encoded.cut)
 
     def normalisers(self, step: Step) -> dict[str, float]:
-        return {"cross_entropy": float(step.examples)}
+        return {self._answers.loss: float(step.examples)}
 
     def terms(self, policy: Policy, batch: Batch) -> Terms:
-        logits_NV, label_N = head_outputs(policy, "label", batch), batch.columns["label"]
-        loss_N = F.cross_entropy(logits_NV, label_N, reduction="none")
-        right = float((logits_NV.argmax(-1) == label_N).sum())
+        answers = self._answers
+        loss_N, metrics = answers.losses(head_outputs(policy, "label", batch), batch.columns)
         part = Part(loss_N, torch.ones_like(loss_N), torch.arange(len(loss_N), device=loss_N.device))
-        return Terms({"cross_entropy": part}, {"accuracy": (right, float(len(loss_N)))})
+        return Terms({answers.loss: part}, metrics)
 
     def predict(self, policy: Policy, rows: Sequence[Row], renderer: Renderer, spec: SampleSpec) -> list[Prediction]:
-        """The most probable label of each row, with all probabilities."""
+        """The most probable label of each row, or all that are probable enough; with all probabilities."""
+        answers = self._answers
         logits = read_all(policy, "label", [self.example(row, renderer) for row in rows], spec)
-        return [self._prediction(row, logits_V.log_softmax(-1)) for row, logits_V in zip(rows, logits, strict=True)]
+        return [answers.prediction(row, logits_V) for row, logits_V in zip(rows, logits, strict=True)]
 
-    def unread(self, rows: Sequence[Row], label_counts: Mapping[str, int] | None) -> list[Prediction] | None:
-        """The most frequent label of training for every row; None where the counts are not known."""
-        return majority(label_counts, rows) if label_counts else None
+    def unread(self, rows: Sequence[Row], label_counts: LabelCounts | None) -> list[Prediction] | None:
+        """The most frequent label of training for every row; None where the counts are not known.
 
-    def _prediction(self, row: Row, logprobs_V: torch.Tensor) -> Prediction:
-        reference = row.value.get("label")
+        Of lists of labels, those that more than half of the rows have take its place, if there are any.
+        """
+        return self._answers.unread(label_counts, rows) if label_counts else None
+
+    @property
+    def _answers(self) -> Answers:
+        if self._multi_label:
+            return LabelSets(self.labels, self.options.threshold or THRESHOLD)
+        return OneLabel(self.labels)
+
+
+class OneLabel:
+    """Cross-entropy: each row has exactly one label."""
+
+    loss: ClassVar[str] = "cross_entropy"
+
+    def __init__(self, labels: Sequence[str]) -> None:
+        self.labels = labels
+
+    def columns(self, row: Row) -> dict[str, int]:
+        if "labels" in row.value:
+            raise InputError(
+                f"{row.where}: this row has a list of labels, and the training rows have one each",
+                "give all rows a `label`, or all of them `labels`",
+            )
+        known = "label" in row.value and row.value["label"] in self.labels
+        return {"label": self.labels.index(row.value["label"]) if known else UNKNOWN}
+
+    def losses(self, logits_NV: Tensor, columns: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
+        label_N = columns["label"]
+        loss_N = F.cross_entropy(logits_NV, label_N, reduction="none")
+        right = float((logits_NV.argmax(-1) == label_N).sum())
+        return loss_N, {"accuracy": (right, float(len(loss_N)))}
+
+    def prediction(self, row: Row, logits_V: Tensor) -> Prediction:
+        logprobs_V, reference = logits_V.log_softmax(-1), row.value.get("label")
         scores: dict[str, float] = {}
         if reference is not None:
             # A label that training never saw has no probability: the smallest positive number stands for it.
@@ -110,13 +188,8 @@ class Classify:
         probabilities = dict(zip(self.labels, logprobs_V.exp().tolist(), strict=True))
         return Prediction(self.labels[int(logprobs_V.argmax())], reference, row.where, scores, probabilities)
 
-
-def _label(row: Row) -> str:
-    if "label" not in row.value:
-        raise InputError(
-            f"{row.where}: this row has several labels", "classify takes one label a row: give the column `label`"
-        )
-    return row.value["label"]
+    def unread(self, counts: LabelCounts, rows: Sequence[Row]) -> list[Prediction]:
+        return majority(counts.of, rows)
 
 
 def majority(references_train: Mapping[str, int], rows: Sequence[Row]) -> list[Prediction]:

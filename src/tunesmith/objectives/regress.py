@@ -16,6 +16,7 @@ from tunesmith.types import (
     Batch,
     Example,
     HeadSpec,
+    LabelCounts,
     ObjectiveNeeds,
     Part,
     Piece,
@@ -98,7 +99,7 @@ class Regress:
         found = [float(output_1) * self.scale + self.mean for output_1 in outputs]
         return [_number(row, value) for row, value in zip(rows, found, strict=True)]
 
-    def unread(self, rows: Sequence[Row], label_counts: Mapping[str, int] | None) -> list[Prediction] | None:
+    def unread(self, rows: Sequence[Row], label_counts: LabelCounts | None) -> list[Prediction] | None:
         """The mean of the training rows for every row."""
         del label_counts
         return [_number(row, self.mean) for row in rows]

@@ -73,11 +73,11 @@ class Bin:
 
 @dataclass(frozen=True, slots=True)
 class Classes:
-    """One data set's classes, of the tuned model."""
+    """One data set's classes, of the tuned model. Where rows have several labels, none is taken for another."""
 
     data: str
     lines: list[ClassLine]
-    confusion: Confusion
+    confusion: Confusion | None
     bins: list[Bin]
     ece: float | None
 
@@ -92,12 +92,15 @@ def classes_of(records: Sequence[Json], details: Mapping[str, Json]) -> list[Cla
     for data, models in details.items():
         if TUNED in models:
             own = models[TUNED]
+            confusion: Json | None = own.get("confusion")
             reliability: Json = own.get("reliability") or {"bins": [], "ece": None}
             found.append(
                 Classes(
                     data,
-                    _lines([r for r in records if r["data"] == data and r["model"] == TUNED], own["confusion"]),
-                    _confusion(own["confusion"]),
+                    _lines(
+                        [r for r in records if r["data"] == data and r["model"] == TUNED], (confusion or own)["labels"]
+                    ),
+                    None if confusion is None else _confusion(confusion),
                     [_bin(one) for one in reliability["bins"]],
                     reliability["ece"],
                 )
@@ -105,7 +108,7 @@ def classes_of(records: Sequence[Json], details: Mapping[str, Json]) -> list[Cla
     return found
 
 
-def _lines(records: Sequence[Json], confusion: Json) -> list[ClassLine]:
+def _lines(records: Sequence[Json], labels: Sequence[str]) -> list[ClassLine]:
     """The worst recall first, where a reader should look."""
     marks = {
         (r["group"], r["metric"]): Mark(r["metric"], r["value"], r["low"], r["high"])
@@ -121,7 +124,7 @@ def _lines(records: Sequence[Json], confusion: Json) -> list[ClassLine]:
             counts.get((group, "recall"), 0),
             counts.get((group, "precision"), 0),
         )
-        for label in confusion["labels"]
+        for label in labels
     ]
     return sorted(lines, key=lambda c: (c.recall.value if c.recall else 2.0, -c.n, c.label))
 

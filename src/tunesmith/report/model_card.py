@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from tunesmith.methods import adapter_hub
 from tunesmith.models.catalog import Entry, entry_named, entry_of_hub_id
 from tunesmith.objectives import OBJECTIVES
+from tunesmith.objectives.classify import THRESHOLD
 from tunesmith.report.before_after import TUNED, facts_of
 from tunesmith.report.findings import file_name
 from tunesmith.report.markdown import render
@@ -48,6 +49,7 @@ def model_card(summary: Summary, library: Library, merged: str | None = None) ->
     """
     plan = summary.plan
     objective, method = str(plan["meaning"]["objective"][0]), str(plan["meaning"]["method"][0])
+    learned = plan["meaning"]["objective"][2] or {}
     needs = OBJECTIVES.get(objective).needs
     head, task = str(needs.head), TASKS[needs.head, needs.vectors]
     entry = _entry(str(plan["base"]["name"]))
@@ -77,8 +79,11 @@ def model_card(summary: Summary, library: Library, merged: str | None = None) ->
             "plugged": adapter_hub.is_plugged(str(plan["base"]["model_type"])),
             "tokens": plan["meaning"]["method"][1].get("tokens"),
             "chat": set(plan["audit"]["train"]["formats"]) != {"text"},
-            "labels": (plan["meaning"]["objective"][2] or {}).get("labels"),
-            "tags": (plan["meaning"]["objective"][2] or {}).get("tags"),
+            "labels": learned.get("labels"),
+            "tags": learned.get("tags"),
+            "threshold": (plan["meaning"]["objective"][1].get("threshold") or THRESHOLD)
+            if learned.get("multi_label")
+            else None,
             "base": _base(summary, entry),
             "converted": _is_converted(summary, entry),
             "weakest": _weakest(summary),

@@ -112,6 +112,8 @@ def _shortened(text: str) -> str:
 
 def _cells(classes: Classes) -> dict[str, Any]:
     confusion = classes.confusion
+    if confusion is None:
+        return {}
     return {
         "set": classes.data,
         "labels": confusion.labels,

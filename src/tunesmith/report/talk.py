@@ -33,7 +33,9 @@ class Talk(Protocol):
     def text(self, piece: str) -> None: ...
     def end(self, reply: Reply, remarks: Sequence[str]) -> None: ...
     def abandon(self) -> None: ...
-    def labels(self, probabilities: Mapping[str, float], model: str | None = None) -> None: ...
+    def labels(
+        self, probabilities: Mapping[str, float], model: str | None = None, chosen: Sequence[str] | None = None
+    ) -> None: ...
     def tags(self, pairs: Sequence[tuple[str, str]], model: str | None = None) -> None: ...
     def note(self, text: str) -> None: ...
     def fail(self, cause: str, remedy: str) -> None: ...
@@ -75,10 +77,12 @@ class PlainTalk:
     def abandon(self) -> None:
         self._answers.write("\n")
 
-    def labels(self, probabilities: Mapping[str, float], model: str | None = None) -> None:
+    def labels(
+        self, probabilities: Mapping[str, float], model: str | None = None, chosen: Sequence[str] | None = None
+    ) -> None:
         if model is not None:
             self._answers.write(f"{harmless(model)}:\n")
-        screen(self._answers).print(_ranking(probabilities))
+        screen(self._answers).print(_ranking(probabilities, chosen))
         self._answers.flush()
 
     def tags(self, pairs: Sequence[tuple[str, str]], model: str | None = None) -> None:
@@ -115,10 +119,13 @@ class JsonTalk:
     def abandon(self) -> None:
         """Nothing was begun."""
 
-    def labels(self, probabilities: Mapping[str, float], model: str | None = None) -> None:
+    def labels(
+        self, probabilities: Mapping[str, float], model: str | None = None, chosen: Sequence[str] | None = None
+    ) -> None:
         ranked = _ranked(probabilities)
         told = {} if model is None else {"model": model}
-        self._line({**told, "label": ranked[0][0], "probabilities": dict(ranked)})
+        answer = {"label": ranked[0][0]} if chosen is None else {"labels": list(chosen)}
+        self._line({**told, **answer, "probabilities": dict(ranked)})
 
     def tags(self, pairs: Sequence[tuple[str, str]], model: str | None = None) -> None:
         told = {} if model is None else {"model": model}
@@ -179,10 +186,12 @@ class TerminalTalk:
             self._live.stop()
             self._live = None
 
-    def labels(self, probabilities: Mapping[str, float], model: str | None = None) -> None:
+    def labels(
+        self, probabilities: Mapping[str, float], model: str | None = None, chosen: Sequence[str] | None = None
+    ) -> None:
         if model is not None:
             self._console.print(Text(harmless(model), style="bold"))
-        self._console.print(_ranking(probabilities))
+        self._console.print(_ranking(probabilities, chosen))
 
     def tags(self, pairs: Sequence[tuple[str, str]], model: str | None = None) -> None:
         if model is not None:
@@ -205,20 +214,26 @@ class TerminalTalk:
         self._console.print(Text(f"{harmless(cause)}\n{harmless(remedy)}", style="yellow"), soft_wrap=True)
 
 
-def _ranking(probabilities: Mapping[str, float]) -> Table:
-    """The most probable labels, and what is left for the others."""
+def _ranking(probabilities: Mapping[str, float], chosen: Sequence[str] | None) -> Table:
+    """The most probable labels, and what is left for the others; of a set of labels, all `chosen` and who came near.
+
+    A mark tells those that are chosen from those that are not.
+    """
     ranked = _ranked(probabilities)
+    shown = TOP if chosen is None else max(TOP, len(chosen))
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(overflow="fold")
     table.add_column(justify="right", no_wrap=True)
     table.add_column(no_wrap=True)
-    for place, (label, share) in enumerate(ranked[:TOP]):
-        style = "bold" if place == 0 else ""
+    for place, (label, share) in enumerate(ranked[:shown]):
+        given = place == 0 if chosen is None else label in chosen
+        style, mark = "bold" if given else "", "✓ " if given and chosen is not None else "  "
         bar = Text("█" * round(BAR * share), style="cyan")
-        table.add_row(Text(f"  {visible(label)}", style=style), Text(f"{share:.3f}", style=style), bar)
-    rest = ranked[TOP:]
+        table.add_row(Text(f"{mark}{visible(label)}", style=style), Text(f"{share:.3f}", style=style), bar)
+    rest = ranked[shown:]
     if rest:
-        table.add_row(Text(f"  {len(rest)} more", style="dim"), Text(f"{sum(s for _, s in rest):.3f}", style="dim"), "")
+        left = f"{sum(s for _, s in rest):.3f}" if chosen is None else f"≤ {rest[0][1]:.3f}"
+        table.add_row(Text(f"  {len(rest)} more", style="dim"), Text(left, style="dim"), "")
     return table
 
 
