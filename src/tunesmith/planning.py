@@ -390,6 +390,7 @@ def _warnings(recipe: Recipe, prepared: Prepared) -> list[str]:
 def _shown(prepared: Prepared, renderer: Renderer) -> list[tuple[str, bool]]:
     """The example of median length, in pieces, with whether each is trained."""
     from tunesmith.data.chat import Encoded
+    from tunesmith.data.store import trained_of
 
     piece = prepared.train.example(prepared.audit.shown).pieces[0]
-    return renderer.show(Encoded(piece.input_ids_T, piece.trained, 0, 0))
+    return renderer.show(Encoded(piece.input_ids_T, trained_of(piece), 0, 0))

@@ -55,13 +55,6 @@ class Piece:
     stream: str = "input"
     labels_T: NDArray[np.int32] | None = None
 
-    @property
-    def trained(self) -> NDArray[np.float32]:
-        """The weights; 1 for each token with a label."""
-        if self.labels_T is not None:
-            return (self.labels_T >= 0).astype(np.float32)
-        return np.zeros(len(self.input_ids_T), np.float32) if self.weights_T is None else self.weights_T
-
 
 @dataclass(frozen=True, slots=True)
 class Example:

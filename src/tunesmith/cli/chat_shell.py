@@ -276,6 +276,6 @@ class Labelling:
         active = self._adapters and self._adapters.active
         if self._loaded.objective.needs.vectors == "token":
             self._talk.tags(list(zip(text.split(), found.output.split(), strict=True)), active)
-        else:
-            chosen = found.answered if found.multi_label else None
-            self._talk.labels(found.probabilities or {found.output: 1.0}, active, chosen)
+            return
+        shares = found.probabilities or {found.output: 1.0}
+        self._talk.labels(shares, active, found.answered if found.multi_label else None)

@@ -76,7 +76,7 @@ def _lay_out(
         owner[row, start:stop] = len(segments)
         if piece.labels_T is not None:
             target[row, start:stop] = np.maximum(piece.labels_T, 0)
-            weight[row, start:stop] = piece.trained
+            weight[row, start:stop] = piece.labels_T >= 0
         elif piece.weights_T is not None:
             target[row, start : stop - 1] = piece.input_ids_T[1:]
             weight[row, start : stop - 1] = piece.weights_T[1:]

@@ -67,18 +67,18 @@ class Writer:
 
     def _piece(self, piece: Piece) -> int:
         ids, weights, labels = np.asarray(piece.input_ids_T, dtype="<i4"), piece.weights_T, piece.labels_T
-        if len(piece.trained) != len(ids):
+        if len(trained_of(piece)) != len(ids):
             what = "weights" if labels is None else "labels"
-            raise ValueError(f"a piece has {len(ids)} tokens and {len(piece.trained)} {what}")
+            raise ValueError(f"a piece has {len(ids)} tokens and {len(trained_of(piece))} {what}")
         self._tokens.write(ids.tobytes())
-        held = np.asarray(piece.trained, dtype="<f4") if labels is None else np.asarray(labels, dtype="<i4")
+        held = np.asarray(trained_of(piece), dtype="<f4") if labels is None else np.asarray(labels, dtype="<i4")
         self._weights.write(held.tobytes())
         trained = _LABELS if labels is not None else _NOTHING if weights is None else _WEIGHTS
         role, stream = (self._names.setdefault(name, len(self._names)) for name in (piece.role, piece.stream))
         self._pieces.write(_PIECE.pack(self._count, self._offset, len(ids), role, stream, trained))
         self._offset += len(ids)
         self._piece_count += 1
-        return int(np.count_nonzero(np.asarray(piece.trained) > 0))
+        return int(np.count_nonzero(np.asarray(trained_of(piece)) > 0))
 
     def _scalars(self, example: Example) -> None:
         if self._count and example.columns.keys() != self._columns.keys():
@@ -88,6 +88,13 @@ class Writer:
             if values.typecode == "q" and not isinstance(value, numbers.Integral):
                 values = self._columns[name] = array("d", values)
             values.append(value)
+
+
+def trained_of(piece: Piece) -> NDArray[np.float32]:
+    """The weights of a piece's tokens; 1 for each that has a label."""
+    if piece.labels_T is not None:
+        return (piece.labels_T >= 0).astype(np.float32)
+    return np.zeros(len(piece.input_ids_T), np.float32) if piece.weights_T is None else piece.weights_T
 
 
 class TokenStore:

@@ -23,6 +23,7 @@ from tunesmith.types import (
     Batch,
     Example,
     HeadSpec,
+    LabelCounts,
     ObjectiveNeeds,
     Part,
     Piece,
@@ -146,7 +147,7 @@ class Tag:
                         tags[word] = self.tags[best]
         return [_prediction(row, tags) for row, tags in zip(rows, found, strict=True)]
 
-    def unread(self, rows: Sequence[Row], label_counts: Mapping[str, int] | None) -> list[Prediction] | None:
+    def unread(self, rows: Sequence[Row], label_counts: LabelCounts | None) -> list[Prediction] | None:
         """Each word's most frequent tag of training; the most frequent tag of all for a word that was not there."""
         del label_counts
         return [_prediction(row, [self.words.get(word, self.usual) for word in _words(row)]) for row in rows]

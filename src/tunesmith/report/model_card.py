@@ -80,10 +80,10 @@ def model_card(summary: Summary, library: Library, merged: str | None = None) ->
             "tokens": plan["meaning"]["method"][1].get("tokens"),
             "chat": set(plan["audit"]["train"]["formats"]) != {"text"},
             "labels": learned.get("labels"),
+            "tags": learned.get("tags"),
             "threshold": (plan["meaning"]["objective"][1].get("threshold") or THRESHOLD)
             if learned.get("multi_label")
             else None,
-            "tags": learned.get("tags"),
             "base": _base(summary, entry),
             "converted": _is_converted(summary, entry),
             "weakest": _weakest(summary),
