@@ -188,7 +188,7 @@ def test_keys_that_exclude_each_other() -> None:
 @pytest.mark.parametrize(
     ("values", "cause"),
     [
-        ([{"text": "a", "labels": ["x", "y"]}], "this row has several labels"),
+        ([{"text": "a", "labels": ["x", "y"]}], r"the training rows hold one list of labels \(x, y\)"),
         ([{"text": "a", "label": "x"}, {"text": "b", "label": "x"}], "the training rows hold one label"),
     ],
 )
