@@ -186,7 +186,8 @@ def test_ranks_are_compared_by_limits_as_certain_as_their_difference() -> None:
     rng = np.random.default_rng(6)
     actual, metric = (np.arange(60) % 3 == 0).astype(np.int64), RocAuc("ab")
     scores = [rng.normal(size=60) + 1.5 * actual for _ in range(2)]
-    before, after = (areas(actual, np.column_stack([-s, s])) for s in scores)
+    truths = np.column_stack([actual == 0, actual == 1])
+    before, after = (areas(truths, np.column_stack([-s, s]), actual == 1) for s in scores)
     pulls = [influence(metric, table)[0] for table in (before, after)]
     own, squares = [degrees_of_freedom(pull) for pull in pulls], [float(pull @ pull) for pull in pulls]
     freedom = sum(squares) ** 2 / sum(s**2 / f for s, f in zip(squares, own, strict=True))

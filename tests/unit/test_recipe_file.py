@@ -226,7 +226,7 @@ def test_wrong_values(tmp_path: Path, line: str, cause: str) -> None:
 @pytest.mark.parametrize(
     ("data", "cause"),
     [
-        ("{train: []}", "data.train must be text or a list (each item text or a set of keys"),
+        ("{train: []}", "data.train must be text or a list of at least 1 (each item text or a set of keys"),
         ("{train: ''}", "data.train must be text or a list"),
         (
             "{train: [{path: a, weight: 0}]}",
