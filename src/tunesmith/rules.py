@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from tunesmith.evaluation.baselines import BASELINES
 from tunesmith.facts import Facts
 
 
@@ -274,24 +275,10 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         ("evaluate.base", "objective"),
-        lambda f: f.recipe.evaluate.base and f.needs.baseline == "majority",
-        "a base without a trained head gives no labels",
+        lambda f: f.recipe.evaluate.base and f.needs.baseline is not None,
+        "a base without a trained head gives no answers",
         "",
-        substitute="compared with the majority class of the training rows",
-    ),
-    Rule(
-        ("evaluate.base", "objective"),
-        lambda f: f.recipe.evaluate.base and f.needs.baseline == "mean",
-        "a base without a trained head gives no numbers",
-        "",
-        substitute="compared with the mean of the training rows",
-    ),
-    Rule(
-        ("evaluate.base", "objective"),
-        lambda f: f.recipe.evaluate.base and f.needs.baseline == "frequent",
-        "a base without a trained head gives no tags",
-        "",
-        substitute="compared with the tag that each word has most often in the training rows",
+        substitute="compared with {baseline}",
     ),
 )
 
@@ -318,6 +305,7 @@ def judge(facts: Facts) -> tuple[list[Conflict], list[str]]:
         "other_method": facts.first_beneath(lambda one: one.method not in facts.method.stands_on),
         "other_head": facts.first_beneath(lambda one: one.head != facts.needs.head),
         "with_tokens": facts.first_beneath(lambda one: bool(one.tokens)),
+        "baseline": BASELINES[facts.needs.baseline].shown if facts.needs.baseline else "",
         "missing_trackers": ", ".join(name for name, _ in facts.missing_trackers),
         "missing_packages": " ".join(package for _, package in facts.missing_trackers),
     }

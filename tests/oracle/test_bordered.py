@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tunesmith.kernels.bordered import LARGEST, Bordered, base_of
+from tunesmith.kernels.bordered import LARGEST, Bordered, BorderedNf4, base_of
+from tunesmith.kernels.nf4 import Nf4Linear
 
 N, INPUTS, OUTPUTS = 24, 48, (32, 16)
 
@@ -27,10 +28,17 @@ class Projections(nn.Module):
         self.first, self.second = (nn.Linear(INPUTS, width, bias=False, dtype=torch.bfloat16) for width in OUTPUTS)
 
 
-def _linears(targets: list[str]) -> list[Any]:
+def _linears(targets: list[str], in_4_bits: bool = False) -> list[Any]:
     from peft import LoraConfig, inject_adapter_in_model
 
     model: Any = inject_adapter_in_model(LoraConfig(r=4, lora_alpha=12, target_modules=targets), Projections())
+    if in_4_bits:
+        for name in ("first", "second"):
+            linear = getattr(model, name)
+            if hasattr(linear, "base_layer"):
+                linear.base_layer = Nf4Linear(linear.base_layer, "cpu")
+            else:
+                setattr(model, name, Nf4Linear(linear, "cpu"))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora" in name)
         if "lora" in name:
@@ -54,13 +62,14 @@ def _error(found: Tensor, expected: Tensor) -> float:
     return float((found.float() - expected.float()).norm() / expected.float().norm())
 
 
+@pytest.mark.parametrize("kind", [Bordered, BorderedNf4])
 @pytest.mark.parametrize("targets", [["first", "second"], ["second"]])
-def test_results_and_gradients_are_those_of_base_and_update(targets: list[str]) -> None:
-    linears = _linears(targets)
+def test_results_and_gradients_are_those_of_base_and_update(targets: list[str], kind: type[Bordered]) -> None:
+    linears = _linears(targets, in_4_bits=kind is BorderedNf4)
     x = torch.randn(N, INPUTS).bfloat16().float().requires_grad_()
     grad = torch.randn(N, sum(OUTPUTS)).bfloat16().float()
     expected = torch.cat([_apart(linear, x) for linear in linears], dim=1)
-    weight = Bordered(linears)
+    weight = kind(linears)
     expected_grads = torch.autograd.grad(expected, [x, *weight.parameters], grad)
     weight.refresh()
     rows, grads = _wide(x.detach(), weight.border), _wide(grad, weight.border)

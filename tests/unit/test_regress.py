@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +108,26 @@ def test_a_second_run_goes_on_in_the_unit_of_the_first(tiny_llama: Path, tmp_pat
     )
     learned = [json.loads((run.path / "plan.json").read_text())["meaning"]["objective"][2] for run in (first, second)]
     assert learned[0] == learned[1]
+
+
+def test_the_code_of_the_card_gives_the_same_number(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe: dict[str, Any] = {
+        "model": str(tiny_llama),
+        "objective": {"name": "regress", "hidden": 8},
+        "method": "full",
+        "train": {"max_steps": 4, "batch_size": 8, "learning_rate": 1e-2},
+        "evaluate": {"base": False},
+    }
+    run = api.train(recipe, data={"train": _rows(40), "test": _rows(5, 1)}, out=tmp_path / "run").path
+    card = (run / "model" / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert "Meant to give each text a number" in card
+    (answer,) = api.predict(run, [{"text": "it was good"}])
+    codes = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert len(codes) == 2
+    for code in codes:
+        capsys.readouterr()
+        filled = code.replace("path/to/this/folder", str(run / "model")).replace('"..."', '"it was good"')
+        exec(compile(filled, "card", "exec"), {})
+        assert float(capsys.readouterr().out) == pytest.approx(float(answer.output), rel=1e-4)

@@ -1,4 +1,4 @@
-"""What a model is compared with whose base has no trained head: an answer that is the same for every row."""
+"""What a model is compared with whose base has no trained head: answers that nothing has learned to give."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ from tunesmith.types import LabelCounts, Prediction, Row
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
-    """How reports call it, what a model is better than, and why there is no base."""
+    """How tables call it, what a model is better than, and what a plan and a report say that it is compared with."""
 
     title: str
     than: str
-    why: str
+    shown: str
+
+    @property
+    def why(self) -> str:
+        return f"A base without a trained head gives no answers, so the comparison is with {self.shown}."
 
 
 # By the name that an objective's needs give, which is that of the model in records.
@@ -24,19 +28,15 @@ BASELINES: Mapping[str, Baseline] = {
     "majority": Baseline(
         "most frequent label",
         "always answering the most frequent label",
-        "A base without a trained head gives no labels, so the comparison is with the label that is most frequent "
-        "in the training rows.",
+        "the majority class, the label that is most frequent in the training rows",
     ),
     "mean": Baseline(
-        "mean of training",
-        "always answering the mean of the training rows",
-        "A base without a trained head gives no numbers, so the comparison is with the mean of the training rows.",
+        "mean of training", "always answering the mean of the training rows", "the mean of the training rows"
     ),
     "frequent": Baseline(
         "most frequent tag of each word",
         "giving each word the tag that it has most often in training",
-        "A base without a trained head gives no tags, so the comparison is with the tag that each word has most often "
-        "in the training rows.",
+        "the tag that each word has most often in the training rows",
     ),
 }
 

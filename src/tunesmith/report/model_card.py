@@ -81,6 +81,8 @@ def model_card(summary: Summary, library: Library, merged: str | None = None) ->
             "chat": set(plan["audit"]["train"]["formats"]) != {"text"},
             "labels": learned.get("labels"),
             "tags": learned.get("tags"),
+            "layer": "tag" if "tags" in learned else "label" if "labels" in learned else "score",
+            "hidden": plan["meaning"]["objective"][1].get("hidden"),
             "threshold": (plan["meaning"]["objective"][1].get("threshold") or THRESHOLD)
             if learned.get("multi_label")
             else None,
