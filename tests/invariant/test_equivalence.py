@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +13,7 @@ from tunesmith.models.heads import Head
 from tunesmith.objectives.classify import Classify
 from tunesmith.objectives.sft import Sft
 from tunesmith.protocols import Objective
-from tunesmith.types import Example, HeadSpec, Step
+from tunesmith.types import Example, HeadSpec, Piece, Step, Want
 
 COUNT = 8
 
@@ -84,3 +85,20 @@ def test_a_model_that_ignores_the_bounds_is_found_out() -> None:
     policy = Policy(DebertaV2Model(config), "encoder", Tokens((1,), 0), packed=True)
     with pytest.raises((RuntimeError, TypeError)):
         policy.score(collate(examples_of(2), range(2), packed=True, pad_id=0), Want(hidden=True))
+
+
+def test_beginnings_are_not_shared_once_training_drops_units_out() -> None:
+    """What evaluation has decided of them does not hold for training: each copy draws for itself there."""
+    policy = policy_of("llama")
+    for layer in policy.model.model.layers:
+        layer.mlp.act_fn = torch.nn.Sequential(layer.mlp.act_fn, torch.nn.Dropout(0.5))
+    same = [Example((Piece(np.arange(3, 15 + n).astype(np.int32)),)) for n in range(2)]
+    batch = collate(same, range(2), packed=True, pad_id=0)
+    hidden: list[torch.Tensor] = []
+    for train in (False, True, False):
+        policy.train(train)
+        found = policy.score(batch, Want(hidden=True)).hidden_BTD
+        assert found is not None
+        hidden.append((found[0, :11] - found[0, 12:23]).abs().max())
+    assert hidden[0] == hidden[2] == 0.0
+    assert hidden[1] > 0.01

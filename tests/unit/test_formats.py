@@ -132,6 +132,12 @@ def test_a_column_map_renames() -> None:
     assert one(raw, "text", {"text": "question"}) == {"text": "a"}
 
 
+def test_a_mapped_column_tells_the_format_that_knows_it() -> None:
+    raw = {"text": "fine", "label": "positive", "rating": 2.5}
+    assert detect([(raw, "f:1")]) == "text+label"
+    assert detect([(raw, "f:1")], {"score": "rating"}) == "text+score"
+
+
 def test_a_map_to_an_absent_column_names_those_there_and_the_nearest() -> None:
     error = refused({"question": "a", "intent": "b"}, None, {"text": "question", "label": "intend"})
     assert error.cause == "f.jsonl:1: there is no column 'intend', which data.columns gives as 'label'"

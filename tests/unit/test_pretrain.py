@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -97,3 +98,10 @@ def test_rows_of_text_are_asked_for(tiny_llama: Path, tmp_path: Path) -> None:
     recipe = {"model": str(tiny_llama), "objective": "pretrain", "method": "lora", "train": {"max_steps": 1}}
     with pytest.raises(InputError, match=r"cannot learn from rows of 'prompt\+completion'"):
         api.train(recipe, data={"train": [{"prompt": "a", "completion": "b"}] * 3}, out=tmp_path / "run")
+
+
+def test_memory_is_planned_for_a_window_and_not_for_a_whole_document() -> None:
+    from tunesmith.planning import _longest
+
+    prepared: Any = SimpleNamespace(train=SimpleNamespace(lengths=np.array([7, 9000])), tests={}, validation=None)
+    assert (_longest(prepared, None), _longest(prepared, 64)) == (9000, 64)
