@@ -204,7 +204,7 @@ class Evaluate(Strict):
     keep: Annotated[int, Field(ge=0)] | None = key(
         None, "answers of each set that are written to the run's predictions", 100, "all"
     )
-    base: bool = key(True, "whether the base (or the majority class) is measured on the same rows", False)
+    base: bool = key(True, "whether the base (or what stands for it) is measured on the same rows", False)
     max_new_tokens: Positive | None = key(
         None, "the longest answer", 128, "half as long again as the longest trained answer, at most 1024"
     )
