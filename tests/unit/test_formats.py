@@ -213,6 +213,12 @@ def test_refusals_name_place_and_field(raw: dict[str, Any], cause: str) -> None:
     assert error.remedy
 
 
+@pytest.mark.parametrize("score", ["much", True, "inf", [1]])
+def test_a_score_that_is_no_number_is_named(score: Any) -> None:
+    with pytest.raises(InputError, match="f:1: score: must be a number, this is"):
+        convert({"text": "fine", "score": score}, "text+score", {}, "f:1")
+
+
 def test_spellings_mixed_up_are_told_apart() -> None:
     assert "data.format: sharegpt" in refused({"messages": [{"from": "human", "value": "a"}]}).remedy
     assert "data.format: messages" in refused({"conversations": [{"role": "user", "content": "a"}]}).remedy

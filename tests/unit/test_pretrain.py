@@ -21,7 +21,7 @@ from tunesmith.data.source import Batching, DataSource, ExampleList
 from tunesmith.engine.native import NativeEngine, Optimization
 from tunesmith.errors import InputError
 from tunesmith.objectives.pretrain import Pretrain
-from tunesmith.types import WINDOW, Example, Piece, Row
+from tunesmith.types import WINDOW, Example, Piece, Prediction, Row
 
 
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -105,3 +105,11 @@ def test_memory_is_planned_for_a_window_and_not_for_a_whole_document() -> None:
 
     prepared: Any = SimpleNamespace(train=SimpleNamespace(lengths=np.array([7, 9000])), tests={}, validation=None)
     assert (_longest(prepared, None), _longest(prepared, 64)) == (9000, 64)
+
+
+def test_bits_per_byte_are_of_plain_text() -> None:
+    from tunesmith.evaluation import METRICS
+
+    spoken = Prediction("", "said", "f:2", {"nll": 1.0, "tokens": 1.0})
+    with pytest.raises(InputError, match="bits_per_byte needs the bytes of a text, and f:2 is none"):
+        METRICS.get("bits_per_byte")([]).statistics(spoken)
