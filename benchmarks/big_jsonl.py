@@ -24,8 +24,9 @@ import psutil
 import pyarrow
 
 from tunesmith.data.prepare import Prepared, prepare
+from tunesmith.declared import ObjectiveNeeds
 from tunesmith.recipe import Data
-from tunesmith.types import Example, ObjectiveNeeds, Piece, Row
+from tunesmith.types import Example, Piece, Row
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"

@@ -11,12 +11,12 @@ from typing import Any, cast
 
 from tunesmith import beneath, session
 from tunesmith.adapter_folders import Saved, check_one_base
+from tunesmith.declared import Combination
 from tunesmith.errors import InputError
 from tunesmith.methods import METHODS
 from tunesmith.methods.low_rank_sum import WAYS
 from tunesmith.protocols import Combinable
 from tunesmith.rundir import check_free, replace_folder
-from tunesmith.types import Combination
 
 WEIGHTS = beneath.FILES[0]
 

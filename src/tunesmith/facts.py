@@ -12,6 +12,7 @@ import torch
 
 from tunesmith.compat import FP32_ONLY, values_unread
 from tunesmith.data.pack import collate
+from tunesmith.declared import MethodFacts, ObjectiveNeeds
 from tunesmith.engine.precision import choose_device, is_served, probe, serves_fp8
 from tunesmith.kernels.nf4 import served_linears
 from tunesmith.models.cache import cache_dir
@@ -19,7 +20,7 @@ from tunesmith.models.fetch import LocalModel
 from tunesmith.models.load import MetaModel, meta_model
 from tunesmith.models.policy import Policy, Tokens
 from tunesmith.trackers import TRACKERS
-from tunesmith.types import Example, MethodFacts, ModelKind, ObjectiveNeeds, Piece, Want
+from tunesmith.types import Example, ModelKind, Piece, Want
 
 if TYPE_CHECKING:
     from tunesmith.beneath import Beneath

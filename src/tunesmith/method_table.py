@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from tunesmith.compat import quiet_transformers
+from tunesmith.declared import HeadSpec, MethodFacts
 from tunesmith.engine import memory
 from tunesmith.errors import TunesmithError
 from tunesmith.methods import METHODS
@@ -16,7 +17,6 @@ from tunesmith.models.fetch import LocalModel, resolve
 from tunesmith.models.heads import Head
 from tunesmith.models.load import kind_of, meta_model
 from tunesmith.models.policy import Policy, Tokens
-from tunesmith.types import HeadSpec, MethodFacts
 
 # A decoder of 8 billion parameters, where no base is named: the sizes of Llama-3.1-8B.
 REFERENCE: dict[str, Any] = {

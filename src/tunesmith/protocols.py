@@ -10,16 +10,13 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
+from tunesmith.declared import Combination, HeadSpec, MethodFacts, ObjectiveNeeds
 from tunesmith.tracked import Outcome, TrackedRun
 from tunesmith.types import (
     Batch,
-    Combination,
     Example,
     GradientMode,
-    HeadSpec,
     LabelCounts,
-    MethodFacts,
-    ObjectiveNeeds,
     Prediction,
     Row,
     SampleSpec,

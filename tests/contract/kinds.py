@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.data.pack import collate
+from tunesmith.declared import HeadSpec
 from tunesmith.models.heads import Head
 from tunesmith.models.policy import Policy, Tokens
 from tunesmith.objectives.classify import Classify
 from tunesmith.objectives.sft import Sft
 from tunesmith.protocols import Objective
-from tunesmith.types import Batch, Example, HeadSpec, ModelKind, Piece, Step
+from tunesmith.types import Batch, Example, ModelKind, Piece, Step
 
 VOCABULARY = 97
 LABELS = ("a", "b", "c")

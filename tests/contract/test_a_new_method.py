@@ -16,7 +16,7 @@ TOY = '''
 from tunesmith.methods import METHODS
 from tunesmith.methods.own_weights import OwnWeights
 from tunesmith.recipe import Strict
-from tunesmith.types import MethodFacts
+from tunesmith.declared import MethodFacts
 
 
 @METHODS.register("toy")

@@ -8,12 +8,13 @@ import torch
 
 from families import FAMILIES, REAL_VOCABULARY, examples_of, examples_of_text, policy_of
 from tunesmith.data.pack import collate
+from tunesmith.declared import HeadSpec
 from tunesmith.engine.native import NativeEngine, Optimization
 from tunesmith.models.heads import Head
 from tunesmith.objectives.classify import Classify
 from tunesmith.objectives.sft import Sft
 from tunesmith.protocols import Objective
-from tunesmith.types import Example, HeadSpec, Piece, Step, Want
+from tunesmith.types import Example, Piece, Step, Want
 
 COUNT = 8
 

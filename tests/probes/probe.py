@@ -16,11 +16,12 @@ from torch import Tensor
 
 from tunesmith import loop
 from tunesmith.data.source import Batching, DataSource, ExampleList
+from tunesmith.declared import HeadSpec, ObjectiveNeeds
 from tunesmith.engine import checkpoint
 from tunesmith.engine.native import NativeEngine, Optimization
 from tunesmith.models.policy import Policy, Tokens
 from tunesmith.protocols import GradientRule, Objective, Source
-from tunesmith.types import Example, GradientMode, HeadSpec, ObjectiveNeeds, Part, Prediction, Row, Step, StepStats
+from tunesmith.types import Example, GradientMode, Part, Prediction, Row, Step, StepStats
 
 VOCABULARY = 61
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from probe import Bare, Seen, assert_same, llama, run, source_of, tokens
+from tunesmith.declared import HeadSpec
 from tunesmith.methods.lora import Lora
 from tunesmith.models.heads import Head
 from tunesmith.models.policy import Policy
-from tunesmith.types import Batch, Example, HeadSpec, Part, Piece, Step, Terms, Want
+from tunesmith.types import Batch, Example, Part, Piece, Step, Terms, Want
 
 
 class ActorCritic(Bare):

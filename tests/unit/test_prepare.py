@@ -14,9 +14,10 @@ import pytest
 
 from tunesmith.data import tokenise
 from tunesmith.data.prepare import Prepared, prepare
+from tunesmith.declared import ObjectiveNeeds
 from tunesmith.errors import InputError, RefusedError, ResourceError
 from tunesmith.recipe import Data
-from tunesmith.types import Example, ObjectiveNeeds, Piece, Row
+from tunesmith.types import Example, Piece, Row
 
 
 @dataclass

@@ -13,9 +13,10 @@ from typing import Any, Protocol
 from tunesmith import rundir
 from tunesmith.data.formats import Raw, rows
 from tunesmith.data.read import read, read_memory
+from tunesmith.declared import ObjectiveNeeds
 from tunesmith.errors import InputError
 from tunesmith.recipe import SET_NAME
-from tunesmith.types import ObjectiveNeeds, Row
+from tunesmith.types import Row
 
 PathLike = str | os.PathLike[str]
 

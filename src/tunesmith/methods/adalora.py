@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from pydantic import Field, model_validator
 
+from tunesmith.declared import MethodFacts
 from tunesmith.methods import METHODS
 from tunesmith.methods.peft_adapter import LowRankOptions, PeftAdapter, has_transposed_linears, task_type
 from tunesmith.models.policy import Policy
 from tunesmith.protocols import Engine, GradientRule
 from tunesmith.recipe import Positive
-from tunesmith.types import GradientMode, MethodFacts
+from tunesmith.types import GradientMode
 
 if TYPE_CHECKING:
     from peft import AdaLoraConfig

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from pydantic import field_validator
 
+from tunesmith.declared import MethodFacts
 from tunesmith.methods import METHODS, starts
 from tunesmith.methods.lora import Lora
 from tunesmith.models.policy import Policy
-from tunesmith.types import MethodFacts
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from tunesmith.declared import MethodFacts
 from tunesmith.methods import METHODS
 from tunesmith.methods.own_weights import OwnWeights
 from tunesmith.models.policy import Policy
 from tunesmith.recipe import Strict
-from tunesmith.types import MethodFacts
 
 
 @METHODS.register("full")

@@ -8,13 +8,13 @@ from typing import Any
 from pydantic import Field
 from torch import nn
 
+from tunesmith.declared import MethodFacts
 from tunesmith.errors import InputError
 from tunesmith.methods import METHODS
 from tunesmith.methods.own_weights import OwnWeights
 from tunesmith.models.heads import Head
 from tunesmith.models.policy import Policy
 from tunesmith.recipe import Strict
-from tunesmith.types import MethodFacts
 
 
 @METHODS.register("head")

@@ -11,6 +11,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from tunesmith.declared import Combination, MethodFacts
 from tunesmith.errors import InputError
 from tunesmith.methods import METHODS
 from tunesmith.methods.peft_adapter import (
@@ -23,7 +24,6 @@ from tunesmith.methods.peft_adapter import (
 )
 from tunesmith.models.policy import Policy
 from tunesmith.recipe import Strict
-from tunesmith.types import Combination, MethodFacts
 
 if TYPE_CHECKING:
     from peft import IA3Config

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tunesmith.declared import MethodFacts
 from tunesmith.methods import METHODS
 from tunesmith.methods.peft_adapter import LowRankOptions, PeftAdapter, task_type
 from tunesmith.models.policy import Policy
-from tunesmith.types import MethodFacts
 
 if TYPE_CHECKING:
     from peft import LoKrConfig

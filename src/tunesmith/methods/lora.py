@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
+from tunesmith.declared import Combination, MethodFacts
 from tunesmith.errors import InputError
 from tunesmith.methods import METHODS, low_rank_sum, starts
 from tunesmith.methods.peft_adapter import (
@@ -22,7 +23,7 @@ from tunesmith.methods.peft_adapter import (
 )
 from tunesmith.models.policy import Policy
 from tunesmith.recipe import Positive
-from tunesmith.types import Batch, Combination, MethodFacts
+from tunesmith.types import Batch
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from tunesmith.declared import Combination
 from tunesmith.errors import InputError
-from tunesmith.types import Combination
 
 if TYPE_CHECKING:
     from peft import LoraConfig

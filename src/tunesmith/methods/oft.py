@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
+from tunesmith.declared import MethodFacts
 from tunesmith.errors import InputError
 from tunesmith.methods import METHODS
 from tunesmith.methods.peft_adapter import TRAINED, PeftAdapter, Targets, has_transposed_linears, task_type
 from tunesmith.models.policy import Policy
 from tunesmith.recipe import Strict
-from tunesmith.types import MethodFacts
 
 if TYPE_CHECKING:
     from peft import OFTConfig

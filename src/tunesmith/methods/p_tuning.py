@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
+from tunesmith.declared import MethodFacts
 from tunesmith.methods import METHODS
 from tunesmith.methods.virtual_tokens import VirtualMethod, VirtualOptions
 from tunesmith.models.policy import Policy
 from tunesmith.models.virtual import Virtual, VirtualTokens
 from tunesmith.recipe import Positive
-from tunesmith.types import MethodFacts
 
 if TYPE_CHECKING:
     from peft import PromptEncoderConfig

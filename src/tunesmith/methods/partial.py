@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from tunesmith.declared import MethodFacts
 from tunesmith.errors import InputError
 from tunesmith.methods import METHODS
 from tunesmith.methods.own_weights import OwnWeights
@@ -17,7 +18,6 @@ from tunesmith.models import layers
 from tunesmith.models.policy import Policy
 from tunesmith.protocols import GradientRule
 from tunesmith.recipe import Strict
-from tunesmith.types import MethodFacts
 
 TOP = 0.25
 FEW_RATE = 1e-3

@@ -8,12 +8,12 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from tunesmith.declared import MethodFacts
 from tunesmith.errors import InputError
 from tunesmith.methods import METHODS
 from tunesmith.methods.virtual_tokens import VirtualMethod, VirtualOptions
 from tunesmith.models.policy import Policy
 from tunesmith.models.virtual import Virtual, VirtualTokens
-from tunesmith.types import MethodFacts
 
 if TYPE_CHECKING:
     from peft import PromptTuningConfig

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from tunesmith.declared import MethodFacts
 from tunesmith.methods import METHODS
 from tunesmith.methods.peft_adapter import PeftAdapter, Targets, has_transposed_linears, task_type
 from tunesmith.models.policy import Policy
 from tunesmith.recipe import Positive, Strict
-from tunesmith.types import MethodFacts
 
 if TYPE_CHECKING:
     from peft import VeraConfig

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 from safetensors.torch import load_file, save_file
 
+from tunesmith.declared import MethodFacts
 from tunesmith.methods.peft_adapter import task_type
 from tunesmith.models.policy import Policy
 from tunesmith.models.virtual import Virtual
 from tunesmith.recipe import Positive, Strict
-from tunesmith.types import MethodFacts
 
 if TYPE_CHECKING:
     from peft import PromptLearningConfig

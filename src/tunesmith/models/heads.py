@@ -9,7 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tunesmith.types import HeadSpec, Segment
+from tunesmith.declared import HeadSpec
+from tunesmith.types import Segment
 
 POOLINGS: dict[str, Callable[[int], int]] = {"first": lambda size: 0, "last": lambda size: size - 1}  # or the mean
 

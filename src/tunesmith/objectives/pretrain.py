@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from tunesmith.declared import ObjectiveNeeds
 from tunesmith.objectives import OBJECTIVES
 from tunesmith.objectives.sft import Sft
-from tunesmith.types import WINDOW, Example, ObjectiveNeeds, Piece, Row
+from tunesmith.types import WINDOW, Example, Piece, Row
 
 if TYPE_CHECKING:
     from tunesmith.data.chat import Renderer

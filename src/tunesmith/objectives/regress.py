@@ -8,24 +8,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from tunesmith.declared import HeadSpec, ObjectiveNeeds
 from tunesmith.errors import InputError
 from tunesmith.models.policy import Policy
 from tunesmith.objectives import OBJECTIVES
 from tunesmith.objectives.pooled import PooledOptions, head_outputs, read_all
-from tunesmith.types import (
-    Batch,
-    Example,
-    HeadSpec,
-    LabelCounts,
-    ObjectiveNeeds,
-    Part,
-    Piece,
-    Prediction,
-    Row,
-    SampleSpec,
-    Step,
-    Terms,
-)
+from tunesmith.types import Batch, Example, LabelCounts, Part, Piece, Prediction, Row, SampleSpec, Step, Terms
 
 if TYPE_CHECKING:
     from tunesmith.data.chat import Renderer

@@ -11,24 +11,12 @@ import torch
 
 from tunesmith.data.pack import place
 from tunesmith.data.source import ExampleList, batches
+from tunesmith.declared import HeadSpec, ObjectiveNeeds
 from tunesmith.errors import placed
 from tunesmith.models.policy import Policy
 from tunesmith.objectives import OBJECTIVES
 from tunesmith.recipe import Strict
-from tunesmith.types import (
-    Batch,
-    Example,
-    HeadSpec,
-    ObjectiveNeeds,
-    Part,
-    Piece,
-    Prediction,
-    Row,
-    SampleSpec,
-    Step,
-    Terms,
-    Want,
-)
+from tunesmith.types import Batch, Example, Part, Piece, Prediction, Row, SampleSpec, Step, Terms, Want
 
 if TYPE_CHECKING:
     from tunesmith.data.chat import Renderer

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tunesmith.data.pack import place
 from tunesmith.data.source import ExampleList, batches
+from tunesmith.declared import HeadSpec, ObjectiveNeeds
 from tunesmith.errors import InputError
 from tunesmith.models.policy import Policy
 from tunesmith.objectives import OBJECTIVES
@@ -22,9 +23,7 @@ from tunesmith.types import (
     WINDOW,
     Batch,
     Example,
-    HeadSpec,
     LabelCounts,
-    ObjectiveNeeds,
     Part,
     Piece,
     Prediction,
