@@ -46,7 +46,8 @@ class Piece:
     """One segment of an example: its tokens, and how much each of them is to be produced.
 
     `weights_T[t] > 0` says that token t must be produced by the model; None says none of them. `labels_T`, in place
-    of weights: the class of token t itself, -1 for a token that has none.
+    of weights: the class of token t itself, -1 for a token that has none. `typed_from`: where two texts are one piece
+    and the tokenizer tells them apart by token types, the position from which on these are 1; 0: nowhere.
     """
 
     input_ids_T: NDArray[np.int32]
@@ -54,6 +55,7 @@ class Piece:
     role: str = "text"
     stream: str = "input"
     labels_T: NDArray[np.int32] | None = None
+    typed_from: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,16 +76,23 @@ class Example:
 
 @dataclass(slots=True)
 class Stream:
-    """The tokens of one input of the model. Padding has segment -1 and position 0."""
+    """The tokens of one input of the model. Padding has segment -1, position 0 and type 0.
+
+    `type_ids_BT`: token types, as BERT knows them; None where all are 0.
+    """
 
     input_ids_BT: Tensor
     position_ids_BT: Tensor
     segment_ids_BT: Tensor
+    type_ids_BT: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A stretch of one row of a stream that attends to itself only. `labelled`: its piece has labels, not weights."""
+    """A stretch of one row of a stream that attends to itself only. `labelled`: its piece has labels, not weights.
+
+    `typed_from`: as in `Piece`.
+    """
 
     row: int
     start: int
@@ -93,6 +102,7 @@ class Segment:
     stream: str = "input"
     weight: float = 1.0
     labelled: bool = False
+    typed_from: int = 0
 
     @property
     def stop(self) -> int:

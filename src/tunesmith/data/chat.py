@@ -28,6 +28,7 @@ from tokenizers import Tokenizer
 from tunesmith.data.align import Aligner
 from tunesmith.data.template import Messages, Tools
 from tunesmith.data.turns import Rendering, Turns
+from tunesmith.data.two_texts import Frame, frame_of, kept
 from tunesmith.errors import InputError
 
 if TYPE_CHECKING:
@@ -49,12 +50,16 @@ Kind = Literal["encoder", "decoder"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Encoded:
-    """Tokens with their weights (0 or 1), and how many tokens, and trained tokens, truncation took."""
+    """Tokens with their weights (0 or 1), and how many tokens, and trained tokens, truncation took.
+
+    `typed_from`: as in `Piece`.
+    """
 
     input_ids: NDArray[np.int32]
     weights: NDArray[np.float32]
     cut: int = 0
     cut_trained: int = 0
+    typed_from: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -172,6 +177,24 @@ class Renderer:
             return Encoded(np.array(ids, np.int32), np.ones(len(ids), np.float32), cut, cut)
         return self._cut(*self._document(ids))
 
+    def pair(self, first: str, second: str) -> Encoded:
+        """Two texts in one piece, all of it of weight 1; the longer one is cut first.
+
+        encoder: exactly as the tokenizer puts two texts together, token types included. decoder: the texts on a line
+        each, with BOS if the tokenizer puts one and EOS at the end.
+        """
+        frame = self._pair_frame
+        first_ids, second_ids = self._aligner.read(first), self._second(second)[0]
+        had = of_first, of_second = len(first_ids), len(second_ids)
+        if self.sequence_length is not None:
+            if self.sequence_length - len(frame) < 2:
+                raise self._no_room(len(frame))
+            of_first, of_second = kept(*had, self.sequence_length - len(frame))
+        ids, begin = frame.lay_out(first_ids[:of_first], second_ids[:of_second])
+        cut = sum(had) - of_first - of_second
+        ones = np.ones(len(ids), np.float32)
+        return Encoded(np.array(ids, np.int32), ones, cut, cut, begin if frame.typed else 0)
+
     def windows(self, text: str) -> list[Encoded]:
         """A document as `text` reads one for a decoder, in windows of the sequence length instead of cut.
 
@@ -211,13 +234,23 @@ class Renderer:
 
     def _document(self, ids: list[int]) -> tuple[list[int], NDArray[np.float32]]:
         """With BOS if the tokenizer puts one and with EOS at the end, neither twice; only BOS has weight 0."""
-        if self._eos is None:
-            raise InputError("the tokenizer has no EOS token, so a text has no end", "set eos_token in its config")
-        ids = [*self._opening(ids), *ids, *([] if ids[-1:] == [self._eos] else [self._eos])]
+        end = self._end()
+        ids = [*self._opening(ids), *ids, *([] if ids[-1:] == end else end)]
         weights = np.ones(len(ids), np.float32)
         if len(ids) > 1 and ids[0] == self.tokenizer.bos_token_id:
             weights[0] = 0
         return ids, weights
+
+    @cached_property
+    def _pair_frame(self) -> Frame:
+        if self.kind == "encoder":
+            named: Sequence[str] = self.tokenizer.model_input_names
+            return frame_of(Tokenizer.from_str(self._json), "token_type_ids" in named)
+        return Frame(self._opening([]), self._aligner.piece("\n", first=False)[0], self._end())
+
+    def _second(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Tokens of the second of two texts with their characters; a decoder's goes on behind a line end."""
+        return self._aligner.piece(text, first=self.kind == "encoder")
 
     def plain(self, text: str) -> list[int]:
         """The tokens of a text alone, nothing put around it and nothing cut."""
@@ -272,6 +305,11 @@ class Renderer:
         """The BOS that the tokenizer puts before any text, unless it is there."""
         bos: Any = self.tokenizer.bos_token_id
         return [bos] if bos is not None and bos in self._before and list(ids[:1]) != [bos] else []
+
+    def _end(self) -> list[int]:
+        if self._eos is None:
+            raise InputError("the tokenizer has no EOS token, so a text has no end", "set eos_token in its config")
+        return [self._eos]
 
     def _no_room(self, around: int) -> InputError:
         return InputError(

@@ -66,6 +66,7 @@ def _lay_out(
     ids = np.full((rows, width), pad_id, dtype=np.int64)
     positions, target = np.zeros((rows, width), np.int64), np.zeros((rows, width), np.int64)
     weight, owner = np.zeros((rows, width), np.float32), np.full((rows, width), -1, np.int64)
+    types = np.zeros((rows, width), np.int64)
     at = 0
     for number, (example, piece) in enumerate(pieces):
         row, start = (0, at) if packed else (number, 0)
@@ -74,15 +75,20 @@ def _lay_out(
         ids[row, start:stop] = piece.input_ids_T
         positions[row, start:stop] = np.arange(lengths[number])
         owner[row, start:stop] = len(segments)
+        if piece.typed_from:
+            types[row, start + piece.typed_from : stop] = 1
         if piece.labels_T is not None:
             target[row, start:stop] = np.maximum(piece.labels_T, 0)
             weight[row, start:stop] = piece.labels_T >= 0
         elif piece.weights_T is not None:
             target[row, start : stop - 1] = piece.input_ids_T[1:]
             weight[row, start : stop - 1] = piece.weights_T[1:]
-        labelled = piece.labels_T is not None
-        segments.append(Segment(row, start, lengths[number], example, piece.role, name, labelled=labelled))
-    stream = Stream(*(torch.from_numpy(x) for x in (ids, positions, owner)))
+        labelled, typed_from = piece.labels_T is not None, piece.typed_from
+        segments.append(Segment(row, start, stop - start, example, piece.role, name, 1.0, labelled, typed_from))
+    tensors = [
+        torch.from_numpy(x) for x in ((ids, positions, owner, types) if types.any() else (ids, positions, owner))
+    ]
+    stream = Stream(*tensors)
     return stream, (target, weight)
 
 
@@ -117,12 +123,13 @@ def _example(batch: Batch, position: int) -> Example:
         if segment.labelled:
             target_T, weight_T = batch.target_BT[segment.row, span].cpu(), batch.weight_BT[segment.row, span].cpu()
             labels_T = torch.where(weight_T > 0, target_T, -1).numpy().astype(np.int32)
-            pieces.append(Piece(ids, None, segment.role, segment.stream, labels_T))
+            pieces.append(Piece(ids, None, segment.role, segment.stream, labels_T, segment.typed_from))
             continue
         weights = np.zeros(segment.length, np.float32)
         if segment.stream == ("decoder" if "decoder" in batch.streams else "input"):
             weights[1:] = batch.weight_BT[segment.row, segment.start : segment.stop - 1].cpu().numpy()
-        pieces.append(Piece(ids, weights if weights.any() else None, segment.role, segment.stream))
+        weights_T = weights if weights.any() else None
+        pieces.append(Piece(ids, weights_T, segment.role, segment.stream, typed_from=segment.typed_from))
     return Example(tuple(pieces))
 
 
@@ -136,7 +143,12 @@ def place(batch: Batch, device: torch.device) -> Batch:
 
     return Batch(
         streams={
-            name: Stream(to(s.input_ids_BT), to(s.position_ids_BT), to(s.segment_ids_BT))
+            name: Stream(
+                to(s.input_ids_BT),
+                to(s.position_ids_BT),
+                to(s.segment_ids_BT),
+                None if s.type_ids_BT is None else to(s.type_ids_BT),
+            )
             for name, s in batch.streams.items()
         },
         target_BT=to(batch.target_BT),

@@ -21,9 +21,12 @@ _EXAMPLE = struct.Struct("<qiiiqq")
 _EXAMPLE_DTYPE = np.dtype(
     [("piece", "<i8"), ("pieces", "<i4"), ("cut", "<i4"), ("cut_trained", "<i4"), ("tokens", "<i8"), ("trained", "<i8")]
 )
-_PIECE = struct.Struct("<qqihhb")
+_PIECE = struct.Struct("<qqihhbi")
 _PIECE_DTYPE = np.dtype(
-    [("example", "<i8"), ("offset", "<i8"), ("length", "<i4"), ("role", "<i2"), ("stream", "<i2"), ("trained", "i1")]
+    {
+        "names": ["example", "offset", "length", "role", "stream", "trained", "typed_from"],
+        "formats": ["<i8", "<i8", "<i4", "<i2", "<i2", "i1", "<i4"],
+    }
 )
 _NOTHING, _WEIGHTS, _LABELS = range(3)  # what stands beside a piece's tokens, four bytes each
 
@@ -75,7 +78,7 @@ class Writer:
         self._weights.write(held.tobytes())
         trained = _LABELS if labels is not None else _NOTHING if weights is None else _WEIGHTS
         role, stream = (self._names.setdefault(name, len(self._names)) for name in (piece.role, piece.stream))
-        self._pieces.write(_PIECE.pack(self._count, self._offset, len(ids), role, stream, trained))
+        self._pieces.write(_PIECE.pack(self._count, self._offset, len(ids), role, stream, trained, piece.typed_from))
         self._offset += len(ids)
         self._piece_count += 1
         return int(np.count_nonzero(np.asarray(trained_of(piece)) > 0))
@@ -210,4 +213,4 @@ class TokenStore:
         weights = self._weights[stretch].copy() if entry["trained"] == _WEIGHTS else None
         labels = self._weights[stretch].copy().view("<i4") if entry["trained"] == _LABELS else None
         role, stream = self._names[entry["role"]], self._names[entry["stream"]]
-        return Piece(self._tokens[stretch].copy(), weights, role, stream, labels)
+        return Piece(self._tokens[stretch].copy(), weights, role, stream, labels, int(entry["typed_from"]))

@@ -17,7 +17,7 @@ from tunesmith.kernels import attention, shared_prefix
 from tunesmith.losses.linear_cross_entropy import linear_logprobs
 from tunesmith.models.heads import Head, pool
 from tunesmith.models.sample import generate
-from tunesmith.models.virtual import Virtual, VirtualKeys, VirtualTokens, before_all, before_each, behind
+from tunesmith.models.virtual import Layout, Virtual, VirtualKeys, VirtualTokens, before_all, before_each, behind
 from tunesmith.types import Batch, Completion, ModelKind, SampleSpec, Scores, Segment, Stream, Want
 
 # Families whose position embeddings begin after the padding index (RoBERTa, arXiv 1907.11692).
@@ -227,11 +227,12 @@ class Policy(nn.Module):
     ) -> tuple[dict[str, Any], Restore]:
         """Rows of one segment each under a mask; an encoder-decoder counts its positions itself."""
         ids_BT, position_BT, mask_BT = stream.input_ids_BT, stream.position_ids_BT, _inside(stream)
-        inputs: dict[str, Any] = {"input_ids": ids_BT}
+        inputs: dict[str, Any] = {"input_ids": ids_BT, **self._types(stream)}
         restore = _as_it_is
         if virtual_PD is not None:
             layout = before_each(stream, segments, len(virtual_PD))
             inputs = {"inputs_embeds": layout.lay_out(virtual_PD, self.embedded(ids_BT))}
+            inputs |= self._types(stream, layout)
             position_BT, mask_BT = layout.position_BK, layout.inside_BK.long()
             restore = partial(layout.restore, text_BT=ids_BT)
         if self.kind != "encoder-decoder":
@@ -249,7 +250,7 @@ class Policy(nn.Module):
             if isinstance(self._virtual, VirtualKeys):
                 position_BT, bounds = position_BT + self._virtual.count, behind(bounds, self._virtual.count)
                 bounds.before = self._virtual.by_module(self.model)
-            inputs = {"input_ids": ids_BT, "position_ids": position_BT}
+            inputs = {"input_ids": ids_BT, "position_ids": position_BT, **self._types(stream)}
             if shared is None:
                 return inputs, bounds, _as_it_is
             return {name: shared.shorten(value) for name, value in inputs.items()}, bounds, shared.restore
@@ -261,8 +262,16 @@ class Policy(nn.Module):
         inputs = {
             "inputs_embeds": layout.lay_out(virtual_PD, self.embedded(ids_BT)),
             "position_ids": layout.position_BK + self._position_offset,
+            **self._types(stream, layout),
         }
         return inputs, layout.bounds, partial(layout.restore, text_BT=ids_BT)
+
+    def _types(self, stream: Stream, layout: Layout | None = None) -> dict[str, Tensor]:
+        """Token types, for a model that knows more than one; without them it takes all for 0."""
+        type_BT = stream.type_ids_BT
+        if type_BT is None or (getattr(self.config, "type_vocab_size", None) or 0) < 2:
+            return {}
+        return {"token_type_ids": type_BT if layout is None else layout.types(type_BT)}
 
     @property
     def _virtual(self) -> Virtual | None:
@@ -283,8 +292,9 @@ class Policy(nn.Module):
         return attention.IMPLEMENTATION if self._is_held else "sdpa"
 
     def _may_share(self, batch: Batch) -> bool:
-        """Whether what all segments begin with may run once: see `shared_prefix`."""
-        if not (self.packed and self.share_prefixes and self.kind == "decoder" and not batch.extra):
+        """Whether what all segments begin with may run once: see `shared_prefix`, which looks at tokens alone."""
+        alike = not batch.extra and batch.streams["input"].type_ids_BT is None
+        if not (self.packed and self.share_prefixes and self.kind == "decoder" and alike):
             return False
         if self._serves is None:  # a walk over every module: 9 ms of a large model
             self._serves = shared_prefix.serves(self.model)
