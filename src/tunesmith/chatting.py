@@ -100,7 +100,8 @@ class Chat:
         self._objective, self._converses = loaded.objective, loaded.objective
         self._policy, self._method, self._name = loaded.policy, loaded.method, str(loaded.card["method"]["name"])
         # Training cut its rows; a conversation may be as long as the model sees.
-        self._renderer = Renderer(loaded.renderer.tokenizer, loaded.renderer.templates.get("default"))
+        trained = loaded.renderer
+        self._renderer = Renderer(trained.tokenizer, trained.templates.get("default"), start=trained.start)
         self.context: int | None = loaded.card["context_length"]
         if follow:
             self.system = loaded.objective.system

@@ -23,13 +23,14 @@ from tunesmith.methods import METHODS
 from tunesmith.models.cache import cache_dir
 from tunesmith.models.fetch import LocalModel, resolve
 from tunesmith.models.heads import Head
-from tunesmith.models.load import MetaModel, load_tokenizer
+from tunesmith.models.load import MetaModel, decoder_start, load_tokenizer
 from tunesmith.models.policy import Policy, Tokens
 from tunesmith.models.saved import CARD, read_card
 from tunesmith.models.vocabulary import add_tokens, widen
 from tunesmith.objectives import OBJECTIVES
 from tunesmith.recipe_file import Origin, check_options, defaults_taken
 from tunesmith.settings import Default
+from tunesmith.types import WINDOW
 
 if TYPE_CHECKING:
     from tunesmith.data.chat import Renderer
@@ -136,7 +137,7 @@ def make_plan(
     metric_names(objective.needs.metrics, recipe.evaluate.metrics)  # a typing error is told before data are read
     defaults: list[Default] = []
     length = settings.length_limit(facts, defaults)
-    renderer = Renderer(tokenizer, template=_template(recipe, base), sequence_length=length)
+    renderer = Renderer(tokenizer, _template(recipe, base), length, decoder_start(local))
     workers, tags = recipe.place.workers, recipe.evaluate.tags
     prepared = prepare(recipe.data, base, objective, renderer, recipe.seed, cache_dir(), workers, memory, tell, tags)
     _check_labels(objective, previous)
@@ -388,9 +389,10 @@ def _warnings(recipe: Recipe, prepared: Prepared) -> list[str]:
 
 
 def _shown(prepared: Prepared, renderer: Renderer) -> list[tuple[str, bool]]:
-    """The example of median length, in pieces, with whether each is trained."""
+    """The example of median length, in pieces, with whether each is trained; of windows the first."""
     from tunesmith.data.chat import Encoded
     from tunesmith.data.store import trained_of
 
-    piece = prepared.train.example(prepared.audit.shown).pieces[0]
-    return renderer.show(Encoded(piece.input_ids_T, trained_of(piece), 0, 0))
+    pieces = prepared.train.example(prepared.audit.shown).pieces
+    chosen = pieces[:1] if pieces[0].role == WINDOW else pieces
+    return [part for p in chosen for part in renderer.show(Encoded(p.input_ids_T, trained_of(p), 0, 0))]

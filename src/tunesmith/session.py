@@ -24,7 +24,7 @@ from tunesmith.models.convert import convert_gguf
 from tunesmith.models.fetch import LocalModel, resolve
 from tunesmith.models.heads import Head
 from tunesmith.models.layers import set_dropout, whole_state
-from tunesmith.models.load import context_length, load_backbone, load_tokenizer
+from tunesmith.models.load import context_length, decoder_start, load_backbone, load_tokenizer
 from tunesmith.models.policy import Policy, Tokens
 from tunesmith.models.saved import CARD, read_card
 from tunesmith.models.shared import SharedBase
@@ -154,7 +154,7 @@ def load(
     method = method_class(method_class.Options.model_validate(card["method"]["options"]), 0.0)
     tokenizer, tokens = load_tokenizer(local), card.get("tokens", ())
     add_tokens(tokenizer, tokens)
-    renderer = Renderer(tokenizer, card["templates"].get("default"), card["sequence_length"])
+    renderer = Renderer(tokenizer, card["templates"].get("default"), card["sequence_length"], decoder_start(local))
     in_fp8 = shared is None and serves_fp8(torch.device(device))  # weights in fp8 are one adapter's alone
     precision = card["precision"] if card["precision"] != "fp8" or in_fp8 else WHOLE
     placement = Placement(device, torch.get_num_threads(), 1, precision, card["packed"], None, 4096, False, 1)

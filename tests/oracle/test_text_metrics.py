@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import DefaultTokenizer
-from sacrebleu import sentence_chrf
+from sacrebleu import corpus_bleu, sentence_chrf
 
 from tunesmith.errors import InputError
 from tunesmith.evaluation import METRICS
+from tunesmith.evaluation.metrics import applicable
 from tunesmith.evaluation.text_metrics import Words
 from tunesmith.types import Prediction
 
@@ -71,3 +75,32 @@ def test_chrf_is_sacrebleus_as_a_fraction(output: str, reference: str) -> None:
 def test_a_row_without_reference_is_named(name: str) -> None:
     with pytest.raises(InputError, match=r"needs a reference, and rows.jsonl:3 has none"):
         METRICS.get(name)([]).statistics(Prediction("x", None, "rows.jsonl:3"))
+
+
+WORDS = st.lists(st.sampled_from(("the", "cat", "sat", "on", "a", "mat", ".", "it's")), max_size=9).map(" ".join)
+
+
+@given(st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=6))
+def test_bleu_is_that_of_sacrebleu_over_all_rows(pairs: list[tuple[str, str]]) -> None:
+    metric = METRICS.get("bleu")([])
+    rows = np.array([metric.statistics(Prediction(said, expected, "row")) for said, expected in pairs])
+    once, twice = (
+        corpus_bleu([said for said, _ in rows_of], [[expected for _, expected in rows_of]]).score / 100
+        for rows_of in (pairs, 2 * pairs)
+    )
+    assert float(metric.aggregate(rows.sum(0))) == pytest.approx(once)
+    resamples = metric.aggregate(np.stack([rows.sum(0), 2 * rows.sum(0)]))
+    assert resamples.tolist() == pytest.approx([once, twice])
+
+
+@pytest.mark.parametrize(
+    ("references", "measured"),
+    [
+        (["a sentence of five words", "and one of six words too", "short"], True),
+        (["short", "answers here", "a sentence of five words"], False),
+        (['{"a": "an object of seven words or so"}'] * 2, False),
+    ],
+)
+def test_bleu_is_measured_on_sentences(references: list[str], measured: bool) -> None:
+    predictions = [Prediction("said", reference, "row") for reference in references]
+    assert ("bleu" in applicable(["bleu"], predictions)) == measured

@@ -73,16 +73,25 @@ class Words:
 class Renderer:
     """One tokenizer with one template, cut to one length. It can be pickled.
 
-    `template` is a jinja text, or the path of a file with one; it stands in for the tokenizer's own.
+    `template` is a jinja text, or the path of a file with one; it stands in for the tokenizer's own. `start` is the
+    token that the decoder of an encoder-decoder begins with; None for other models.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, template: str | None = None, sequence_length: int | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str | None = None,
+        sequence_length: int | None = None,
+        start: int | None = None,
     ) -> None:
-        self._set_up(tokenizer, _templates(tokenizer, template), sequence_length)
+        self._set_up(tokenizer, _templates(tokenizer, template), sequence_length, start)
 
     def _set_up(
-        self, tokenizer: PreTrainedTokenizerBase, templates: Mapping[str, str], sequence_length: int | None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        templates: Mapping[str, str],
+        sequence_length: int | None,
+        start: int | None,
     ) -> None:
         backend: Any = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, Tokenizer):
@@ -92,7 +101,7 @@ class Renderer:
             )
         self.tokenizer = tokenizer
         self.templates = templates
-        self.sequence_length = sequence_length
+        self.sequence_length, self.start = sequence_length, start
         self._special_tokens = tokenizer.special_tokens_map
         self._aligner = Aligner(backend)
         self._json = _with_processor(self._aligner.backend, backend)
@@ -103,15 +112,16 @@ class Renderer:
         self._turns: dict[str, Turns] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"tokenizer": self.tokenizer, "templates": self.templates, "sequence_length": self.sequence_length}
+        return {name: getattr(self, name) for name in ("tokenizer", "templates", "sequence_length", "start")}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
-        self._set_up(state["tokenizer"], state["templates"], state["sequence_length"])
+        self._set_up(**state)
 
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over everything that decides which tokens and weights an input gives."""
         parts = [VERSION, self._json, self._special_tokens, self.templates, self.sequence_length]
+        parts += [] if self.start is None else [self.start]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     @cached_property
@@ -119,6 +129,11 @@ class Renderer:
         """Tokens that end an assistant turn: the template's own first, then EOS. InputError if it has none."""
         own = [self._aligner.backend.token_to_id(end) for end in self._turns_for(None).shape.ends]
         return list(dict.fromkeys(i for i in (*own, self._eos) if i is not None))
+
+    @property
+    def around(self) -> tuple[list[int], list[int]]:
+        """What the tokenizer puts before and behind any text."""
+        return self._before, self._after
 
     @property
     def pad_id(self) -> int:

@@ -10,13 +10,18 @@ from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
+
 from tunesmith.evaluation import METRICS
+from tunesmith.evaluation.json_metrics import asks_for_objects
 from tunesmith.evaluation.metrics import Bounds, FloatArray, MetricKind, has_references, quotient, reference_of
 from tunesmith.types import Prediction
 
 if TYPE_CHECKING:
+    from sacrebleu.metrics.bleu import BLEU
     from sacrebleu.metrics.chrf import CHRF
 
+LONGEST_GRAM = 4  # words, of BLEU
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 # Chinese and Japanese write no spaces: there each character is a word.
@@ -114,6 +119,44 @@ class Chrf(_Share):
         return float(_chrf().sentence_score(output, [reference]).score) / 100
 
 
+@METRICS.register("bleu")
+class Bleu:
+    """BLEU-4 of all rows together (Papineni et al. 2002), by sacrebleu, its tokenizer 13a and its smoothing.
+
+    A fraction, where sacrebleu writes percent. Statistics: lengths of output and reference, then matches and counts of
+    the n-grams to 4.
+    """
+
+    name: ClassVar[str] = "bleu"
+    higher_is_better: ClassVar[bool] = True
+    kind: ClassVar[MetricKind] = "general"
+    bounds: ClassVar[Bounds] = (0.0, 1.0)
+
+    @staticmethod
+    def applies(predictions: Sequence[Prediction]) -> bool:
+        """Sentences, most of them long enough to have n-grams of 4 words."""
+        words = [len((p.reference or "").split()) for p in predictions]
+        return 2 * sum(count >= LONGEST_GRAM for count in words) > len(words) and not asks_for_objects(predictions)
+
+    def __init__(self, labels: Sequence[str] = ()) -> None:
+        del labels
+
+    def statistics(self, prediction: Prediction) -> tuple[float, ...]:
+        found = _bleu().corpus_score([prediction.output], [[reference_of(prediction, self.name)]])
+        return (float(found.sys_len), float(found.ref_len), *map(float, found.counts), *map(float, found.totals))
+
+    def aggregate(self, sums: FloatArray) -> FloatArray:
+        said, expected = sums[..., 0], sums[..., 1]
+        matched, counted = sums[..., 2 : 2 + LONGEST_GRAM], sums[..., 2 + LONGEST_GRAM :]
+        # An order without a match counts as half a match, the next such order as a quarter, and so on.
+        halves = np.cumsum((matched == 0) & (counted > 0), axis=-1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            precision = np.where(matched > 0, matched, 0.5**halves) / counted
+            mean = np.exp(np.where(counted > 0, np.log(precision), -np.inf).mean(-1))
+            brevity = np.where(said < expected, np.exp(1 - expected / said), 1.0)
+        return np.where(matched.any(-1), brevity * mean, 0.0)
+
+
 class Words:
     """rouge-score's own tokenizer knows ASCII only; this gives the same words for ASCII and all others too."""
 
@@ -126,6 +169,13 @@ def _scorer(kind: str) -> Any:
     from rouge_score.rouge_scorer import RougeScorer  # pyright: ignore[reportMissingImports]
 
     return RougeScorer([kind], tokenizer=Words())
+
+
+@cache
+def _bleu() -> BLEU:
+    from sacrebleu.metrics.bleu import BLEU
+
+    return BLEU()
 
 
 @cache

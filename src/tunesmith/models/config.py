@@ -28,6 +28,7 @@ _NOT_FROM_A_FILE = frozenset(
         "trust_remote_code",
     }
 )
+_OF_TWO_SIDES = frozenset({"decoder_start_token_id"})  # read of any encoder-decoder, and declared by few classes
 _BOOKKEEPING = frozenset({"_name_or_path", "transformers_version", "torchscript", "gradient_checkpointing"})
 _DTYPES = frozenset({"float32", "float16", "bfloat16", "float64"})
 
@@ -77,6 +78,8 @@ def _filter(folder: Path) -> tuple[dict[str, Any], list[str]]:
 def _known(raw: dict[str, Any], config_class: type[Any], prefix: str) -> tuple[dict[str, Any], list[str]]:
     """`raw` without what `config_class` does not read, sub-configs too, and the keys left out."""
     keys = (compat.config_keys(config_class) | {"model_type"}) - _NOT_FROM_A_FILE
+    if raw.get("is_encoder_decoder"):
+        keys |= _OF_TWO_SIDES
     nested: dict[str, type[Any]] = getattr(config_class, "sub_configs", {}) or {}
     kept: dict[str, Any] = {}
     dropped: list[str] = []

@@ -123,6 +123,8 @@ def load_backbone(
                 **extra,
             )
             _judge(report, local)
+            if (start := decoder_start(local)) is not None:
+                model.config.decoder_start_token_id = start
             if in_nf4:
                 from tunesmith.kernels.nf4 import hold_in_nf4
 
@@ -172,6 +174,24 @@ def kind_of(config: PreTrainedConfig) -> ModelKind:
         f"a model of type {config.model_type!r} is neither a text decoder, an encoder nor both",
         "use a text model; `tunesmith models` lists some",
     )
+
+
+def decoder_start(local: LocalModel) -> int | None:
+    """The token that the decoder of an encoder-decoder begins with; None for models of one side.
+
+    Raises InputError where the config names none, and none that may stand for it.
+    """
+    config = safe_config(local.folder)
+    if not config.is_encoder_decoder:
+        return None
+    named = (getattr(config, name, None) for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id"))
+    start = next((token for token in named if token is not None), None)
+    if start is None:
+        raise InputError(
+            f"config.json in {local.folder} names no token that the decoder begins with",
+            "set decoder_start_token_id there",
+        )
+    return int(start)
 
 
 def _builder(config: PreTrainedConfig, head: Head, local: LocalModel) -> tuple[Any, dict[str, Any]]:

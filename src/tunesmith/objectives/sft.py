@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 
+from tunesmith.data import sides
 from tunesmith.data.pack import place
 from tunesmith.data.source import ExampleList, batches
 from tunesmith.declared import HeadSpec, ObjectiveNeeds
-from tunesmith.errors import placed
+from tunesmith.errors import InputError, placed
 from tunesmith.models.policy import Policy
 from tunesmith.objectives import OBJECTIVES
 from tunesmith.recipe import Strict
-from tunesmith.types import Batch, Example, Part, Piece, Prediction, Row, SampleSpec, Step, Terms, Want
+from tunesmith.types import Batch, Completion, Example, Part, Piece, Prediction, Row, SampleSpec, Step, Terms, Want
 
 if TYPE_CHECKING:
     from tunesmith.data.chat import Renderer
@@ -33,7 +34,7 @@ class Sft:
         summary="learn to answer as the rows do, from conversations, prompts with completions, or plain text",
         head="lm",
         formats=frozenset({"messages", "text"}),
-        kinds=frozenset({"decoder"}),
+        kinds=frozenset({"decoder", "encoder-decoder"}),
         coupling="token",
         trains_tokens=True,
         metrics=(
@@ -43,6 +44,7 @@ class Sft:
             "field_accuracy",
             "token_f1",
             "rouge_l",
+            "bleu",
             "chrf",
             "loss",
             "perplexity",
@@ -75,11 +77,21 @@ class Sft:
         return []
 
     def example(self, row: Row, renderer: Renderer) -> Example:
+        if renderer.start is not None:
+            return self._two_sided(row, renderer)
         if "messages" in row.value:
             encoded = renderer.encode(row.value["messages"], row.value.get("tools"))
         else:
             encoded = renderer.text(row.value["text"])
         return Example((Piece(encoded.input_ids, encoded.weights),), cut=encoded.cut, cut_trained=encoded.cut_trained)
+
+    def _two_sided(self, row: Row, renderer: Renderer) -> Example:
+        if "messages" not in row.value:
+            raise InputError(
+                "an encoder-decoder learns to answer, and a row of plain text asks nothing",
+                "give rows with a prompt and a completion",
+            )
+        return sides.example(row.value["messages"], row.value.get("tools"), renderer)
 
     def normalisers(self, step: Step) -> dict[str, float]:
         return {"nll": sum(float(batch.weight_BT.sum()) for batch in step.batches)}
@@ -99,7 +111,7 @@ class Sft:
         scores = self._score(policy, rows, renderer, spec.batch_tokens)
         return [
             Prediction(
-                output=renderer.decode(completions[index].token_ids) if index in completions else "",
+                output=_said(completions[index], renderer) if index in completions else "",
                 reference=_answer(row),
                 where=row.where,
                 scores=scores.get(index, {}),
@@ -115,6 +127,9 @@ class Sft:
         has shown the answer behind it, so the prompt has it too.
         """
         question, tools = _question(row)
+        if renderer.start is not None:
+            with placed(row.where):
+                return sides.asked(question, tools, renderer).input_ids.tolist()
         messages = row.value["messages"]
         if len(question) == len(messages):
             messages = [*({**said, "train": False} for said in question), {"role": "assistant", "content": "."}]
@@ -151,6 +166,11 @@ class Sft:
             if "text" in rows[index].value:
                 own["bytes"] = float(len(rows[index].value["text"].encode()))
         return found
+
+
+def _said(completion: Completion, renderer: Renderer) -> str:
+    ids = completion.token_ids
+    return renderer.decode(ids) if renderer.start is None else sides.answer_of(ids, renderer)
 
 
 def _question(row: Row) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
