@@ -110,7 +110,8 @@ def train(
     `recipe`: a file, a mapping of the same keys, or a Recipe. Relative paths start at the file's folder, else at
     the working directory.
     `overrides`: keys set over those of a file, such as `["train.epochs=1"]`.
-    `data`: rows by split in place of the recipe's paths: "train", "validation", and any other name is a test set.
+    `data`: rows by split in place of the recipe's paths: "train", "validation", "corpus" for passages that are
+    searched, and any other name is a test set.
     Rows are a list of mappings, or a table of pandas, polars, pyarrow or datasets.
     `out`: the run's folder; left out, the recipe's `out`, else the first free one of runs/<name>, runs/<name>-2, ...
     `plugins`: Python files that register metrics, methods or objectives.
@@ -187,14 +188,15 @@ def predict(
     *,
     device: str = "auto",
     max_new_tokens: int | None = None,
+    corpus: PathLike | None = None,
     plugins: Sequence[PathLike] = (),
 ) -> list[Prediction]:
     """Answers of a run's model to rows of a file or in memory; labels and answers in them are optional.
 
-    To ask more than once, `load` the model once.
+    `corpus`: passages to be searched, in place of the run's. To ask more than once, `load` the model once.
     """
     load_plugins(plugins)
-    return load(path, device).predict(rows, max_new_tokens)
+    return load(path, device, corpus).predict(rows, max_new_tokens)
 
 
 def chat(
@@ -265,6 +267,7 @@ def evaluate(
     metrics: Sequence[str] | None = None,
     keep: int | Literal["all"] | None = None,
     base: bool = True,
+    corpus: PathLike | None = None,
     device: str = "auto",
     plugins: Sequence[PathLike] = (),
     listen: Listeners | None = None,
@@ -275,6 +278,7 @@ def evaluate(
     `name`: of these rows in the results; left out, the file's own without its ending, or "rows" for rows in memory.
     `metrics`, `keep` (answers, or "all"): in place of the recipe's.
     `base`: whether the base (or what the objective is compared with) is measured beside it.
+    `corpus`: passages to be searched, in place of the run's.
     Without `data`, returns what the run has measured.
     """
     path = run_of(Path(path))
@@ -283,14 +287,13 @@ def evaluate(
     run, recipe, counts = of_what.run, of_what.recipe, of_what.label_counts
     if data is None:
         check_measured(path)
+        return _result(run, measuring.read_results(run))
     results = measuring.read_results(run)
-    if data is None:
-        return _result(run, results)
     if name is not None:
         check_name(name)
     of = name or (Path(data).stem if isinstance(data, str | os.PathLike) else "rows")
     with run.hold(), _listening(listen, progress) as tell:
-        loaded = load(path, device)
+        loaded = load(path, device, corpus)
         rows = questions(data, recipe.data.format, recipe.data.columns, recipe.evaluate.tags)
         check_kinds(rows, loaded.objective.needs, asking=False)
         asked, usual = metrics or recipe.evaluate.metrics or [], loaded.objective.needs.metrics

@@ -67,7 +67,9 @@ class ObjectiveNeeds:
     `formats` are kinds of canonical rows (messages, label, text); `vectors`: a pooled head reads one vector a text, or
     one a token; `trains_tokens`: a row without a trained token teaches nothing; `windows`: longer texts come in windows
     of train.sequence_length; `metrics` are measured unless the recipe names others. `baseline`: what the tuned model is
-    compared with where the base has no trained head (`evaluation.baselines`).
+    compared with where the base has no trained head (`evaluation.baselines`). `fresh_head`: a head begins anew
+    above the base's vectors; `searches`: answers are found in a corpus (`data.corpus`). `asks`: what a row to be read
+    must have, all of one of these.
     """
 
     summary: str
@@ -81,6 +83,9 @@ class ObjectiveNeeds:
     metrics: tuple[str, ...] = ()
     baseline: str | None = None
     vectors: Literal["text", "token"] = "text"
+    fresh_head: bool = True
+    searches: bool = False
+    asks: tuple[tuple[str, ...], ...] = (("text",),)
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,7 +106,7 @@ def to_gguf(
     policy, objective, method, renderer, card = loaded
     if card["head"] != "lm":
         raise InputError(
-            f"objective {card['objective']['name']} has a head of its own, which GGUF has no place for",
+            f"objective {card['objective']['name']} writes no text, and a GGUF file here is of a language model",
             "export a folder instead",
         )
     gguf_write.check_model(policy.model)

@@ -7,11 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith import session
+from tunesmith.data.corpus import open_corpus
 from tunesmith.data.given import PathLike, Rows, check_kinds, to_answer
 from tunesmith.engine.precision import choose_device
+from tunesmith.errors import InputError
+from tunesmith.measurable import run_of
+from tunesmith.models.cache import cache_dir
 from tunesmith.models.policy import Policy
 from tunesmith.models.saved import folder_of
-from tunesmith.protocols import Method, Objective
+from tunesmith.protocols import Method, Objective, Searches
+from tunesmith.recipe import CorpusFile
+from tunesmith.recipe_file import load_recipe
 from tunesmith.types import Prediction, SampleSpec
 
 
@@ -33,9 +39,32 @@ class Loaded:
         return self.objective.predict(self.policy, asked, self.renderer, spec)
 
 
-def load(path: PathLike, device: str = "auto") -> Loaded:
+def load(path: PathLike, device: str = "auto", corpus: PathLike | None = None) -> Loaded:
     """The model of a run (or an exported model folder), ready to predict.
 
-    Raises InputError where there is none (yet), RefusedError where its base has other bytes than at training.
+    `corpus`: the passages that a model which searches is asked for; left out, those of the run's recipe, if it has any.
+    Raises InputError where there is no model (yet), RefusedError where its base has other bytes than at training.
     """
-    return Loaded(*session.load(folder_of(Path(path)), str(choose_device(device))))
+    loaded = Loaded(*session.load(folder_of(Path(path)), str(choose_device(device))))
+    if isinstance(loaded.objective, Searches):
+        asked = _corpus(run_of(Path(path)), corpus)
+        if asked is not None:
+            loaded.objective.search_in(open_corpus(asked, Path.cwd(), cache_dir(), _silent))
+    elif corpus is not None:
+        raise InputError(
+            f"--corpus is given, and a model for {loaded.card['objective']['name']} searches nothing", "leave it out"
+        )
+    return loaded
+
+
+def _corpus(run: Path, given: PathLike | None) -> CorpusFile | None:
+    """What is searched: the file that was given, read by the recipe's names of its columns, or the recipe's."""
+    recipe = run / "recipe.yaml"
+    own = load_recipe(recipe)[0].data.corpus if recipe.is_file() else None
+    if given is None:
+        return own
+    return CorpusFile(path=str(given), columns=own.columns if own is not None else {})
+
+
+def _silent(what: str, done: int, total: int | None) -> None:
+    """Progress that nobody watches."""

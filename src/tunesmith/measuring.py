@@ -108,7 +108,8 @@ def score(
 
     `metrics` (else the recipe's) are measured or refused; those of the objective where the rows can have them. By
     a metric that the majority class is no floor for, the tuned model is not tested against it. Each record says how
-    many of the set's rows stand in the run's training rows too (`in_train`; None where it is not known).
+    many of the set's rows stand in the run's training rows too (`in_train`; None where it is not known), and among how
+    many passages was searched (`candidates`), if any were.
     """
     asked = metrics or recipe.evaluate.metrics
     names = metric_names(objective.needs.metrics, asked)
@@ -134,7 +135,9 @@ def score(
         for model, predictions in found.items():
             records += by_class(model, name, predictions, known, clusters_N)
         details[name] = {model: class_details(predictions, known) for model, predictions in found.items()}
-    told = [record | {"in_train": in_train} for record in records_to_json(records)]
+    searched = found[TUNED][0].scores.get("candidates")
+    own = {"in_train": in_train, **({} if searched is None else {"candidates": int(searched)})}
+    told = [record | own for record in records_to_json(records)]
     return {"records": told, "effects": effects, "details": details}
 
 

@@ -322,6 +322,7 @@ def _meaning(
             "repeats": hashlib.sha256(prepared.repeats.tobytes()).hexdigest(),
             "validation": prepared.validation.fingerprint if prepared.validation is not None else None,
             "test": {name: store.fingerprint for name, store in prepared.tests.items()},
+            **({"corpus": prepared.corpus.fingerprint} if prepared.corpus is not None else {}),
         },
         "train": settings.as_json(training),
         "precision": recipe.precision,

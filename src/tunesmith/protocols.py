@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from tunesmith.data.chat import Renderer
+    from tunesmith.data.corpus import Corpus
     from tunesmith.models.policy import Policy
 
 
@@ -170,6 +171,15 @@ class Coupled(Protocol):
 
     def embed(self, policy: Policy, batch: Batch) -> Tensor: ...
     def couple(self, embeddings_SD: Tensor, step: Step) -> Terms: ...
+
+
+@runtime_checkable
+class Searches(Protocol):
+    """An objective whose model finds passages: those of a corpus, and those that rows hold themselves."""
+
+    def search_in(self, corpus: Corpus) -> None:
+        """Called before any row is looked at, where there is a corpus."""
+        ...
 
 
 @runtime_checkable

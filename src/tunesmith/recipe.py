@@ -76,6 +76,18 @@ def _as_set(value: Any) -> Any:
 Mixed = Annotated[TrainingSet, BeforeValidator(_as_set, json_schema_input_type=str | TrainingSet)]
 
 
+class CorpusFile(Strict):
+    """Passages that are searched. A path alone is short for a corpus of that path."""
+
+    path: Annotated[Text, Field(description="as `data.corpus`", examples=["passages.jsonl"])]
+    columns: dict[str, str] = key(
+        dict, "what your file calls the columns `id` and `text` of a passage", {"id": "doc_id"}, "as named"
+    )
+
+
+Searched = Annotated[CorpusFile, BeforeValidator(_as_set, json_schema_input_type=str | CorpusFile)]
+
+
 ALLOWED: Mapping[str, str] = {
     "leaks": "rows of train that stand in a test set are dropped",
     "masked": "rows of train with nothing to learn are dropped",
@@ -99,6 +111,12 @@ class Data(Strict):
     )
     test: Text | dict[SetName, Text] | None = key(
         None, "rows that judge the result: a path, or several by name", "tickets-test.jsonl", "there are none"
+    )
+    corpus: Searched | None = key(
+        None,
+        "passages that queries are searched for in, of `text` and, where rows name them, `id`: a file or folder",
+        "passages.jsonl",
+        "there is none: the passages of the rows",
     )
     format: str | None = key(None, "the format of all rows, by its name in docs/data.md", "alpaca", "detected")
     columns: dict[str, str] = key(

@@ -236,6 +236,8 @@ def resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
     if data.test is not None:
         test = data.test
         changed["test"] = resolve(test) if isinstance(test, str) else {name: resolve(one) for name, one in test.items()}
+    if data.corpus is not None:
+        changed["corpus"] = data.corpus.model_copy(update={"path": resolve(data.corpus.path)})
     if data.template is not None and "{" not in data.template:
         changed["template"] = str(Path(os.path.normpath(Path(os.path.abspath(folder)) / data.template)))
     out = recipe.out

@@ -166,6 +166,28 @@ RULES: tuple[Rule, ...] = (
         "leave data.template out",
     ),
     Rule(
+        ("data.corpus", "objective"),
+        lambda f: f.recipe.data.corpus is not None and not f.needs.searches,
+        "data.corpus is given, and {f.objective_name} searches nothing",
+        "leave data.corpus out, or choose the objective retrieve",
+    ),
+    Rule(
+        ("method", "objective"),
+        lambda f: f.method.frozen_backbone and f.needs.head == "pooled" and not f.needs.fresh_head,
+        "{f.method_name} trains a fresh head alone, and {f.objective_name} has none: it reads the base's vectors",
+        "choose a method that trains the base or an adapter, such as lora",
+    ),
+    Rule(
+        ("train.micro_batch_size", "objective"),
+        lambda f: (
+            f.needs.coupling == "batch"
+            and (f.recipe.train.micro_batch_size or 1 << 40) < (f.recipe.train.batch_size or 1 << 40)
+        ),
+        "the loss of {f.objective_name} is of all rows of a step together, and train.micro_batch_size cuts it",
+        "",
+        substitute="each micro-batch runs twice (cached gradients): slower, the same gradient",
+    ),
+    Rule(
         ("evaluate.max_new_tokens", "objective"),
         lambda f: f.recipe.evaluate.max_new_tokens is not None and f.needs.head != "lm",
         "evaluate.max_new_tokens is given, and {f.objective_name} generates nothing",
@@ -197,7 +219,8 @@ RULES: tuple[Rule, ...] = (
     Rule(
         ("train.head_learning_rate", "method", "objective"),
         lambda f: (
-            f.recipe.train.head_learning_rate is not None and (f.needs.head != "pooled" or f.method.frozen_backbone)
+            f.recipe.train.head_learning_rate is not None
+            and (f.needs.head != "pooled" or not f.needs.fresh_head or f.method.frozen_backbone)
         ),
         "train.head_learning_rate: {f.objective_name} by {f.method_name} trains no head beside a base that learns too",
         "set train.learning_rate, which is that of all that trains there",

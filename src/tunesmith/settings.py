@@ -206,6 +206,8 @@ def resolve_placement(
             "lower train.sequence_length, choose a smaller base, or free memory",
         )
     usual = int(epoch.density * MICRO_TOKENS[device.type])
+    if facts.needs.coupling == "batch":  # in one micro-batch a step runs once, in several twice
+        usual = max(usual, meaning.batch_tokens or _tokens_of_a_micro_batch(meaning, None, longest))
     tokens = int(min(usual, max(longest, room // per_token)))
     if train.micro_batch_size is None:
         defaults.append(
@@ -248,7 +250,9 @@ def predict(
     """Tokens, seconds and memory of the training, from the probed speed."""
     share = epoch.trained / max(1, epoch.tokens)
     total = epoch.tokens if facts.caches_vectors else _tokens_of_a_run(meaning, epoch)
-    flop = memory.flop_per_token(shape, share, facts.method.frozen_backbone, placement.recompute)
+    step_tokens = epoch.tokens / max(1.0, epoch.examples) * (meaning.batch_size or 1)
+    twice = facts.needs.coupling == "batch" and step_tokens > placement.micro_batch_tokens
+    flop = memory.flop_per_token(shape, share, facts.method.frozen_backbone, placement.recompute or twice)
     gain = {"fp8": FP8_GAIN, "int4": INT4_GAIN}.get(placement.precision, 1.0)
     rate = gain * (speed.fp32 if placement.precision == "fp32" else speed.bf16)
     device = placement.device.split(":")[0]

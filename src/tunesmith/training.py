@@ -269,6 +269,7 @@ def _manifest(plan: Plan, plugins: Mapping[str, str]) -> dict[str, Any]:
             "train": plan.audit["train"]["files"],
             "validation": (plan.audit["validation"] or {}).get("files"),
             "test": {name: split["files"] for name, split in plan.audit["tests"].items()},
+            **({"corpus": plan.audit["corpus"]} if plan.audit["corpus"] is not None else {}),
         },
     }
 

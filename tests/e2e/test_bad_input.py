@@ -199,7 +199,7 @@ def classifier(project: Path) -> Path:
 MISMATCHED: dict[str, tuple[list[str], str]] = {
     "text to a model that answers": (["predict", "{run}", "--input", "text-test.jsonl"], "asks nothing of a model"),
     "labels to a model that answers": (["evaluate", "{run}", "--data", "labels.jsonl"], "no column 'question'"),
-    "a question to a classifier": (["predict", "{classifier}", "--input", "ask.jsonl"], "no text to be labelled"),
+    "a question to a classifier": (["predict", "{classifier}", "--input", "ask.jsonl"], "no text to be read"),
     "questions to a classifier": (["evaluate", "{classifier}", "--data", "chat-test.jsonl"], "no known format"),
     "no labels to measure by": (["evaluate", "{classifier}", "--data", "text.jsonl"], "accuracy needs a reference"),
     "unknown metric": (

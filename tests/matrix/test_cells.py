@@ -28,11 +28,11 @@ METHOD_NAMES = (
     *("adalora", "bottleneck", "dora", "full", "head", "ia3", "loha", "lokr", "lora", "oft", "partial", "vera"),
     *("prompt", "p_tuning", "prefix"),
 )
-OBJECTIVE_NAMES = ("classify", "pretrain", "regress", "sft", "tag")
+OBJECTIVE_NAMES = ("classify", "pretrain", "regress", "retrieve", "sft", "tag")
 LM = ("pretrain", "sft")  # those with a language model's head
 KINDS: tuple[ModelKind, ...] = get_args(ModelKind)
 SERVED: dict[str, tuple[ModelKind, ...]] = {
-    **dict.fromkeys(("classify", "regress", "tag"), ("encoder", "decoder")),
+    **dict.fromkeys(("classify", "regress", "retrieve", "tag"), ("encoder", "decoder")),
     "pretrain": ("decoder",),
     "sft": ("decoder", "encoder-decoder"),
 }
@@ -59,6 +59,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "pretrain": [{"text": f"a text of {i} words, and {COLOURS[i % 2]}"} for i in range(20)],
     "regress": [{"text": f"a {COLOURS[i % 2]} {i}", "score": i % 3} for i in range(20)],
     "tag": [{"tokens": ["a", COLOURS[i % 2], str(i)], "tags": ["O", f"B-{COLOURS[i % 2]}", "O"]} for i in range(20)],
+    "retrieve": [{"query": f"which {i}?", "positive": f"the {COLOURS[i % 2]} {i // 2}"} for i in range(20)],
     "classify": [{"text": f"a {COLOURS[i % 2]} {i}", "label": COLOURS[i % 2]} for i in range(20)],
 }
 LISTS, HELD_LISTS = (
@@ -136,6 +137,8 @@ class Cell:
             axes.add(("method", "model"))  # of an encoder-decoder there is no head; a tied projection asks for untie
         if self.method == "prefix" and (self.kind == "encoder-decoder" or self.condition == "unpackable"):
             axes.add(("method", "model"))  # no attention of ours to put keys into
+        if (self.method, self.objective) == ("head", "retrieve"):
+            axes.add(("method", "objective"))  # vectors are the base's: there is no head to train
         if (self.method, self.condition) == ("head", "recompute"):
             axes.add(("train.recompute", "method"))
         if self.condition == "early stopping, unwatched":
@@ -195,6 +198,8 @@ def test_a_cell_runs_is_substituted_or_is_refused(cell: Cell) -> None:
         assert conflict.remedy
         assert "{" not in conflict.reason + conflict.remedy
     assert any("one padded row" in text for text in substitutions) == (not cell.facts().model.packable)
+    cut = cell.objective == "retrieve" and cell.condition == "micro-batches"
+    assert any("runs twice" in text for text in substitutions) == cut
     assert any("majority" in text for text in substitutions) == (cell.objective == "classify")
     assert any("mean" in text for text in substitutions) == (cell.objective == "regress")
     assert any("the tag that each word" in text for text in substitutions) == (cell.objective == "tag")

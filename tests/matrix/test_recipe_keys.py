@@ -22,7 +22,7 @@ from tunesmith.rundir import read_json, sha256_file
 METHOD_NAMES = ("adalora", "dora", "full", "head", "ia3", "loha", "lokr", "lora", "oft", "partial", "vera")
 REGISTERED = {
     "method": (METHODS, METHOD_NAMES),
-    "objective": (OBJECTIVES, ("classify", "pretrain", "regress", "sft", "tag")),
+    "objective": (OBJECTIVES, ("classify", "pretrain", "regress", "retrieve", "sft", "tag")),
 }
 BASE: dict[str, Any] = {
     "model": "llama",
@@ -46,6 +46,7 @@ LABELLED = {
 LISTED = {**LABELLED, "data.format": "text+labels"}
 SCORED = {**LABELLED, "data.format": "text+score", "objective": {"name": "regress"}}
 TAGGED = {**LABELLED, "data.format": "tokens+tags", "objective": {"name": "tag"}}
+ANSWERED = {**LABELLED, "data.format": "query+positive", "objective": {"name": "retrieve"}, "data.test": "asked.jsonl"}
 PARTIAL = {"method": {"name": "partial"}}
 
 
@@ -70,6 +71,15 @@ CHANGES: dict[str, Change] = {
     "data.train.columns": Change([{"path": "train.jsonl", "columns": {"completion": "remark"}}], {"data.train": [SET]}),
     "data.validation": Change(0.3),
     "data.test": Change("other.jsonl"),
+    "data.corpus": Change({"path": "both.jsonl", "columns": {"id": "query"}}, ANSWERED),
+    "data.corpus.path": Change(
+        {"path": "other.jsonl", "columns": {"text": "remark"}},
+        {**ANSWERED, "data.corpus": {"path": "train.jsonl", "columns": {"text": "remark"}}},
+    ),
+    "data.corpus.columns": Change(
+        {"path": "train.jsonl", "columns": {"text": "prompt"}},
+        {**ANSWERED, "data.corpus": {"path": "train.jsonl", "columns": {"text": "remark"}}},
+    ),
     "data.format": Change("alpaca", {**TOLD_APART, "data.format": "prompt+completion"}),
     "data.columns": Change({"completion": "remark"}),
     "data.template": Change("{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"),
@@ -120,6 +130,11 @@ CHANGES: dict[str, Change] = {
     "objective.regress.pooling": Change("first", SCORED),
     "objective.regress.hidden": Change(8, SCORED),
     "objective.tag.hidden": Change(8, TAGGED),
+    "objective.retrieve.pooling": Change("first", ANSWERED),
+    "objective.retrieve.temperature": Change(0.5, ANSWERED),
+    "objective.retrieve.symmetric": Change(True, ANSWERED),
+    "objective.retrieve.query_prefix": Change("query: ", ANSWERED),
+    "objective.retrieve.passage_prefix": Change("passage: ", ANSWERED),
     "adapters": Change(["first"]),
     "train.epochs": Change(2, {"train.max_steps": None, "train.epochs": 1}),
     "train.max_steps": Change(3),
@@ -245,8 +260,14 @@ def place(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     words = [{"tokens": row["prompt"].split(), "tags": ["O", row["completion"].split()[-1]]} for row in both]
     scores = [{"score": len(row["completion"]) + index % 3} for index, row in enumerate(both)]
-    write("both.jsonl", [{**row, **score, **own} for row, score, own in zip(both, scores, words, strict=True)])
+    parts = zip(both, scores, words, strict=True)
+    write("both.jsonl", [{**row, **score, **own, **_question(row)} for row, score, own in parts])
+    write("asked.jsonl", [_question(row) for row in asked(400, 5)])
     return folder
+
+
+def _question(row: dict[str, Any]) -> dict[str, Any]:
+    return {"query": f"what is {row['remark']}?", "positive": f"it is {row['completion']} {row['of']}"}
 
 
 @pytest.fixture(scope="module")

@@ -54,6 +54,8 @@ def test_every_key_of_a_recipe_has_an_example_that_is_right(key: str, example: A
     if key.startswith("data.train."):
         part = {"path": "rows.jsonl"}
         recipe["data"]["train"] = [part]
+    elif key.startswith("data.corpus."):
+        part = recipe["data"]["corpus"] = {"path": "passages.jsonl"}
     else:
         for name in above:
             part = part.setdefault(name, {})

@@ -26,12 +26,37 @@ EPOCH = Epoch(examples=100.0, tokens=5000, trained=1000)
 )
 def test_tokens_and_seconds_of_a_run(keys: dict[str, Any], frozen: bool, tokens: int) -> None:
     meaning: Any = SimpleNamespace(**{"epochs": None, "batch_size": 16, "batch_tokens": None, **keys})
-    facts: Any = SimpleNamespace(method=SimpleNamespace(frozen_backbone=frozen), caches_vectors=frozen)
+    facts = _facts(frozen=frozen)
     placement: Any = SimpleNamespace(precision="fp32", device="cpu", recompute=False)
     shape, speed = Shape(1000, 100, 10, 2, 32, 64, 100, 4), Speed("cpu", 1e9, 1e9)
     found = predict(facts, meaning, placement, shape, speed, 1, EPOCH)
     assert found.tokens == tokens
     assert found.seconds > 0
+
+
+def _facts(coupling: str = "example", *, frozen: bool = False) -> Any:
+    needs, method = SimpleNamespace(coupling=coupling), SimpleNamespace(frozen_backbone=frozen)
+    return SimpleNamespace(method=method, caches_vectors=frozen, needs=needs)
+
+
+def test_a_coupled_step_that_is_cut_runs_twice() -> None:
+    """Of 16 examples of 50 tokens: a forward more where a micro-batch does not hold them."""
+    meaning: Any = SimpleNamespace(epochs=1.0, max_steps=None, batch_size=16, batch_tokens=None)
+    shape, speed = Shape(1000, 100, 1000, 2, 32, 64, 100, 4), Speed("cpu", 1e9, 1e9)
+    seconds = [
+        predict(
+            _facts(coupling),
+            meaning,
+            SimpleNamespace(precision="fp32", device="cpu", recompute=False, micro_batch_tokens=tokens),  # type: ignore[arg-type]
+            shape,
+            speed,
+            1,
+            EPOCH,
+        ).seconds
+        for coupling, tokens in (("batch", 1000), ("batch", 400), ("example", 400))
+    ]
+    assert seconds[1] > 1.2 * seconds[0]
+    assert seconds[2] == seconds[0]
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,12 @@ def _run(options: argparse.Namespace, call: Call) -> int:
         _check_kinds(several)
     if isinstance(loaded.objective, Converses):
         return _converse(loaded, several, options, given, prompt, call)
+    if ("text",) not in loaded.objective.needs.asks:
+        asked = " and ".join(loaded.objective.needs.asks[0])
+        raise InputError(
+            f"{loaded.card['objective']['name']} reads {asked} and converses with nobody",
+            f"ask it with `tunesmith predict {options.paths[0]} --input FILE`",
+        )
     asked_for = [
         f"--{name.replace('_', '-')}" for name in (*given, *(n for n in ("system", "base") if vars(options)[n]))
     ]

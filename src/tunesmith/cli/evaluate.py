@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from tunesmith.cli.train import show_result
-from tunesmith.cli.verb import Call, Verb, add_plugins, add_run, names
+from tunesmith.cli.verb import Call, Verb, add_corpus, add_plugins, add_run, names
 from tunesmith.errors import InputError
 
 
@@ -24,6 +24,7 @@ def _add(parser: argparse.ArgumentParser) -> None:
         help="answers to keep in the run, or `all`; the recipe's evaluate.keep if left out",
     )
     parser.add_argument("--no-base", action="store_true", help="measure the tuned model alone")
+    add_corpus(parser)
     add_plugins(parser)
 
 
@@ -36,7 +37,7 @@ def _keep(text: str) -> int | Literal["all"]:
 
 
 def _run(options: argparse.Namespace, call: Call) -> int:
-    given = [f"--{name}" for name in ("name", "metrics", "keep") if getattr(options, name) is not None]
+    given = [f"--{name}" for name in ("name", "metrics", "keep", "corpus") if getattr(options, name) is not None]
     if options.data is None and (given or options.no_base):
         flags = " and ".join([*given, *(["--no-base"] if options.no_base else [])])
         raise InputError(f"{flags}: how to measure new rows, and there are none", "give the rows with --data FILE")
@@ -51,6 +52,7 @@ def _run(options: argparse.Namespace, call: Call) -> int:
             metrics=options.metrics,
             keep=options.keep,
             base=not options.no_base,
+            corpus=options.corpus,
             plugins=options.plugins,
             listen=view.listen,
         )

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.cli.verb import Call, Verb, add_plugins, add_run, json_text
+from tunesmith.cli.verb import Call, Verb, add_corpus, add_plugins, add_run, json_text
 from tunesmith.errors import InputError
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ def _add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-new-tokens", metavar="N", type=_positive, help="longest answer; the run's own if left out"
     )
+    add_corpus(parser)
     add_plugins(parser)
 
 
@@ -46,7 +47,11 @@ def _run(options: argparse.Namespace, call: Call) -> int:
     from tunesmith import api, rundir
 
     predictions = api.predict(
-        options.path, options.input, max_new_tokens=options.max_new_tokens, plugins=options.plugins
+        options.path,
+        options.input,
+        max_new_tokens=options.max_new_tokens,
+        corpus=options.corpus,
+        plugins=options.plugins,
     )
     answers = [_answer(prediction) for prediction in predictions]
     if output is not None:
@@ -70,6 +75,8 @@ def _answer(prediction: Prediction) -> dict[str, Any]:
     }
     if prediction.probabilities is not None:
         found["probabilities"] = _top(prediction.probabilities)
+    if "score" in prediction.scores:
+        found["score"] = prediction.scores["score"]
     if not prediction.finished:
         found["finished"] = False
     return found

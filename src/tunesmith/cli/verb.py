@@ -79,6 +79,13 @@ def add_plugins(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_corpus(parser: argparse.ArgumentParser) -> None:
+    """--corpus, for a model that finds passages."""
+    parser.add_argument(
+        "--corpus", metavar="F", type=Path, help="passages that are searched; those of the run's recipe if left out"
+    )
+
+
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """RECIPE and the keys that are set on the command line."""
     parser.add_argument("recipe", metavar="RECIPE", type=Path, help="the recipe file (YAML)")

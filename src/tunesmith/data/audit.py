@@ -61,7 +61,8 @@ class Audit:
     """All splits, and what concerns train alone.
 
     `dropped`: rows taken out of train by reason (shared, empty, masked). `unknown_labels`: by held-out
-    set, labels that train lacks with their rows. `shown`: the train example of median length.
+    set, labels that train lacks with their rows. `shown`: the train example of median length. `corpus`: name, sha256
+    and passages (`rows`) of each file that is searched; None where no corpus was given.
     """
 
     train: SplitAudit
@@ -74,6 +75,7 @@ class Audit:
     unknown_labels: dict[str, dict[str, int]]
     lengths: Histogram
     shown: int
+    corpus: list[dict[str, Any]] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

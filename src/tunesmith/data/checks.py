@@ -25,18 +25,22 @@ def normalise(text: str) -> str:
 def row_keys(value: Mapping[str, Any]) -> tuple[bytes, bytes]:
     """The keys of a canonical row: of what the model is shown, and of that with the answer.
 
-    Shown are the messages before the last assistant's, and the tools; or the text or words without
-    labels, score and tags. Where nothing that tells rows apart comes before the answer, both keys are of the whole.
+    Shown are the messages before the last assistant's, and the tools; or the text or words without labels, score and
+    tags; or the query without its passages. Where nothing that tells rows apart comes before the answer, both keys are
+    of the whole.
     """
     if "messages" in value:
         return _conversation_keys(value["messages"], value.get("tools"))
-    text = value["text"] if "text" in value else " ".join(value["tokens"])
+    text = value.get("text") or value.get("query") or " ".join(value["tokens"])
     shown = hashlib.blake2b(normalise(text).encode(), digest_size=KEY_BYTES)
     whole = shown.copy()
     for label in [value["label"]] if "label" in value else sorted(value.get("labels", [])):
         whole.update(b"\x1e" + label.encode())
     if "score" in value:
         whole.update(b"\x1e" + repr(value["score"]).encode())
+    for name in ("positives", "positive_ids", "negatives", "negative_ids"):
+        for passage in value.get(name, []):
+            whole.update(b"\x1e" + name.encode() + b"\x1f" + passage.encode())
     if "tags" in value:
         whole.update(b"\x1e" + " ".join(value["tags"]).encode())
     return shown.digest(), whole.digest()

@@ -64,6 +64,22 @@ class Fields:
                 raise self.wrong(name, f"the label {label!r} is given twice", "name each label of a row once")
         return found
 
+    def texts(self, name: str, least: int = 1) -> list[str]:
+        """A text, or a list of so many or more, each of which holds more than white space."""
+        value = self.need(name)
+        found: list[Any] = [value] if isinstance(value, str) else self.items(name)
+        for index, text in enumerate(found):
+            if not isinstance(text, str) or not text or text.isspace():
+                place = name if isinstance(value, str) else f"{name}[{index}]"
+                raise self.wrong(place, f"must be a text, this is {shown(text)}", "write it, or leave the row out")
+        return self._enough(name, found, least)
+
+    def ids(self, name: str, least: int = 1) -> list[str]:
+        """The id of a passage, or a list of so many or more: text, or whole numbers turned into their decimal text."""
+        value = self.need(name)
+        found = [self._label(name, one) for one in (self.items(name) if isinstance(value, list) else [value])]
+        return self._enough(name, found, least)
+
     def words(self, name: str) -> list[str]:
         """The words of a text, one at least, none of them empty."""
         found = self.items(name)
@@ -113,6 +129,11 @@ class Fields:
         if not isinstance(value, str | numbers.Real):
             raise self.wrong(name, f"rows are grouped by text or numbers, this is {shown(value)}", "name the group")
         return str(value)
+
+    def _enough(self, name: str, found: list[str], least: int) -> list[str]:
+        if len(found) < least:
+            raise self.wrong(name, "the list is empty", "give at least one, or leave the row out")
+        return found
 
     def _label(self, name: str, value: Any) -> str:
         if isinstance(value, bool):

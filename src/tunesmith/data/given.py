@@ -27,6 +27,13 @@ class Table(Protocol):
     def __arrow_c_stream__(self, requested_schema: object | None = None) -> object: ...
 
 
+# What a row of the wrong kind is, by a key of it.
+_SAID: Mapping[str, str] = {
+    "messages": "a conversation",
+    "tokens": "a list of words",
+    "query": "a query",
+    "text": "a single text",
+}
 Rows = Iterable[Mapping[str, Any]] | Table  # a list of mappings, a `datasets.Dataset`, a table
 
 
@@ -38,7 +45,7 @@ def paths(data: Mapping[str, Rows], cache: Path) -> dict[str, Any]:
     tests: dict[str, str] = {}
     for split, rows_of in data.items():
         path = str(_stored(rows_of, split, cache))
-        if split in ("train", "validation"):
+        if split in ("train", "validation", "corpus"):
             found[split] = path
         else:
             tests[split] = path
@@ -113,7 +120,6 @@ def to_answer(given: PathLike | Rows, columns: Mapping[str, str]) -> list[Row]:
 
 def check_kinds(given: Sequence[Row], needs: ObjectiveNeeds, *, asking: bool) -> None:
     """Refuses rows that a model for these needs cannot read, and with `asking` those that ask it nothing."""
-    texts = {"text", "tokens"} if needs.vectors == "token" else {"text"}
     for row in given:
         plain = "text" in row.value and len(row.value) == 1
         if needs.head == "lm" and (asking or not plain) and "messages" not in row.value:
@@ -121,9 +127,10 @@ def check_kinds(given: Sequence[Row], needs: ObjectiveNeeds, *, asking: bool) ->
                 f"{row.where}: a row of plain text asks nothing of a model that writes answers",
                 'give {"prompt": ...} or {"messages": [...]}',
             )
-        if needs.head == "pooled" and not texts & row.value.keys():
-            what = "a conversation" if "messages" in row.value else "a list of words"
-            raise InputError(f"{row.where}: {what} is no text to be labelled", 'give {"text": ...}')
+        if needs.head == "pooled" and not any(row.value.keys() >= set(keys) for keys in needs.asks):
+            what = next((said for key, said in _SAID.items() if key in row.value), "such a row")
+            asked = ", ".join(f'"{key}": ...' for key in needs.asks[0])
+            raise InputError(f"{row.where}: {what} is no {' and '.join(needs.asks[0])} to be read", f"give {{{asked}}}")
 
 
 def _raw(given: PathLike | Rows) -> Iterator[Raw]:

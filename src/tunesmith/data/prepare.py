@@ -16,13 +16,14 @@ from pydantic import BaseModel
 from tunesmith.data import aside, audit
 from tunesmith.data.audit import Audit, Leaks, SplitAudit
 from tunesmith.data.checks import Keys
+from tunesmith.data.corpus import Corpus, open_corpus
 from tunesmith.data.ingest import Given, Memory, Progress, code_version, digest, given, ingest
 from tunesmith.data.pool import Pool
 from tunesmith.data.split import draw, split
 from tunesmith.data.store import TokenStore, Writer
 from tunesmith.data.tokenise import tokenise
 from tunesmith.errors import InputError
-from tunesmith.protocols import Objective
+from tunesmith.protocols import Objective, Searches
 from tunesmith.recipe import Data
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class Prepared:
     """The stores of a run.
 
     Train example i belongs to training set `sources[i]` and is seen `repeats[i]` times an epoch; `keys[i]` is of what
-    its row shows the model.
+    its row shows the model. `corpus`: what is searched, where one was given.
     """
 
     train: TokenStore
@@ -44,6 +45,7 @@ class Prepared:
     sources: NDArray[np.int32]
     keys: Keys
     audit: Audit
+    corpus: Corpus | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +106,15 @@ def prepare(
     `memory` holds rows by split, "train", "validation" or a test set's name, in place of paths.
     `progress` is called with what is being done, how many rows are, and of how many (None: unknown).
     `tags` are columns that held-out rows keep for their evaluation.
-    Rows of train that are held out too are dropped. `objective.fit` sees the final train rows, once,
+    Rows of train that are held out too are dropped. An objective that searches is given the corpus first.
+    `objective.fit` sees the final train rows, once,
     before any example is made. InputError: bad data. RefusedError: data that would spoil the run and
     that `data.allow` does not name.
     """
     tell = progress or _silent
+    corpus = open_corpus(data.corpus, base, cache, tell) if data.corpus is not None else None
+    if corpus is not None and isinstance(objective, Searches):
+        objective.search_in(corpus)
     sources = given(data, memory, tags)
     splits = _split(data, sources, base, objective, seed, cache, tell)
     objective.fit(splits.train.rows())
@@ -128,12 +134,13 @@ def prepare(
         unknown_labels=splits.unknown_labels,
         lengths=audit.histogram(train.lengths),
         shown=audit.median_example(train.lengths),
+        corpus=None if corpus is None else corpus.sources,
     )
     source_N = splits.train.source_N[kept]
     weights = np.array([source.weight for source in splits.sets], dtype=np.float64)
     tests = {name: store for name, (store, _, _) in held.items()}
     held_out = validation[0] if validation else None
-    return Prepared(train, held_out, tests, weights[source_N], source_N, splits.train.keys[kept], found)
+    return Prepared(train, held_out, tests, weights[source_N], source_N, splits.train.keys[kept], found, corpus)
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +250,8 @@ def _state(value: Any) -> Any:
     """Anything an objective may hold, as JSON that is the same in every process (a pickle's sets are not)."""
     if value is None or isinstance(value, str | int | float):
         return value
+    if isinstance(value, Corpus):
+        return value.fingerprint
     if isinstance(value, BaseModel):
         return _state(value.model_dump())
     if isinstance(value, Mapping):

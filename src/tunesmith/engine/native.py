@@ -178,6 +178,8 @@ class NativeEngine:
         return sums
 
     def _cached(self, objective: Objective, policy: Policy, step: Step, normalisers: Mapping[str, float]) -> _Sums:
+        if len(step.batches) == 1:  # the gradient is whole after one pass
+            return self._plain(objective, policy, step, normalisers)
         coupled = cast(Coupled, objective)
         with torch.no_grad():
             embedded: list[Tensor] = []

@@ -92,7 +92,8 @@ def kept(run: Path) -> list[str]:
 def asked_text(row: Row) -> str:
     """What a person would call the row's question: the last user turn, or the text, or its words."""
     said = [m["content"] for m in row.value.get("messages", []) if m["role"] in ("user", "tool")]
-    return str(said[-1]) if said else str(row.value.get("text", " ".join(row.value.get("tokens", []))))
+    told = row.value.get("text") or row.value.get("query") or " ".join(row.value.get("tokens", []))
+    return str(said[-1] if said else told)
 
 
 def _written(model: str, prediction: Prediction) -> dict[str, Any]:

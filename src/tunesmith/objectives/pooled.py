@@ -1,8 +1,8 @@
-"""What objectives share whose head reads one vector a text: the options, and the head's outputs for rows."""
+"""What objectives share that read one vector a text: the options, and what is read for rows."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -19,12 +19,17 @@ if TYPE_CHECKING:
     from tunesmith.types import SampleSpec
 
 
-class PooledOptions(Strict):
-    """How hidden states become one vector, and what the head makes of it."""
+class Pooling(Strict):
+    """How hidden states become one vector."""
 
     pooling: Literal["mean", "first", "last"] | None = Field(
         None, description="mean over the tokens, the first (CLS) or the last one; the base's own by default"
     )
+
+
+class PooledOptions(Pooling):
+    """How hidden states become one vector, and what the head makes of it."""
+
     hidden: Positive | None = Field(None, description="width of a hidden layer in the head; a linear head without")
 
 
@@ -35,11 +40,17 @@ def head_outputs(policy: Policy, head: str, batch: Batch) -> Tensor:
 
 def read_all(policy: Policy, head: str, examples: Sequence[Example], spec: SampleSpec) -> list[Tensor]:
     """The head's outputs [outputs] for each example of one text, in their order, on the CPU; nothing is learned."""
+    return read_each(policy, lambda batch: head_outputs(policy, head, batch), examples, spec)
+
+
+def read_each(
+    policy: Policy, read: Callable[[Batch], Tensor], examples: Sequence[Example], spec: SampleSpec
+) -> list[Tensor]:
+    """What `read` gives for each example, of which it gives a row for each, in their order, on the CPU."""
     found: dict[int, Tensor] = {}
     policy.eval()
     with torch.no_grad():
         made = batches(ExampleList(examples), spec.batch_tokens, packed=policy.packed, pad_id=policy.tokens.pad)
         for batch in made:
-            outputs_SV = head_outputs(policy, head, place(batch, policy.device)).cpu()
-            found.update(zip(batch.examples, outputs_SV, strict=True))
+            found.update(zip(batch.examples, read(place(batch, policy.device)).cpu(), strict=True))
     return [found[index] for index in range(len(examples))]

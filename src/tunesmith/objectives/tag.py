@@ -57,6 +57,7 @@ class Tag:
         metrics=("entity_f1", "entity_precision", "entity_recall", "tag_accuracy"),
         baseline="frequent",
         vectors="token",
+        asks=(("text",), ("tokens",)),
     )
 
     class Options(Strict):

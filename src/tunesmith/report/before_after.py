@@ -29,6 +29,7 @@ _SPELLED = {
     "rmse": "RMSE",
     "pearson": "Pearson",
     "spearman": "Spearman",
+    "mrr": "MRR",
 }
 _NEAR = 0.3  # numbers that differ by less than this share of the largest are drawn without 0, to be told apart
 Standing = Literal["better", "worse", "no better", "cannot tell", ""]

@@ -37,6 +37,7 @@ TASKS = {
     ("pooled", "text"): "text-classification",
     ("pooled", "token"): "token-classification",
 }
+FINDS = "sentence-similarity"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _LOCAL = re.compile(r"[/\\]|\.\w{1,8}$")
 WEAKEST = 3  # classes named among the limits
@@ -51,7 +52,7 @@ def model_card(summary: Summary, library: Library, merged: str | None = None) ->
     objective, method = str(plan["meaning"]["objective"][0]), str(plan["meaning"]["method"][0])
     learned = plan["meaning"]["objective"][2] or {}
     needs = OBJECTIVES.get(objective).needs
-    head, task = str(needs.head), TASKS[needs.head, needs.vectors]
+    head, task = str(needs.head), FINDS if needs.searches else TASKS[needs.head, needs.vectors]
     entry = _entry(str(plan["base"]["name"]))
     adapter = library != "transformers"
     data = ModelCardData(
@@ -80,6 +81,7 @@ def model_card(summary: Summary, library: Library, merged: str | None = None) ->
             "tokens": plan["meaning"]["method"][1].get("tokens"),
             "chat": set(plan["audit"]["train"]["formats"]) != {"text"},
             "labels": learned.get("labels"),
+            "finds": needs.searches,
             "tags": learned.get("tags"),
             "layer": "tag" if "tags" in learned else "label" if "labels" in learned else "score",
             "hidden": plan["meaning"]["objective"][1].get("hidden"),

@@ -1,0 +1,237 @@
+"""Retrieval: queries and passages as vectors of one encoder, near each other where one answers the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
+
+from tunesmith.declared import HeadSpec, ObjectiveNeeds
+from tunesmith.errors import InputError
+from tunesmith.losses.contrastive import info_nce
+from tunesmith.models.policy import Policy
+from tunesmith.objectives import OBJECTIVES
+from tunesmith.objectives.pooled import Pooling, read_each
+from tunesmith.recipe import Above0
+from tunesmith.types import Batch, Example, Part, Piece, Prediction, Row, SampleSpec, Step, Terms, Want
+
+if TYPE_CHECKING:
+    from tunesmith.data.chat import Renderer
+    from tunesmith.data.corpus import Corpus
+
+QUERY, POSITIVE, NEGATIVE = "query", "passage", "negative"
+TOP = 10  # the first passages, of `recall_at_10`
+CHUNK = 256  # queries that are compared with all passages at once
+
+
+@OBJECTIVES.register("retrieve")
+class Retrieve:
+    """loss = sum_i mean_p -log(e^s_ip / (e^s_ip + sum_n e^s_in)) / N, s = cos(query, passage) / temperature.
+
+    p are the passages of row i that answer its query, n all other passages of the whole step, those given as negatives
+    among them (van den Oord et al. 2018, arXiv 1807.03748). A passage that a row of the same query has as an answer is
+    no n, and passages of the same tokens count once.
+    """
+
+    needs: ClassVar[ObjectiveNeeds] = ObjectiveNeeds(
+        summary="find the passages that answer a query, by vectors of both",
+        head="pooled",
+        formats=frozenset({"retrieval"}),
+        kinds=frozenset({"encoder", "decoder"}),
+        coupling="batch",
+        modes=frozenset({"plain", "cached"}),
+        metrics=("mrr", "recall_at_10"),
+        fresh_head=False,
+        searches=True,
+        asks=(("query",),),
+    )
+
+    class Options(Pooling):
+        """How texts become vectors, and how these are told apart."""
+
+        temperature: Above0 = Field(
+            0.05, description="by which cosines are divided: the smaller, the more the nearest wrong passages count"
+        )
+        symmetric: bool = Field(
+            False, description="also tell each passage's query from the other queries; half of the loss then"
+        )
+        query_prefix: str = Field("", description="text before each query, as some bases ask for", examples=["query: "])
+        passage_prefix: str = Field("", description="text before each passage", examples=["passage: "])
+
+    def __init__(self, options: Any) -> None:
+        self.options = options
+        self.corpus: Corpus | None = None
+
+    def search_in(self, corpus: Corpus) -> None:
+        self.corpus = corpus
+
+    def fit(self, rows: Iterable[Row]) -> None:
+        del rows
+
+    def describe(self) -> dict[str, Any]:
+        return {}
+
+    def adopt(self, description: Mapping[str, Any]) -> None:
+        del description
+
+    def heads(self) -> list[HeadSpec]:
+        return []
+
+    def example(self, row: Row, renderer: Renderer) -> Example:
+        """The query, the passages that answer it, and those that are known not to."""
+        roles = ((QUERY, [row.value["query"]]), (POSITIVE, self._texts(row, "positive")))
+        asked = [(role, text) for role, texts in (*roles, (NEGATIVE, self._texts(row, "negative"))) for text in texts]
+        found = [(role, renderer.text(self._whole(role, text))) for role, text in asked]
+        pieces = tuple(Piece(encoded.input_ids, role=role) for role, encoded in found)
+        return Example(pieces, cut=sum(encoded.cut for _, encoded in found))
+
+    def normalisers(self, step: Step) -> dict[str, float]:
+        return {"contrastive": float(step.examples)}
+
+    def embed(self, policy: Policy, batch: Batch) -> Tensor:
+        """[S, D] of length 1: one for each query and passage."""
+        pooled_SD = policy.score(batch, Want(pooled=True)).pooled_SD
+        assert pooled_SD is not None
+        return F.normalize(pooled_SD.float(), dim=-1)
+
+    def couple(self, embeddings_SD: Tensor, step: Step) -> Terms:
+        found = _layout(step)
+        device = embeddings_SD.device
+        own_NM, known_NM = (torch.from_numpy(mask).to(device) for mask in (found.own_NM, found.known_NM))
+        query_ND, passage_MD = (embeddings_SD[torch.from_numpy(at).to(device)] for at in (found.query_N, found.place_M))
+        alone_N = torch.from_numpy(found.alone_N).to(device) if self.options.symmetric else None
+        loss_N = info_nce(query_ND, passage_MD, own_NM, known_NM, self.options.temperature, alone_N)
+        part = Part(loss_N, torch.ones_like(loss_N), torch.arange(len(loss_N), device=device))
+        return Terms({"contrastive": part}, {"batch_mrr": _batch_mrr(query_ND, passage_MD, own_NM, known_NM)})
+
+    def terms(self, policy: Policy, batch: Batch) -> Terms:
+        return self.couple(self.embed(policy, batch), Step(0, [batch], {}))
+
+    def predict(self, policy: Policy, rows: Sequence[Row], renderer: Renderer, spec: SampleSpec) -> list[Prediction]:
+        """The nearest passage of each query: its id, or its text where it has none, with how near it is.
+
+        Searched are the corpus, if there is one, and the passages of the rows; each different text is one passage.
+        """
+        passages = self._passages(rows)
+        place = {text: at for at, text in enumerate(passages)}
+        passage_PD = self._vectors(policy, POSITIVE, list(passages), renderer, spec)
+        query_QD = self._vectors(policy, QUERY, [row.value["query"] for row in rows], renderer, spec)
+        names = list(passages.values())
+        found: list[Prediction] = []
+        for start in range(0, len(rows), CHUNK):
+            cosine_CP = query_QD[start : start + CHUNK] @ passage_PD.T
+            for row, cosine_P in zip(rows[start : start + CHUNK], cosine_CP, strict=True):
+                found.append(self._found(row, names, [place[t] for t in self._texts(row, "positive")], cosine_P))
+        return found
+
+    def _found(
+        self, row: Row, names: Sequence[str], answers: Sequence[int], cosine_P: NDArray[np.float32]
+    ) -> Prediction:
+        best = int(cosine_P.argmax())
+        scores = {"score": float(cosine_P[best]), "candidates": float(len(names))}
+        if not answers:
+            return Prediction(names[best], None, row.where, scores)
+        others_P = np.delete(cosine_P, answers)
+        own_A = np.sort(cosine_P[list(answers)])[::-1]
+        rank_A = np.array([np.count_nonzero(others_P >= own) for own in own_A]) + np.arange(1, len(own_A) + 1)
+        score_A, other_P = (cosine.astype(np.float64) / self.options.temperature for cosine in (own_A, others_P))
+        against = np.logaddexp.reduce(other_P) if len(other_P) else -np.inf
+        nll = float(np.logaddexp(0.0, against - score_A).mean())
+        scores |= {"rank": float(rank_A[0]), "recall_at_10": float((rank_A <= TOP).mean()), "nll": nll, "tokens": 1.0}
+        return Prediction(names[best], "\n".join(names[answer] for answer in answers), row.where, scores)
+
+    def _passages(self, rows: Sequence[Row]) -> dict[str, str]:
+        """All that is searched: each text with what it is called."""
+        found: dict[str, str] = {}
+        for name, text in self.corpus.passages() if self.corpus is not None else ():
+            found.setdefault(text, name)
+        for row in rows:
+            for text in (*self._texts(row, "positive"), *self._texts(row, "negative")):
+                found.setdefault(text, text)
+        if not found:
+            raise InputError(
+                f"{rows[0].where}: there is no passage to be found: neither a corpus nor the rows have one",
+                "give the passages as a file with --corpus FILE",
+            )
+        return found
+
+    def _texts(self, row: Row, what: str) -> list[str]:
+        """The row's passages, which it has itself or names by the ids of a corpus."""
+        names: Sequence[str] = row.value.get(f"{what}_ids", ())
+        if names and self.corpus is None:
+            raise InputError(
+                f"{row.where}: passages are named by ids, such as {names[0]!r}, and there is no corpus",
+                "set data.corpus to the file that has them (of a model's folder, give it with --corpus FILE)",
+            )
+        own = [self.corpus.text(name) for name in names] if self.corpus is not None else []
+        return list(dict.fromkeys([*own, *row.value.get(f"{what}s", ())]))
+
+    def _vectors(
+        self, policy: Policy, role: str, texts: Sequence[str], renderer: Renderer, spec: SampleSpec
+    ) -> NDArray[np.float32]:
+        examples = [Example((Piece(renderer.text(self._whole(role, text)).input_ids, role=role),)) for text in texts]
+        return torch.stack(read_each(policy, lambda batch: self.embed(policy, batch), examples, spec)).numpy()
+
+    def _whole(self, role: str, text: str) -> str:
+        return (self.options.query_prefix if role == QUERY else self.options.passage_prefix) + text
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """Which of a step's vectors are queries, and which passages; of passages of the same tokens only the first.
+
+    `own_NM`, `known_NM`, `alone_N`: as in `losses.contrastive`.
+    """
+
+    query_N: NDArray[np.int64]
+    place_M: NDArray[np.int64]
+    own_NM: NDArray[np.bool_]
+    known_NM: NDArray[np.bool_]
+    alone_N: NDArray[np.bool_]
+
+
+def _layout(step: Step) -> _Layout:
+    query_N = np.zeros(step.examples, dtype=np.int64)
+    asked: dict[bytes, list[int]] = {}  # the examples of each query
+    passages: dict[bytes, int] = {}
+    places: list[int] = []
+    own: list[tuple[int, int]] = []
+    first = at = 0
+    for batch in step.batches:
+        ids_BT = batch.streams["input"].input_ids_BT.cpu().numpy()
+        for segment in batch.segments:
+            number, key = first + segment.example, ids_BT[segment.row, segment.start : segment.stop].tobytes()
+            if segment.role == QUERY:
+                query_N[number] = at
+                asked.setdefault(key, []).append(number)
+            else:
+                if key not in passages:
+                    passages[key] = len(passages)
+                    places.append(at)
+                if segment.role == POSITIVE:
+                    own.append((number, passages[key]))
+            at += 1
+        first += len(batch.examples)
+    own_NM = np.zeros((len(query_N), len(places)), dtype=np.bool_)
+    own_NM[tuple(np.array(own).T)] = True
+    known_NM, alone_N = own_NM.copy(), np.ones(len(query_N), dtype=np.bool_)
+    for numbers in asked.values():
+        known_NM[numbers] = own_NM[numbers].any(0)
+        alone_N[numbers[1:]] = False
+    return _Layout(query_N, np.array(places, dtype=np.int64), own_NM, known_NM, alone_N)
+
+
+@torch.no_grad()
+def _batch_mrr(query_ND: Tensor, passage_MD: Tensor, own_NM: Tensor, known_NM: Tensor) -> tuple[float, float]:
+    """Reciprocal ranks of each query's nearest own passage among those of the step: their sum and number."""
+    cosine_NM = query_ND @ passage_MD.T
+    best_N1 = cosine_NM.masked_fill(~own_NM, -2.0).max(1, keepdim=True).values
+    rank_N = 1 + ((cosine_NM >= best_N1) & ~known_NM).sum(1)
+    return float((1.0 / rank_N).sum()), float(len(rank_N))
