@@ -69,7 +69,7 @@ class ObjectiveNeeds:
     of train.sequence_length; `metrics` are measured unless the recipe names others. `baseline`: what the tuned model is
     compared with where the base has no trained head (`evaluation.baselines`). `fresh_head`: a head begins anew
     above the base's vectors; `searches`: answers are found in a corpus (`data.corpus`). `asks`: what a row to be read
-    must have, all of one of these.
+    must have, all of one of these. `teacher`: it learns from another model.
     """
 
     summary: str
@@ -86,6 +86,7 @@ class ObjectiveNeeds:
     fresh_head: bool = True
     searches: bool = False
     asks: tuple[tuple[str, ...], ...] = (("text",),)
+    teacher: bool = False
 
 
 @dataclass(frozen=True, slots=True)

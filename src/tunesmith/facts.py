@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from tunesmith.engine.precision import Speed
     from tunesmith.protocols import Method, Objective
     from tunesmith.recipe import Recipe
+    from tunesmith.teachers import Teacher
 
 DEFAULT_POOLING: dict[ModelKind, str] = {"encoder": "mean", "decoder": "last", "encoder-decoder": "mean"}
 
@@ -84,6 +85,7 @@ class Facts:
     beneath: tuple[Beneath, ...] = ()
     base_sha256: str = ""
     missing_trackers: tuple[tuple[str, str], ...] = ()  # name and package
+    teacher: Teacher | None = None
 
     @property
     def caches_vectors(self) -> bool:
@@ -178,6 +180,7 @@ def gather(
     previous: Previous | None,
     beneath: tuple[Beneath, ...],
     base_sha256: str,
+    teacher: Teacher | None = None,
 ) -> tuple[Facts, Speed | None]:
     """The facts of a run, with the measured speed of its device (None where it is not served)."""
     served = is_served(recipe.place.device)
@@ -197,6 +200,7 @@ def gather(
         beneath=beneath,
         base_sha256=base_sha256,
         missing_trackers=tuple(_missing_trackers(recipe.report_to)),
+        teacher=teacher,
     )
     return facts, speed
 

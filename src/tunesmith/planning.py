@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tunesmith import beneath, rules, settings
+from tunesmith import beneath, rules, settings, teachers
 from tunesmith.beneath import Beneath
 from tunesmith.data.prepare import Prepared, prepare
+from tunesmith.defaults import all_defaults
 from tunesmith.errors import InputError, RefusedError
 from tunesmith.evaluation.baselines import label_counts, unread
 from tunesmith.evaluation.preflight import check_metrics
 from tunesmith.evaluation.run import metric_names
-from tunesmith.facts import Facts, Previous, gather, gather_model
+from tunesmith.facts import Facts, ModelFacts, Previous, gather, gather_model
 from tunesmith.methods import METHODS
 from tunesmith.models.cache import cache_dir
 from tunesmith.models.fetch import LocalModel, resolve
@@ -28,13 +29,17 @@ from tunesmith.models.policy import Policy, Tokens
 from tunesmith.models.saved import CARD, read_card
 from tunesmith.models.vocabulary import add_tokens, widen
 from tunesmith.objectives import OBJECTIVES
-from tunesmith.recipe_file import Origin, check_options, defaults_taken
+from tunesmith.recipe_file import Origin, check_options
 from tunesmith.settings import Default
+from tunesmith.teachers import Teacher
 from tunesmith.types import WINDOW
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
     from tunesmith.data.chat import Renderer
     from tunesmith.data.store import TokenStore
+    from tunesmith.engine.precision import Speed
     from tunesmith.protocols import Method, Objective
     from tunesmith.recipe import Recipe
     from tunesmith.types import Row
@@ -53,6 +58,7 @@ class Plan:
     prediction: settings.Prediction
     base: dict[str, Any]
     beneath: list[dict[str, str]]
+    teacher: dict[str, str] | None
     audit: dict[str, Any]
     parameters: dict[str, int]
     metrics: list[str]
@@ -80,6 +86,7 @@ class Plan:
             "prediction": settings.as_json(self.prediction),
             "base": self.base,
             "beneath": self.beneath,
+            "teacher": self.teacher,
             "parameters": self.parameters,
             "metrics": self.metrics,
             "resume": self.resume,
@@ -104,6 +111,7 @@ class Assets:
     facts: Facts
     previous: Path | None
     beneath: tuple[Beneath, ...]
+    teacher: Teacher | None = None
 
 
 def make_plan(
@@ -128,12 +136,11 @@ def make_plan(
     objective, method = _chosen(recipe, origin, previous)
     tokenizer = load_tokenizer(local)
     tokens = Tokens((0,), 0, add_tokens(tokenizer, method.facts.tokens))
-    pooling = getattr(objective.options, "pooling", None)
-    model, meta = gather_model(local, objective.needs, tokenizer.chat_template is not None, pooling)
+    model, meta = _model(local, objective, tokenizer)
     under = _beneath(recipe, base, previous_run)
-    facts, speed = gather(recipe, method, objective, model, previous, under, local.sha256)
-    substitutions = _judged(facts)
-    assert speed is not None
+    teacher = _teacher(recipe, objective, base)
+    facts, probed = gather(recipe, method, objective, model, previous, under, local.sha256, teacher)
+    substitutions, speed = _judged(facts, probed, tokenizer)
     metric_names(objective.needs.metrics, recipe.evaluate.metrics)  # a typing error is told before data are read
     defaults: list[Default] = []
     length = settings.length_limit(facts, defaults)
@@ -155,30 +162,44 @@ def make_plan(
         prediction=settings.predict(facts, training, placement, shape, speed, peak, epoch),
         base=_describe_base(local, facts),
         beneath=[{**one.told(), "path": one.path} for one in under],
+        teacher=teacher and teacher.told(),
         audit=prepared.audit.to_json(),
         parameters={"trainable": trainable, "total": total + beneath.elements(under)},
         metrics=_measured(recipe, objective, prepared),
-        defaults=_all_defaults(recipe, origin, defaults, method),
+        defaults=all_defaults(recipe, origin, defaults, method),
         substitutions=substitutions,
         warnings=_warnings(recipe, prepared),
         shown=_shown(prepared, renderer),
         resume="exact" if placement.device == "cpu" else "same data",
         trackers=list(dict.fromkeys(recipe.report_to)),
     )
-    return plan, Assets(local, renderer, objective, method, prepared, facts, previous_run, under)
+    return plan, Assets(local, renderer, objective, method, prepared, facts, previous_run, under, teacher)
 
 
 def _silent(what: str, done: int, of: int | None) -> None:
     pass
 
 
-def _judged(facts: Facts) -> list[str]:
-    """The substitutions; raises InputError with every conflict."""
+def _model(local: LocalModel, objective: Objective, tokenizer: PreTrainedTokenizerFast) -> tuple[ModelFacts, MetaModel]:
+    pooling = getattr(objective.options, "pooling", None)
+    return gather_model(local, objective.needs, tokenizer.chat_template is not None, pooling)
+
+
+def _teacher(recipe: Recipe, objective: Objective, base: Path) -> Teacher | None:
+    """The recipe's, where the objective has use for one: else a rule refuses it."""
+    return teachers.find(recipe.teacher, base) if recipe.teacher and objective.needs.teacher else None
+
+
+def _judged(facts: Facts, speed: Speed | None, tokenizer: PreTrainedTokenizerFast) -> tuple[list[str], Speed]:
+    """The substitutions, and the device's speed, which is known of one that is served; raises InputError with every conflict, and for a teacher that reads other tokens."""
     conflicts, substitutions = rules.judge(facts)
     if conflicts:
         cause = "\n".join(f"{' x '.join(c.axes)}: {c.reason}" for c in conflicts)
         raise InputError(cause, "; ".join(dict.fromkeys(c.remedy for c in conflicts)))
-    return substitutions
+    if facts.teacher is not None:
+        teachers.check_tokens(facts.teacher, tokenizer)
+    assert speed is not None
+    return substitutions, speed
 
 
 def _previous(model: str, base: Path) -> tuple[Previous | None, Path | None]:
@@ -315,6 +336,7 @@ def _meaning(
         "renderer": renderer.fingerprint,
         "earlier run": recipe.model if facts.previous is not None else None,
         "adapters": [one.sha256 for one in facts.beneath] or None,
+        "teacher": facts.teacher.sha256 if facts.teacher else None,
         "objective": [recipe.objective.name, recipe.objective.options, objective.describe()],
         "method": [recipe.method.name, method_options(method)],
         "data": {
@@ -347,34 +369,6 @@ def _describe_base(local: LocalModel, facts: Facts) -> dict[str, Any]:
         "parameters": facts.model.parameters,
         "context_length": facts.model.context_length,
     }
-
-
-def _all_defaults(recipe: Recipe, origin: Origin, resolved: list[Default], method: Method) -> list[Default]:
-    """The method's own, those that depended on facts, then those that the recipe's own model filled in."""
-    known = {default.key for default in resolved}
-    plain = [
-        Default(key, value, "the recipe's default")
-        for key, value in defaults_taken(recipe, origin).items()
-        if key not in known and value is not None and value != {} and value != []
-    ]
-    return [*_method_defaults(recipe, method), *resolved, *plain]
-
-
-def _method_defaults(recipe: Recipe, method: Method) -> Iterator[Default]:
-    """Options that the recipe leaves open, with where their values are from; those that do nothing are left out."""
-    options = method.options
-    implied: Mapping[str, tuple[Any, str]] = getattr(options, "implied", {})
-    for name, field in type(options).model_fields.items():
-        value = getattr(options, name)
-        if name in recipe.method.options:
-            continue
-        if value is None and name in implied:
-            yield Default(f"method.{name}", *implied[name])
-        elif value not in (None, False, [], {}):
-            extra: Any = field.json_schema_extra or {}
-            usual = value == field.get_default(call_default_factory=True)
-            source = extra.get("source", "the method's default") if usual else "the other options, or the earlier run"
-            yield Default(f"method.{name}", value, source)
 
 
 def _warnings(recipe: Recipe, prepared: Prepared) -> list[str]:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from tunesmith.data.chat import Renderer
     from tunesmith.data.corpus import Corpus
+    from tunesmith.data.store import TokenStore
     from tunesmith.models.policy import Policy
 
 
@@ -204,6 +205,15 @@ class Annotator(Protocol):
     """
 
     def annotate(self, policy: Policy, batch: Batch) -> Batch: ...
+
+
+@runtime_checkable
+class Taught(Protocol):
+    """An objective that learns from another model, the recipe's `teacher`."""
+
+    def learn_from(self, teacher: Policy, student: Policy, examples: TokenStore, tokens: int, cache: Path) -> None:
+        """Called once, before training: `tokens` of the training examples may run at once; `cache` keeps files."""
+        ...
 
 
 class Source(Protocol):

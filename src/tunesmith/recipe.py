@@ -265,6 +265,12 @@ class Recipe(Strict):
         "from the base up",
         ["runs/first"],
     )
+    teacher: Text | None = key(
+        None,
+        "for objectives that learn from another model: its run or folder, or what `model` may name",
+        "runs/large",
+        "there is none",
+    )
     train: Train = key(Train, "how long and how fast", {"epochs": 3, "learning_rate": 2e-4})
     precision: Literal["auto", "fp32", "bf16", "fp8", "int4"] = key(
         "auto",

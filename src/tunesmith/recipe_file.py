@@ -247,6 +247,7 @@ def resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
         update={
             "model": resolve(recipe.model),
             "adapters": [*map(resolve, recipe.adapters)],
+            "teacher": None if recipe.teacher is None else resolve(recipe.teacher),
             "data": data.model_copy(update=changed),
             "out": out,
         }

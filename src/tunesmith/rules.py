@@ -226,6 +226,24 @@ RULES: tuple[Rule, ...] = (
         "set train.learning_rate, which is that of all that trains there",
     ),
     Rule(
+        ("teacher", "objective"),
+        lambda f: f.needs.teacher and f.recipe.teacher is None,
+        "{f.objective_name} learns from another model, and the recipe names none",
+        "set teacher to a run, a folder or the name of a model",
+    ),
+    Rule(
+        ("teacher", "objective"),
+        lambda f: not f.needs.teacher and f.recipe.teacher is not None,
+        "teacher is given, and {f.objective_name} learns from the rows alone",
+        "leave teacher out, or set objective to distill",
+    ),
+    Rule(
+        ("teacher", "model"),
+        lambda f: f.teacher is not None and f.teacher.kind != f.model.kind,
+        "the teacher {f.teacher.name} is of kind {f.teacher.kind}, and {f.model.name} is of kind {f.model.kind}",
+        "choose a student of the teacher's kind",
+    ),
+    Rule(
         ("adapters", "model"),
         lambda f: f.previous is not None and bool(f.recipe.adapters),
         "model names an earlier run, which goes on with its own adapter and those beneath it, "

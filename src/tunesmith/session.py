@@ -20,6 +20,7 @@ from tunesmith.engine.precision import serves_fp8
 from tunesmith.errors import InputError, RefusedError
 from tunesmith.kernels.accelerate import LAYERS, accelerate
 from tunesmith.methods import METHODS
+from tunesmith.models.cache import cache_dir
 from tunesmith.models.convert import convert_gguf
 from tunesmith.models.fetch import LocalModel, resolve
 from tunesmith.models.heads import Head
@@ -31,7 +32,7 @@ from tunesmith.models.shared import SharedBase
 from tunesmith.models.vocabulary import add_tokens, widen
 from tunesmith.objectives import OBJECTIVES
 from tunesmith.planning import Assets, Plan
-from tunesmith.protocols import Fitted, Method, Objective, Stacked
+from tunesmith.protocols import Fitted, Method, Objective, Stacked, Taught
 from tunesmith.settings import Placement
 from tunesmith.types import Batch
 
@@ -72,6 +73,20 @@ def build(plan: Plan, assets: Assets) -> Policy:
     return policy
 
 
+def teach(plan: Plan, assets: Assets, student: Policy) -> None:
+    """Loads the teacher beside the student and hands it to the objective."""
+    teacher, objective, placement = assets.teacher, assets.objective, plan.placement
+    assert teacher is not None
+    assert isinstance(objective, Taught)
+    if teacher.folder is None:
+        where = replace(placement, packed=teacher.packable, recompute=False)
+        policy = _plain(teacher.local, assets.renderer, objective, where)
+    else:
+        policy = load(teacher.folder, placement.device)[0]
+    cache = cache_dir() / "teachers" / f"{teacher.sha256[:16]}-{placement.precision}"
+    objective.learn_from(policy, student, assets.prepared.train, placement.micro_batch_tokens, cache)
+
+
 def save(folder: Path, policy: Policy, recipe: Recipe, plan: Plan, assets: Assets) -> None:
     """Writes the result into `folder`: what PEFT or transformers loads, fresh heads, tokenizer and tunesmith's card."""
     method, objective = assets.method, assets.objective
@@ -97,6 +112,7 @@ def save(folder: Path, policy: Policy, recipe: Recipe, plan: Plan, assets: Asset
         "sequence_length": plan.training.sequence_length,
         "max_new_tokens": plan.training.max_new_tokens,
         **({beneath.FOLDER: beneath.save(assets.beneath, folder)} if assets.beneath else {}),
+        **({"teacher": plan.teacher} if plan.teacher else {}),
     }
     write_card(folder, card)
 
@@ -183,13 +199,20 @@ def load_gguf(
         rundir.write_json(aside / "config.json", {**found, "rope_parameters": rope})
     local = resolve(str(aside))
     renderer = Renderer(load_tokenizer(local), None, card["sequence_length"])
-    whole = METHODS.get("full")
     placement = Placement(
         str(like.device), torch.get_num_threads(), 1, _whole(card), card["packed"], None, 4096, False, 1
     )
-    policy = _policy(local, renderer, objective, whole(whole.Options(), 0.0), placement, card["pooling"])
+    return _plain(local, renderer, objective, placement, card["pooling"]), renderer
+
+
+def _plain(
+    local: LocalModel, renderer: Renderer, objective: Objective, placement: Placement, pooling: str = "mean"
+) -> Policy:
+    """A model that no method of ours changed, ready to answer."""
+    whole = METHODS.get("full")
+    policy = _policy(local, renderer, objective, whole(whole.Options(), 0.0), placement, pooling)
     policy.eval()
-    return policy, renderer
+    return policy
 
 
 def _first_batches(plan: Plan, assets: Assets, policy: Policy) -> Iterator[Batch]:

@@ -189,8 +189,9 @@ def resolve_placement(
     precision = _precision(facts, speed, defaults)
     shape = _shape(facts, trainable, precision)
     free = memory.free_bytes(device)
-    room = MEMORY_SHARE * free - memory.static_bytes(shape, device)
     each = 4 if precision == "fp32" else 2
+    taught = 0 if facts.teacher is None else facts.teacher.parameters * each
+    room = MEMORY_SHARE * free - memory.static_bytes(shape, device) - taught
     kept = math.ceil(memory.activation_bytes(shape, each, recompute=False) / epoch.density)
     less = math.ceil(memory.activation_bytes(shape, each, recompute=True) / epoch.density)
     recompute = bool(train.recompute)
@@ -199,7 +200,7 @@ def resolve_placement(
         defaults.append(Default("train.recompute", recompute, "memory forces it" if recompute else "memory allows it"))
     per_token = (less if recompute else kept) if not facts.method.frozen_backbone else less // 2
     if room < per_token * longest:
-        needed = memory.static_bytes(shape, device) + per_token * longest
+        needed = memory.static_bytes(shape, device) + taught + per_token * longest
         raise ResourceError(
             f"the longest example ({longest} tokens) needs about {needed / memory.GIB:.1f} GiB, "
             f"and {MEMORY_SHARE * free / memory.GIB:.1f} GiB may be used on {device}",
@@ -234,7 +235,7 @@ def resolve_placement(
         save_every=save,
     )
     step_tokens = min(tokens, usual, _tokens_of_a_micro_batch(meaning, train.micro_batch_size, longest))
-    held = memory.process_bytes(device) + memory.static_bytes(shape, device)
+    held = memory.process_bytes(device) + memory.static_bytes(shape, device) + taught
     return placement, shape, held + per_token * step_tokens
 
 
@@ -253,6 +254,7 @@ def predict(
     step_tokens = epoch.tokens / max(1.0, epoch.examples) * (meaning.batch_size or 1)
     twice = facts.needs.coupling == "batch" and step_tokens > placement.micro_batch_tokens
     flop = memory.flop_per_token(shape, share, facts.method.frozen_backbone, placement.recompute or twice)
+    flop += 0.0 if facts.teacher is None else 2.0 * facts.teacher.parameters
     gain = {"fp8": FP8_GAIN, "int4": INT4_GAIN}.get(placement.precision, 1.0)
     rate = gain * (speed.fp32 if placement.precision == "fp32" else speed.bf16)
     device = placement.device.split(":")[0]

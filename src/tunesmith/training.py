@@ -79,7 +79,11 @@ def check_same(run: RunDir, plan: Plan, plugins: Mapping[str, str]) -> None:
 def load_policy(plan: Plan, assets: Assets, listen: Listen) -> Policy:
     """The policy of a run; a new run is begun only then, so that weights that cannot be loaded leave none behind."""
     listen("phase", {"name": "loading", "what": plan.base["name"]})
-    return session.build(plan, assets)
+    policy = session.build(plan, assets)
+    if assets.teacher is not None:
+        listen("phase", {"name": "loading", "what": assets.teacher.name})
+        session.teach(plan, assets, policy)
+    return policy
 
 
 def execute(run: RunDir, recipe: Recipe, plan: Plan, assets: Assets, policy: Policy, listen: Listen) -> dict[str, Any]:
@@ -265,6 +269,7 @@ def _manifest(plan: Plan, plugins: Mapping[str, str]) -> dict[str, Any]:
         },
         "base": plan.base,
         "beneath": plan.beneath,
+        "teacher": plan.teacher,
         "data": {
             "train": plan.audit["train"]["files"],
             "validation": (plan.audit["validation"] or {}).get("files"),

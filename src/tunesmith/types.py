@@ -163,7 +163,8 @@ class Want:
 
     logprobs, entropy: one number for each unit (position whose weight is not 0).
     pooled: one vector for each segment of `pool_stream`. values: one number for each unit,
-    from the head called "value". hidden: the last hidden states, whole.
+    from the head called "value". hidden: the last hidden states, whole. reduce: what it makes of the logits [R, V] of
+    some units, which the slice tells: [R, K], joined over all units.
     """
 
     logprobs: bool = False
@@ -171,6 +172,7 @@ class Want:
     pooled: bool = False
     values: bool = False
     hidden: bool = False
+    reduce: Callable[[Tensor, slice], Tensor] | None = None
 
 
 @dataclass(slots=True)
@@ -184,6 +186,7 @@ class Scores:
     value_U: Tensor | None = None
     pooled_SD: Tensor | None = None
     hidden_BTD: Tensor | None = None
+    reduced_UK: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

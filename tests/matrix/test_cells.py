@@ -28,13 +28,13 @@ METHOD_NAMES = (
     *("adalora", "bottleneck", "dora", "full", "head", "ia3", "loha", "lokr", "lora", "oft", "partial", "vera"),
     *("prompt", "p_tuning", "prefix"),
 )
-OBJECTIVE_NAMES = ("classify", "pretrain", "regress", "retrieve", "sft", "tag")
-LM = ("pretrain", "sft")  # those with a language model's head
+OBJECTIVE_NAMES = ("classify", "distill", "pretrain", "regress", "retrieve", "sft", "tag")
+LM = ("distill", "pretrain", "sft")  # those with a language model's head
 KINDS: tuple[ModelKind, ...] = get_args(ModelKind)
 SERVED: dict[str, tuple[ModelKind, ...]] = {
     **dict.fromkeys(("classify", "regress", "retrieve", "tag"), ("encoder", "decoder")),
     "pretrain": ("decoder",),
-    "sft": ("decoder", "encoder-decoder"),
+    **dict.fromkeys(("sft", "distill"), ("decoder", "encoder-decoder")),
 }
 FOLDERS: dict[ModelKind, str] = {"decoder": "tiny_llama", "encoder": "tiny_bert", "encoder-decoder": "tiny_t5"}
 CONDITIONS: dict[str, dict[str, Any]] = {
@@ -56,6 +56,7 @@ FIRST = Beneath("first", "first", Path("first"), "lora", "lm", "tiny", "0000", (
 COLOURS = ("red", "green")
 ROWS: dict[str, list[dict[str, Any]]] = {
     "sft": [{"prompt": f"colour {i}?", "completion": COLOURS[i % 2]} for i in range(20)],
+    "distill": [{"prompt": f"colour {i}?", "completion": COLOURS[i % 2]} for i in range(20)],
     "pretrain": [{"text": f"a text of {i} words, and {COLOURS[i % 2]}"} for i in range(20)],
     "regress": [{"text": f"a {COLOURS[i % 2]} {i}", "score": i % 3} for i in range(20)],
     "tag": [{"tokens": ["a", COLOURS[i % 2], str(i)], "tags": ["O", f"B-{COLOURS[i % 2]}", "O"]} for i in range(20)],
@@ -86,6 +87,7 @@ class Cell:
             "model": model,
             "data": {"train": "rows.jsonl", **asked.get("data", {})},
             "objective": self.objective,
+            **({"teacher": model} if self.objective == "distill" else {}),
             "method": self.method,
             "train": {"max_steps": 2, "batch_size": 4, **asked.get("train", {})},
             "precision": asked.get("precision", "fp32"),

@@ -22,7 +22,7 @@ from tunesmith.rundir import read_json, sha256_file
 METHOD_NAMES = ("adalora", "dora", "full", "head", "ia3", "loha", "lokr", "lora", "oft", "partial", "vera")
 REGISTERED = {
     "method": (METHODS, METHOD_NAMES),
-    "objective": (OBJECTIVES, ("classify", "pretrain", "regress", "retrieve", "sft", "tag")),
+    "objective": (OBJECTIVES, ("classify", "distill", "pretrain", "regress", "retrieve", "sft", "tag")),
 }
 BASE: dict[str, Any] = {
     "model": "llama",
@@ -47,6 +47,7 @@ LISTED = {**LABELLED, "data.format": "text+labels"}
 SCORED = {**LABELLED, "data.format": "text+score", "objective": {"name": "regress"}}
 TAGGED = {**LABELLED, "data.format": "tokens+tags", "objective": {"name": "tag"}}
 ANSWERED = {**LABELLED, "data.format": "query+positive", "objective": {"name": "retrieve"}, "data.test": "asked.jsonl"}
+TAUGHT = {"objective": {"name": "distill"}, "teacher": "other-llama"}
 PARTIAL = {"method": {"name": "partial"}}
 
 
@@ -135,7 +136,14 @@ CHANGES: dict[str, Change] = {
     "objective.retrieve.symmetric": Change(True, ANSWERED),
     "objective.retrieve.query_prefix": Change("query: ", ANSWERED),
     "objective.retrieve.passage_prefix": Change("passage: ", ANSWERED),
+    "objective.distill.divergence": Change("reverse_kl", TAUGHT),
+    "objective.distill.beta": Change(0.1, {**TAUGHT, "objective": {"name": "distill", "divergence": "jsd"}}),
+    "objective.distill.temperature": Change(2.0, TAUGHT),
+    "objective.distill.teacher_share": Change(0.9, TAUGHT),
+    "objective.distill.top_k": Change(4, TAUGHT),
+    "objective.distill.hidden": Change(1.0, TAUGHT),
     "adapters": Change(["first"]),
+    "teacher": Change("first", TAUGHT),
     "train.epochs": Change(2, {"train.max_steps": None, "train.epochs": 1}),
     "train.max_steps": Change(3),
     "train.batch_size": Change(3),

@@ -23,6 +23,7 @@ from tunesmith.cli import (
     report,
     resume,
     schema,
+    shrink,
     train,
 )
 from tunesmith.cli.verb import Verb
@@ -43,6 +44,7 @@ VERBS: dict[str, Verb] = {
         combine,
         report,
         export,
+        shrink,
         methods,
         models,
         schema,

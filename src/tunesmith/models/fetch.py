@@ -13,7 +13,7 @@ from tunesmith.errors import InputError, ResourceError
 from tunesmith.models import convert
 from tunesmith.models.cache import Progress, cache_dir, file_sha256, files_sha256
 from tunesmith.models.catalog import Entry, catalog, entry_named, entry_of_hub_id, unknown_model
-from tunesmith.models.folder import check_folder, tokenizer_files
+from tunesmith.models.folder import check_folder, licence_of, tokenizer_files
 from tunesmith.models.package import MANIFEST, fetch_package, held, is_whole, package_folder, settle
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
@@ -89,7 +89,7 @@ def _local(name: str, folder: Path, entry: Entry | None, source: str, progress: 
         folder=folder,
         sha256=files_sha256(weights, progress),
         tokenizer_sha256=files_sha256(tokenizer),
-        licence=entry.licence if entry else None,
+        licence=entry.licence if entry else licence_of(folder),
         source=source,
         entry=entry,
     )

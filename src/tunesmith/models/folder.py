@@ -26,6 +26,7 @@ TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
 )
+SHRUNK = "shrunk.json"  # beside the weights that `tunesmith shrink` wrote: of which base, and its licence
 # A key that names code to import, in the file where transformers would look for it.
 _CODE_KEYS = ("auto_map", "custom_pipelines", "custom_generate")
 _DTYPE_BYTES = {
@@ -110,6 +111,14 @@ def weight_files(folder: Path) -> list[Path]:
 def tokenizer_files(folder: Path) -> list[Path]:
     """The files that define the tokenizer, in name order."""
     return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+
+
+def licence_of(folder: Path) -> str | None:
+    """That of the base which a shrunk model was made of; None where the folder does not say."""
+    if not (folder / SHRUNK).is_file():
+        return None
+    told = read_json(folder / SHRUNK).get("licence")
+    return None if told is None else str(told)
 
 
 def check_safetensors(path: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tunesmith.errors import RefusedError
 from tunesmith.kernels import attention, shared_prefix
 from tunesmith.losses.linear_cross_entropy import linear_logprobs
+from tunesmith.losses.linear_reduce import linear_logits, linear_reduce
 from tunesmith.models.heads import Head, pool
 from tunesmith.models.sample import generate
 from tunesmith.models.virtual import Layout, Virtual, VirtualKeys, VirtualTokens, before_all, before_each, behind
@@ -134,9 +135,13 @@ class Policy(nn.Module):
             scores = Scores(hidden_BTD=hidden_BTD if want.hidden else None)
             if want.pooled:
                 scores.pooled_SD = pool(hidden_BTD, batch.segments, self.pooling)
-            if want.logprobs or want.entropy or want.values:
+            if want.logprobs or want.entropy or want.values or want.reduce is not None:
                 self._score_units(batch, want, hidden_BTD, scores)
         return scores
+
+    def logits(self, hidden_UD: Tensor) -> Tensor:
+        """The model's logits of last hidden states, in float32: [U, V]."""
+        return linear_logits(hidden_UD, **self._projection())
 
     def sample(self, prompts: Sequence[Sequence[int]], spec: SampleSpec) -> list[Completion]:
         """Completions of `prompts`, in their order; end tokens are cut off."""
@@ -196,6 +201,8 @@ class Policy(nn.Module):
                 entropy=want.entropy,
                 **_without(projection, "weight_VD"),
             )
+        if want.reduce is not None:
+            scores.reduced_UK = linear_reduce(hidden_UD, want.reduce, **self._projection())
         if want.values:
             scores.value_U = self.heads["value"](hidden_UD)[:, 0]
 

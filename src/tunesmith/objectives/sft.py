@@ -97,11 +97,15 @@ class Sft:
         return {"nll": sum(float(batch.weight_BT.sum()) for batch in step.batches)}
 
     def terms(self, policy: Policy, batch: Batch) -> Terms:
+        return Terms({"nll": self.likelihood(policy, batch)})
+
+    def likelihood(self, policy: Policy, batch: Batch) -> Part:
+        """The negative log-likelihood of every trained token, in nats."""
         scores = policy.score(batch, Want(logprobs=True))
         assert scores.logprob_U is not None
         assert scores.weight_U is not None
         assert scores.example_U is not None
-        return Terms({"nll": Part(-scores.logprob_U, scores.weight_U, scores.example_U)})
+        return Part(-scores.logprob_U, scores.weight_U, scores.example_U)
 
     def predict(self, policy: Policy, rows: Sequence[Row], renderer: Renderer, spec: SampleSpec) -> list[Prediction]:
         """Completes each conversation's last assistant turn; rows of plain text are only scored."""
@@ -153,7 +157,7 @@ class Sft:
         policy.eval()
         with torch.no_grad():
             for batch in batches(examples, tokens, packed=policy.packed, pad_id=policy.tokens.pad):
-                part = self.terms(policy, place(batch, policy.device)).parts["nll"]
+                part = self.likelihood(policy, place(batch, policy.device))
                 sums_N = torch.zeros(len(batch.examples), dtype=torch.float64)
                 counts_N = torch.zeros(len(batch.examples), dtype=torch.float64)
                 sums_N.index_add_(0, part.example_U.cpu(), (part.loss_U * part.weight_U).double().cpu())

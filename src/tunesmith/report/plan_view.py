@@ -73,6 +73,7 @@ def _base(plan: Plan) -> list[Line]:
         ("licence", base["licence"] or "unknown: see what its source says before you share what you train"),
         ("source", str(base["source"])),
         ("sha256", f"{base['sha256'][:16]}…"),
+        *([("teacher", f"{plan.teacher['name']} ({plan.teacher['sha256'][:8]}…)")] if plan.teacher else []),
         *([("adapters", f"in use and frozen, from the base up: {', '.join(under)}")] if under else []),
     ]
 
