@@ -191,7 +191,10 @@ def _teacher(recipe: Recipe, objective: Objective, base: Path) -> Teacher | None
 
 
 def _judged(facts: Facts, speed: Speed | None, tokenizer: PreTrainedTokenizerFast) -> tuple[list[str], Speed]:
-    """The substitutions, and the device's speed, which is known of one that is served; raises InputError with every conflict, and for a teacher that reads other tokens."""
+    """The substitutions, and the speed, which is known of a device that is served.
+
+    Raises InputError with every conflict, and for a teacher that reads other tokens.
+    """
     conflicts, substitutions = rules.judge(facts)
     if conflicts:
         cause = "\n".join(f"{' x '.join(c.axes)}: {c.reason}" for c in conflicts)
