@@ -64,12 +64,12 @@ class Combination:
 class ObjectiveNeeds:
     """What an objective asks of data, model and engine.
 
-    `formats` are kinds of canonical rows (messages, label, text); `vectors`: a pooled head reads one vector a text, or
-    one a token; `trains_tokens`: a row without a trained token teaches nothing; `windows`: longer texts come in windows
-    of train.sequence_length; `metrics` are measured unless the recipe names others. `baseline`: what the tuned model is
-    compared with where the base has no trained head (`evaluation.baselines`). `fresh_head`: a head begins anew
-    above the base's vectors; `searches`: answers are found in a corpus (`data.corpus`). `asks`: what a row to be read
-    must have, all of one of these. `teacher`: it learns from another model.
+    `formats` are kinds of canonical rows (messages, label, text); `vectors`: a pooled head reads one vector a text, one
+    a token, or what two make; `trains_tokens`: a row without a trained token teaches nothing; `windows`: longer texts
+    come in windows of train.sequence_length; `metrics` are measured unless the recipe names others. `baseline`: what
+    the tuned model is compared with where the base has no trained head (`evaluation.baselines`). `fresh_head`: a head
+    begins anew above the base's vectors; `searches`: answers are found in a corpus (`data.corpus`). `asks`: what a row
+    to be read must have, all of one of these. `teacher`: it learns from another model.
     """
 
     summary: str
@@ -82,7 +82,7 @@ class ObjectiveNeeds:
     windows: bool = False
     metrics: tuple[str, ...] = ()
     baseline: str | None = None
-    vectors: Literal["text", "token"] = "text"
+    vectors: Literal["text", "token", "pair"] = "text"
     fresh_head: bool = True
     searches: bool = False
     asks: tuple[tuple[str, ...], ...] = (("text",),)
@@ -94,7 +94,8 @@ class HeadSpec:
     """A head to add to a backbone: fresh, always trained, always saved beside the adapter.
 
     `hidden`: width of a layer between vector and outputs; 0 for a linear head. `per_token`: it reads a token's vector,
-    not that of a text.
+    not that of a text. `vectors`: of how many of the base's width its input is made; 0 for a single number. `fitted`:
+    it does not train, its weights are set before training begins.
     """
 
     name: str
@@ -102,3 +103,5 @@ class HeadSpec:
     labels: tuple[str, ...] = ()
     hidden: int = 0
     per_token: bool = False
+    vectors: int = 1
+    fitted: bool = False

@@ -24,7 +24,7 @@ from tunesmith.evaluation.run import measure, metric_names, records_to_json
 from tunesmith.events import Listen
 from tunesmith.models.policy import Policy
 from tunesmith.planning import Assets, Plan
-from tunesmith.protocols import Method, Objective
+from tunesmith.protocols import Grounded, Method, Objective
 from tunesmith.rundir import RunDir
 from tunesmith.types import LabelCounts, Metric, Prediction, Row, SampleSpec
 
@@ -89,6 +89,11 @@ def measure_rows(
         listen("phase", {"name": "evaluating", "what": f"{BASE} on {name}", "rows": len(rows)})
         with method.reference(policy):
             found = {BASE: objective.predict(policy, rows, renderer, spec), **found}
+    elif with_base and objective.needs.baseline is not None and isinstance(objective, Grounded):
+        baseline = objective.needs.baseline
+        listen("phase", {"name": "evaluating", "what": f"{baseline} on {name}", "rows": len(rows)})
+        with method.reference(policy):
+            found = {baseline: objective.untuned(policy, rows, renderer, spec), **found}
     elif with_base and objective.needs.baseline is not None:
         answers = unread(objective, rows, counts)
         found = found if answers is None else {objective.needs.baseline: answers, **found}

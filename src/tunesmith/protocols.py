@@ -126,6 +126,22 @@ class Unread(Protocol):
         ...
 
 
+@runtime_checkable
+class Grounded(Protocol):
+    """An objective that measures what the base's own vectors come to before anything is learned."""
+
+    def ground(self, policy: Policy, rows: Sequence[Row], renderer: Renderer) -> None:
+        """Sets what heads begin from, and the one that `untuned` answers by; of training rows, the policy is the base.
+
+        Called once, before the first step of a run that does not go on from another.
+        """
+        ...
+
+    def untuned(self, policy: Policy, rows: Sequence[Row], renderer: Renderer, spec: SampleSpec) -> list[Prediction]:
+        """What the tuned model is compared with: an answer for each row, by a policy that is the base."""
+        ...
+
+
 class Objective(Protocol):
     """Which loss, on which batch, and how the trained thing is used."""
 

@@ -33,7 +33,7 @@ from tunesmith.models.heads import Head
 from tunesmith.models.policy import Policy
 from tunesmith.monitor import Monitor, StopRequest, stoppable
 from tunesmith.planning import Assets, Plan
-from tunesmith.protocols import Annotator, GradientRule, Ruled
+from tunesmith.protocols import Annotator, GradientRule, Grounded, Ruled
 from tunesmith.recipe_file import dump_recipe
 from tunesmith.rundir import RunDir
 from tunesmith.types import GradientMode, Prediction, SampleSpec
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from tunesmith.recipe import Recipe
 
 LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "numpy", "tunesmith")
+GROUND_ROWS = 4096  # by which what the base's vectors come to is fitted: a handful of numbers
 Columns = dict[str, NDArray[np.generic]]
 
 
@@ -104,6 +105,7 @@ def execute(run: RunDir, recipe: Recipe, plan: Plan, assets: Assets, policy: Pol
 def _train(run: RunDir, plan: Plan, assets: Assets, policy: Policy, stop: StopRequest, listen: Listen) -> None:
     objective, method, prepared, training = assets.objective, assets.method, assets.prepared, plan.training
     columns, held_columns = _frozen_vectors(plan, assets, policy, listen)
+    _ground(assets, policy)
     own = method.rules(policy, training.total_steps) if isinstance(method, Ruled) else []
     rules: list[GradientRule] = [*own, Clip(training.clip)]
     engine = NativeEngine(
@@ -146,6 +148,15 @@ def _train(run: RunDir, plan: Plan, assets: Assets, policy: Policy, stop: StopRe
     finally:
         monitor.close()
     policy.eval()
+
+
+def _ground(assets: Assets, policy: Policy) -> None:
+    """What a grounded objective takes from the base and the training rows, in their order the first of them."""
+    if isinstance(assets.objective, Grounded) and assets.previous is None:
+        store = assets.prepared.train
+        rows = [store.row(i) for i in range(min(len(store), GROUND_ROWS))]
+        with assets.method.reference(policy):
+            assets.objective.ground(policy, rows, assets.renderer)
 
 
 def _groups(plan: Plan, assets: Assets, policy: Policy) -> list[dict[str, Any]]:

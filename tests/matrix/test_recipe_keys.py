@@ -22,7 +22,7 @@ from tunesmith.rundir import read_json, sha256_file
 METHOD_NAMES = ("adalora", "dora", "full", "head", "ia3", "loha", "lokr", "lora", "oft", "partial", "vera")
 REGISTERED = {
     "method": (METHODS, METHOD_NAMES),
-    "objective": (OBJECTIVES, ("classify", "distill", "pretrain", "regress", "retrieve", "sft", "tag")),
+    "objective": (OBJECTIVES, ("classify", "distill", "pair", "pretrain", "regress", "retrieve", "sft", "tag")),
 }
 BASE: dict[str, Any] = {
     "model": "llama",
@@ -47,6 +47,7 @@ LISTED = {**LABELLED, "data.format": "text+labels"}
 SCORED = {**LABELLED, "data.format": "text+score", "objective": {"name": "regress"}}
 TAGGED = {**LABELLED, "data.format": "tokens+tags", "objective": {"name": "tag"}}
 ANSWERED = {**LABELLED, "data.format": "query+positive", "objective": {"name": "retrieve"}, "data.test": "asked.jsonl"}
+PAIRED = {**LABELLED, "data.format": "text_a+text_b+label", "objective": {"name": "pair"}}
 TAUGHT = {"objective": {"name": "distill"}, "teacher": "other-llama"}
 PARTIAL = {"method": {"name": "partial"}}
 
@@ -131,6 +132,10 @@ CHANGES: dict[str, Change] = {
     "objective.regress.pooling": Change("first", SCORED),
     "objective.regress.hidden": Change(8, SCORED),
     "objective.tag.hidden": Change(8, TAGGED),
+    "objective.pair.pooling": Change("first", PAIRED),
+    "objective.pair.hidden": Change(8, PAIRED),
+    "objective.pair.encode": Change("together", PAIRED),
+    "objective.pair.compare": Change("vectors", PAIRED),
     "objective.retrieve.pooling": Change("first", ANSWERED),
     "objective.retrieve.temperature": Change(0.5, ANSWERED),
     "objective.retrieve.symmetric": Change(True, ANSWERED),
@@ -269,7 +274,13 @@ def place(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = [{"tokens": row["prompt"].split(), "tags": ["O", row["completion"].split()[-1]]} for row in both]
     scores = [{"score": len(row["completion"]) + index % 3} for index, row in enumerate(both)]
     parts = zip(both, scores, words, strict=True)
-    write("both.jsonl", [{**row, **score, **own, **_question(row)} for row, score, own in parts])
+    write(
+        "both.jsonl",
+        [
+            {**row, **score, **own, **_question(row), "text_a": row["prompt"], "text_b": row["remark"]}
+            for row, score, own in parts
+        ],
+    )
     write("asked.jsonl", [_question(row) for row in asked(400, 5)])
     return folder
 

@@ -31,7 +31,7 @@ def row_keys(value: Mapping[str, Any]) -> tuple[bytes, bytes]:
     """
     if "messages" in value:
         return _conversation_keys(value["messages"], value.get("tools"))
-    text = value.get("text") or value.get("query") or " ".join(value["tokens"])
+    text = value.get("text") or value.get("query") or _both(value) or " ".join(value["tokens"])
     shown = hashlib.blake2b(normalise(text).encode(), digest_size=KEY_BYTES)
     whole = shown.copy()
     for label in [value["label"]] if "label" in value else sorted(value.get("labels", [])):
@@ -44,6 +44,11 @@ def row_keys(value: Mapping[str, Any]) -> tuple[bytes, bytes]:
     if "tags" in value:
         whole.update(b"\x1e" + " ".join(value["tags"]).encode())
     return shown.digest(), whole.digest()
+
+
+def _both(value: Mapping[str, Any]) -> str:
+    """Two texts as one that no other two are."""
+    return f"{len(value['text_a'])} {value['text_a']} {value['text_b']}" if "text_a" in value else ""
 
 
 def duplicates(keys: Keys) -> NDArray[np.int64]:

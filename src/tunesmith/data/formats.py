@@ -8,21 +8,23 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-from tunesmith.data import conversation
+from tunesmith.data import conversation, several
 from tunesmith.data.fields import Fields, absent_column, shown
 from tunesmith.errors import InputError
 from tunesmith.types import Row
 
-Kind = Literal["messages", "label", "score", "tags", "retrieval", "text", "words", "query", "passage"]
+Kind = Literal["messages", "label", "score", "tags", "pair", "retrieval", "text", "words", "query", "texts", "passage"]
 KINDS: Mapping[Kind, str] = {
     "messages": "a conversation: what the assistant says is learned",
     "label": "a text and its class",
     "score": "a text and a number",
     "tags": "the words of a text and a tag for each",
+    "pair": "two texts and a class or number of both",
     "retrieval": "a query and the passages that answer it",
     "text": "plain text, all of which is learned",
     "words": "the words of a text, to be tagged",
     "query": "a query, to be answered",
+    "texts": "two texts, to be compared",
     "passage": "a passage of a corpus",
 }
 Value = dict[str, Any]
@@ -117,33 +119,6 @@ def _tokens(fields: Fields) -> Value:
     return {"tokens": fields.words("tokens")}
 
 
-def _query_positive(fields: Fields) -> Value:
-    return _query_with(fields, "positives", fields.texts("positive"), "negatives", fields.texts)
-
-
-def _query_ids(fields: Fields) -> Value:
-    return _query_with(fields, "positive_ids", fields.ids("positive_ids"), "negative_ids", fields.ids)
-
-
-def _query_with(
-    fields: Fields, name: str, positives: list[str], negative: str, read: Callable[[str, int], list[str]]
-) -> Value:
-    negatives = read(negative, 0) if fields.get(negative) is not None else []
-    for both in positives:
-        if both in negatives:
-            raise fields.wrong(negative, f"{both!r:.40} is a positive of the row too", "take it out of one of them")
-    value = {"query": fields.text("query"), name: list(dict.fromkeys(positives))}
-    return {**value, negative: list(dict.fromkeys(negatives))} if negatives else value
-
-
-def _query(fields: Fields) -> Value:
-    return {"query": fields.text("query")}
-
-
-def _passage(fields: Fields) -> Value:
-    return {"text": fields.text("text"), **({} if fields.get("id") is None else {"id": fields.label("id")})}
-
-
 def _text(fields: Fields) -> Value:
     return {"text": fields.text("text")}
 
@@ -222,11 +197,29 @@ FORMATS: Mapping[str, Format] = {
             '{"tokens": ["Ada", "Lovelace", "lived", "in", "London"], "tags": ["B-PER", "I-PER", "O", "O", "B-LOC"]}',
         ),
         Format(
+            "text_a+text_b+label",
+            "pair",
+            ("text_a", "text_b", "label"),
+            (),
+            several.two_texts_label,
+            '{"text_a": "Where is my card?", "text_b": "My card has not come.", "label": "same"}',
+            "two texts and their class, such as whether they mean the same",
+        ),
+        Format(
+            "text_a+text_b+score",
+            "pair",
+            ("text_a", "text_b", "score"),
+            (),
+            several.two_texts_score,
+            '{"text_a": "A man plays a flute.", "text_b": "Someone makes music.", "score": 3.8}',
+            "two texts and a number, such as how alike they are",
+        ),
+        Format(
             "query+positive",
             "retrieval",
             ("query", "positive"),
             ("negatives",),
-            _query_positive,
+            several.query_positive,
             '{"query": "Who found oxygen?", "positive": "Scheele found it in 1772.", "negatives": ["Air is a mix."]}',
             "a query with the text of a passage that answers it, or a list of them, and of some that do not",
         ),
@@ -235,14 +228,29 @@ FORMATS: Mapping[str, Format] = {
             "retrieval",
             ("query", "positive_ids"),
             ("negative_ids",),
-            _query_ids,
+            several.query_ids,
             '{"query": "Who found oxygen?", "positive_ids": ["oxygen-2"], "negative_ids": ["air-1"]}',
             "a query with the ids of the passages of `data.corpus` that answer it, and of some that do not",
         ),
         Format("text", "text", ("text",), (), _text, '{"text": "Any plain text to go on learning the language from."}'),
         Format("tokens", "words", ("tokens",), (), _tokens, '{"tokens": ["Who", "was", "Ada", "Lovelace", "?"]}'),
-        Format("query", "query", ("query",), (), _query, '{"query": "Who found oxygen?"}'),
-        Format("passage", "passage", ("text",), ("id",), _passage, '{"id": "air-1", "text": "Air is a mix of gases."}'),
+        Format("query", "query", ("query",), (), several.query, '{"query": "Who found oxygen?"}'),
+        Format(
+            "text_a+text_b",
+            "texts",
+            ("text_a", "text_b"),
+            (),
+            several.two_texts,
+            '{"text_a": "Where is my card?", "text_b": "My card has not come."}',
+        ),
+        Format(
+            "passage",
+            "passage",
+            ("text",),
+            ("id",),
+            several.passage,
+            '{"id": "air-1", "text": "Air is a gas."}',
+        ),
     )
 }
 

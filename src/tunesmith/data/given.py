@@ -32,6 +32,7 @@ _SAID: Mapping[str, str] = {
     "messages": "a conversation",
     "tokens": "a list of words",
     "query": "a query",
+    "text_a": "two texts",
     "text": "a single text",
 }
 Rows = Iterable[Mapping[str, Any]] | Table  # a list of mappings, a `datasets.Dataset`, a table

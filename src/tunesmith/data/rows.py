@@ -95,12 +95,12 @@ class RowStore:
 
     @property
     def labelled(self) -> bool:
-        return self.kind == "label"
+        return self.kind == "label" or bool(self.labels)
 
     @property
     def stratifies(self) -> bool:
         """Whether each row has exactly one class."""
-        return self.format == "text+label"
+        return self.format in ("text+label", "text_a+text_b+label")
 
     def row(self, i: int) -> Row:
         return self.file.row(i)

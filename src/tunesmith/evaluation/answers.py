@@ -92,7 +92,8 @@ def kept(run: Path) -> list[str]:
 def asked_text(row: Row) -> str:
     """What a person would call the row's question: the last user turn, or the text, or its words."""
     said = [m["content"] for m in row.value.get("messages", []) if m["role"] in ("user", "tool")]
-    told = row.value.get("text") or row.value.get("query") or " ".join(row.value.get("tokens", []))
+    both = [row.value[name] for name in ("text_a", "text_b") if name in row.value]
+    told = row.value.get("text") or row.value.get("query") or "\n".join(both) or " ".join(row.value.get("tokens", []))
     return str(said[-1] if said else told)
 
 

@@ -33,6 +33,11 @@ BASELINES: Mapping[str, Baseline] = {
     "mean": Baseline(
         "mean of training", "always answering the mean of the training rows", "the mean of the training rows"
     ),
+    "cosine": Baseline(
+        "fitted cosine",
+        "the cosine of its base's vectors, fitted to the training rows",
+        "the cosine of the base's vectors of both texts, with a threshold (or line) fitted to the training rows",
+    ),
     "frequent": Baseline(
         "most frequent tag of each word",
         "giving each word the tag that it has most often in training",

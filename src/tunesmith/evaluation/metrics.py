@@ -160,6 +160,10 @@ def has_references(predictions: Sequence[Prediction]) -> bool:
     return any(p.reference is not None for p in predictions)
 
 
+def has_likelihoods(predictions: Sequence[Prediction]) -> bool:
+    return all("nll" in p.scores and "tokens" in p.scores for p in predictions)
+
+
 def quotient(sums: FloatArray) -> FloatArray:
     """First statistic by the second; NaN where the second is 0."""
     denominator = sums[..., 1]
@@ -196,6 +200,11 @@ class Accuracy(_Rate):
     """The label is the reference's, character by character; of several labels, all are and no other is given."""
 
     name: ClassVar[str] = "accuracy"
+
+    @staticmethod
+    def applies(predictions: Sequence[Prediction]) -> bool:
+        """Not to numbers, which are near or far."""
+        return not any("predicted" in p.scores for p in predictions)
 
     def statistics(self, prediction: Prediction) -> tuple[float, ...]:
         return (float(prediction.output == reference_of(prediction, self.name)), 1.0)
@@ -280,6 +289,7 @@ class Loss:
     """Nats per trained token over all rows: the sum of `nll` by the sum of `tokens`."""
 
     name: ClassVar[str] = "loss"
+    applies = staticmethod(has_likelihoods)
     higher_is_better: ClassVar[bool] = False
     kind: ClassVar[MetricKind] = "ratio"
     bounds: ClassVar[Bounds] = (0.0, float("inf"))

@@ -25,6 +25,10 @@ def numbers(prediction: Prediction, name: str) -> tuple[float, float]:
     return prediction.scores["predicted"], prediction.scores["expected"]
 
 
+def has_numbers(predictions: Sequence[Prediction]) -> bool:
+    return all("predicted" in p.scores and "expected" in p.scores for p in predictions)
+
+
 @METRICS.register("mae")
 class MeanAbsoluteError:
     """Mean of |predicted - expected|, in the unit of the scores."""
@@ -64,6 +68,7 @@ class Pearson:
     """Pearson's correlation of predicted and expected numbers; 0 where either does not vary."""
 
     name: ClassVar[str] = "pearson"
+    applies = staticmethod(has_numbers)
     higher_is_better: ClassVar[bool] = True
     kind: ClassVar[MetricKind] = "general"
     bounds: ClassVar[Bounds] = (-1.0, 1.0)
@@ -93,6 +98,7 @@ class Spearman:
     """
 
     name: ClassVar[str] = "spearman"
+    applies = staticmethod(has_numbers)
     higher_is_better: ClassVar[bool] = True
     kind: ClassVar[MetricKind] = "general"
     bounds: ClassVar[Bounds] = (-1.0, 1.0)

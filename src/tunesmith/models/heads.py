@@ -47,13 +47,18 @@ class Head(nn.Module):
     def __init__(self, spec: HeadSpec, width: int) -> None:
         super().__init__()
         self.spec = spec
-        self.hidden = nn.Linear(width, spec.hidden) if spec.hidden else None
-        self.linear = nn.Linear(spec.hidden or width, spec.outputs)
+        inputs = width * spec.vectors or 1
+        self.hidden = nn.Linear(inputs, spec.hidden) if spec.hidden else None
+        self.linear = nn.Linear(spec.hidden or inputs, spec.outputs)
         self.dropout = nn.Dropout(0.0)
-        self.register_buffer("mean_D", torch.zeros(width))
-        self.register_buffer("scale_D", torch.ones(width))
+        self.register_buffer("mean_D", torch.zeros(inputs))
+        self.register_buffer("scale_D", torch.ones(inputs))
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
+        if spec.fitted:
+            for name, value in list(self.linear.named_parameters()):
+                delattr(self.linear, name)
+                self.linear.register_buffer(name, value.data)
 
     def set_dropout(self, rate: float) -> None:
         self.dropout.p = rate

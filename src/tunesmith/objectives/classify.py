@@ -33,7 +33,7 @@ class Answers(Protocol):
 
     loss: ClassVar[str]
 
-    def columns(self, row: Row) -> dict[str, int]:
+    def columns(self, row: Row) -> Mapping[str, float | int]:
         """What an example holds of its row's labels."""
         ...
 
@@ -111,20 +111,20 @@ class Classify:
 
     def example(self, row: Row, renderer: Renderer) -> Example:
         encoded = renderer.text(row.value["text"])
-        return Example((Piece(encoded.input_ids),), columns=self._answers.columns(row), cut=encoded.cut)
+        return Example((Piece(encoded.input_ids),), columns=self.answers.columns(row), cut=encoded.cut)
 
     def normalisers(self, step: Step) -> dict[str, float]:
-        return {self._answers.loss: float(step.examples)}
+        return {self.answers.loss: float(step.examples)}
 
     def terms(self, policy: Policy, batch: Batch) -> Terms:
-        answers = self._answers
+        answers = self.answers
         loss_N, metrics = answers.losses(head_outputs(policy, "label", batch), batch.columns)
         part = Part(loss_N, torch.ones_like(loss_N), torch.arange(len(loss_N), device=loss_N.device))
         return Terms({answers.loss: part}, metrics)
 
     def predict(self, policy: Policy, rows: Sequence[Row], renderer: Renderer, spec: SampleSpec) -> list[Prediction]:
         """The most probable label of each row, or all that are probable enough; with all probabilities."""
-        answers = self._answers
+        answers = self.answers
         logits = read_all(policy, "label", [self.example(row, renderer) for row in rows], spec)
         return [answers.prediction(row, logits_V) for row, logits_V in zip(rows, logits, strict=True)]
 
@@ -133,10 +133,10 @@ class Classify:
 
         Of lists of labels, those that more than half of the rows have take its place, if there are any.
         """
-        return self._answers.unread(label_counts, rows) if label_counts else None
+        return self.answers.unread(label_counts, rows) if label_counts else None
 
     @property
-    def _answers(self) -> Answers:
+    def answers(self) -> Answers:
         if self._multi_label:
             return LabelSets(self.labels, self.options.threshold or THRESHOLD)
         return OneLabel(self.labels)

@@ -40,11 +40,11 @@ def head_outputs(policy: Policy, head: str, batch: Batch) -> Tensor:
 
 def read_all(policy: Policy, head: str, examples: Sequence[Example], spec: SampleSpec) -> list[Tensor]:
     """The head's outputs [outputs] for each example of one text, in their order, on the CPU; nothing is learned."""
-    return read_each(policy, lambda batch: head_outputs(policy, head, batch), examples, spec)
+    return read_each(policy, lambda policy, batch: head_outputs(policy, head, batch), examples, spec)
 
 
 def read_each(
-    policy: Policy, read: Callable[[Batch], Tensor], examples: Sequence[Example], spec: SampleSpec
+    policy: Policy, read: Callable[[Policy, Batch], Tensor], examples: Sequence[Example], spec: SampleSpec
 ) -> list[Tensor]:
     """What `read` gives for each example, of which it gives a row for each, in their order, on the CPU."""
     found: dict[int, Tensor] = {}
@@ -52,5 +52,5 @@ def read_each(
     with torch.no_grad():
         made = batches(ExampleList(examples), spec.batch_tokens, packed=policy.packed, pad_id=policy.tokens.pad)
         for batch in made:
-            found.update(zip(batch.examples, read(place(batch, policy.device)).cpu(), strict=True))
+            found.update(zip(batch.examples, read(policy, place(batch, policy.device)).cpu(), strict=True))
     return [found[index] for index in range(len(examples))]

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from tunesmith.declared import HeadSpec, ObjectiveNeeds
 from tunesmith.errors import InputError
@@ -57,6 +58,10 @@ class Regress:
                 "give rows of other scores, or check data.columns",
             )
 
+    @property
+    def answers(self) -> Numbers:
+        return Numbers(self.mean, self.scale)
+
     def describe(self) -> dict[str, Any]:
         return {"mean": self.mean, "scale": self.scale}
 
@@ -69,28 +74,45 @@ class Regress:
 
     def example(self, row: Row, renderer: Renderer) -> Example:
         encoded = renderer.text(row.value["text"])
-        # A row that is only asked about has no score; nothing is learned from it.
-        standard = (row.value["score"] - self.mean) / self.scale if "score" in row.value else 0.0
-        return Example((Piece(encoded.input_ids),), columns={"score": standard}, cut=encoded.cut)
+        return Example((Piece(encoded.input_ids),), columns=self.answers.columns(row), cut=encoded.cut)
 
     def normalisers(self, step: Step) -> dict[str, float]:
-        return {"squared_error": float(step.examples)}
+        return {Numbers.loss: float(step.examples)}
 
     def terms(self, policy: Policy, batch: Batch) -> Terms:
-        loss_N = (head_outputs(policy, "score", batch)[:, 0] - batch.columns["score"]).square()
+        loss_N, metrics = self.answers.losses(head_outputs(policy, "score", batch), batch.columns)
         part = Part(loss_N, torch.ones_like(loss_N), torch.arange(len(loss_N), device=loss_N.device))
-        return Terms({"squared_error": part})
+        return Terms({Numbers.loss: part}, metrics)
 
     def predict(self, policy: Policy, rows: Sequence[Row], renderer: Renderer, spec: SampleSpec) -> list[Prediction]:
         """The number of each row, in the unit of the training rows."""
         outputs = read_all(policy, "score", [self.example(row, renderer) for row in rows], spec)
-        found = [float(output_1) * self.scale + self.mean for output_1 in outputs]
-        return [_number(row, value) for row, value in zip(rows, found, strict=True)]
+        return [self.answers.prediction(row, output_1) for row, output_1 in zip(rows, outputs, strict=True)]
 
     def unread(self, rows: Sequence[Row], label_counts: LabelCounts | None) -> list[Prediction] | None:
         """The mean of the training rows for every row."""
         del label_counts
         return [_number(row, self.mean) for row in rows]
+
+
+class Numbers:
+    """Squared error: each row has a score, which is learned in deviations from the mean."""
+
+    loss: ClassVar[str] = "squared_error"
+
+    def __init__(self, mean: float, scale: float) -> None:
+        self.mean, self.scale = mean, scale
+
+    def columns(self, row: Row) -> dict[str, float]:
+        # A row that is only asked about has no score; nothing is learned from it.
+        return {"score": (row.value["score"] - self.mean) / self.scale if "score" in row.value else 0.0}
+
+    def losses(self, output_N1: Tensor, columns: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, tuple[float, float]]]:
+        """The loss of each example [N]."""
+        return (output_N1[:, 0] - columns["score"]).square(), {}
+
+    def prediction(self, row: Row, output_1: Tensor) -> Prediction:
+        return _number(row, float(output_1) * self.scale + self.mean)
 
 
 def _number(row: Row, predicted: float) -> Prediction:

@@ -177,7 +177,7 @@ class Retrieve:
         self, policy: Policy, role: str, texts: Sequence[str], renderer: Renderer, spec: SampleSpec
     ) -> NDArray[np.float32]:
         examples = [Example((Piece(renderer.text(self._whole(role, text)).input_ids, role=role),)) for text in texts]
-        return torch.stack(read_each(policy, lambda batch: self.embed(policy, batch), examples, spec)).numpy()
+        return torch.stack(read_each(policy, self.embed, examples, spec)).numpy()
 
     def _whole(self, role: str, text: str) -> str:
         return (self.options.query_prefix if role == QUERY else self.options.passage_prefix) + text

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +37,7 @@ TASKS = {
     ("lm", "text"): "text-generation",
     ("pooled", "text"): "text-classification",
     ("pooled", "token"): "token-classification",
+    ("pooled", "pair"): "text-classification",
 }
 FINDS = "sentence-similarity"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -82,8 +84,9 @@ def model_card(summary: Summary, library: Library, merged: str | None = None) ->
             "chat": set(plan["audit"]["train"]["formats"]) != {"text"},
             "labels": learned.get("labels"),
             "finds": needs.searches,
+            "two": _compared(plan["meaning"]["objective"][1]) if needs.vectors == "pair" else None,
             "tags": learned.get("tags"),
-            "layer": "tag" if "tags" in learned else "label" if "labels" in learned else "score",
+            "layer": _layer(needs.vectors, learned),
             "hidden": plan["meaning"]["objective"][1].get("hidden"),
             "threshold": (plan["meaning"]["objective"][1].get("threshold") or THRESHOLD)
             if learned.get("multi_label")
@@ -94,6 +97,18 @@ def model_card(summary: Summary, library: Library, merged: str | None = None) ->
         },
     )
     return str(ModelCard(f"---\n{data.to_yaml(line_break=chr(10))}\n---\n\n{body}", ignore_metadata_errors=False))
+
+
+def _layer(vectors: str, learned: Mapping[str, Any]) -> str:
+    """What the head is called."""
+    if vectors == "pair":
+        return "pair"
+    return "tag" if "tags" in learned else "label" if "labels" in learned else "score"
+
+
+def _compared(options: Mapping[str, Any]) -> str:
+    """How two texts come to the head: together, as vectors, or as their cosine."""
+    return "together" if options.get("encode") == "together" else str(options.get("compare") or "cosine")
 
 
 def library_of(folder: Path, model_type: str) -> Library:
