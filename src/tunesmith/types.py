@@ -263,7 +263,7 @@ class Prediction:
     `output` is text or a label; with `multi_label` both it and `reference` are JSON lists of labels. `scores` holds
     numbers for the row (`nll` in nats summed over the trained tokens, `tokens`; or `nll` of the label and `tokens` 1;
     or `nll` of the decisions on all labels and their number); `probabilities` by label. `finished`: it ended itself,
-    and was not cut off.
+    and was not cut off. `other_references`: what is as right as `reference`, where rows have several answers.
     """
 
     output: str
@@ -273,6 +273,12 @@ class Prediction:
     probabilities: Mapping[str, float] | None = None
     finished: bool = True
     multi_label: bool = False
+    other_references: tuple[str, ...] = ()
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """All answers that are right, `reference` first; none where there is none."""
+        return () if self.reference is None else (self.reference, *self.other_references)
 
     @property
     def answered(self) -> list[str]:

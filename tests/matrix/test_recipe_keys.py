@@ -22,7 +22,7 @@ from tunesmith.rundir import read_json, sha256_file
 METHOD_NAMES = ("adalora", "dora", "full", "head", "ia3", "loha", "lokr", "lora", "oft", "partial", "vera")
 REGISTERED = {
     "method": (METHODS, METHOD_NAMES),
-    "objective": (OBJECTIVES, ("classify", "distill", "pair", "pretrain", "regress", "retrieve", "sft", "tag")),
+    "objective": (OBJECTIVES, ("classify", "distill", "pair", "pretrain", "regress", "retrieve", "sft", "span", "tag")),
 }
 BASE: dict[str, Any] = {
     "model": "llama",
@@ -49,6 +49,12 @@ TAGGED = {**LABELLED, "data.format": "tokens+tags", "objective": {"name": "tag"}
 ANSWERED = {**LABELLED, "data.format": "query+positive", "objective": {"name": "retrieve"}, "data.test": "asked.jsonl"}
 PAIRED = {**LABELLED, "data.format": "text_a+text_b+label", "objective": {"name": "pair"}}
 TAUGHT = {"objective": {"name": "distill"}, "teacher": "other-llama"}
+ASKED = {
+    **LABELLED,
+    "data.format": "context+question+answers",
+    "objective": {"name": "span"},
+    "train.sequence_length": 24,
+}
 PARTIAL = {"method": {"name": "partial"}}
 
 
@@ -147,6 +153,9 @@ CHANGES: dict[str, Change] = {
     "objective.distill.teacher_share": Change(0.9, TAUGHT),
     "objective.distill.top_k": Change(4, TAUGHT),
     "objective.distill.hidden": Change(1.0, TAUGHT),
+    "objective.span.stride": Change(3, ASKED),
+    "objective.span.max_answer_tokens": Change(2, {**ASKED, "data.validation": 0.3}),
+    "objective.span.hidden": Change(8, ASKED),
     "adapters": Change(["first"]),
     "teacher": Change("first", TAUGHT),
     "train.epochs": Change(2, {"train.max_steps": None, "train.epochs": 1}),
@@ -274,15 +283,17 @@ def place(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = [{"tokens": row["prompt"].split(), "tags": ["O", row["completion"].split()[-1]]} for row in both]
     scores = [{"score": len(row["completion"]) + index % 3} for index, row in enumerate(both)]
     parts = zip(both, scores, words, strict=True)
-    write(
-        "both.jsonl",
-        [
-            {**row, **score, **own, **_question(row), "text_a": row["prompt"], "text_b": row["remark"]}
-            for row, score, own in parts
-        ],
-    )
+    both = [
+        {**row, **score, **own, **_question(row), **_about(row), "text_a": row["prompt"], "text_b": row["remark"]}
+        for row, score, own in parts
+    ]
+    write("both.jsonl", both)
     write("asked.jsonl", [_question(row) for row in asked(400, 5)])
     return folder
+
+
+def _about(row: dict[str, Any]) -> dict[str, Any]:
+    return {"context": f"of {row['prompt']} comes {row['completion']}", "question": "?", "answers": [row["completion"]]}
 
 
 def _question(row: dict[str, Any]) -> dict[str, Any]:

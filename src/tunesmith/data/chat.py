@@ -28,7 +28,7 @@ from tokenizers import Tokenizer
 from tunesmith.data.align import Aligner
 from tunesmith.data.template import Messages, Tools
 from tunesmith.data.turns import Rendering, Turns
-from tunesmith.data.two_texts import Frame, frame_of, kept
+from tunesmith.data.two_texts import Frame, Window, frame_of, kept
 from tunesmith.errors import InputError
 
 if TYPE_CHECKING:
@@ -200,15 +200,26 @@ class Renderer:
         """
         frame = self._pair_frame
         first_ids, second_ids = self._aligner.read(first), self._second(second)[0]
-        had = of_first, of_second = len(first_ids), len(second_ids)
-        if self.sequence_length is not None:
-            if self.sequence_length - len(frame) < 2:
-                raise self._no_room(len(frame))
-            of_first, of_second = kept(*had, self.sequence_length - len(frame))
+        total = len(first_ids) + len(second_ids)
+        of_first, of_second = kept(len(first_ids), len(second_ids), self._room(frame, total))
         ids, begin = frame.lay_out(first_ids[:of_first], second_ids[:of_second])
-        cut = sum(had) - of_first - of_second
+        cut = total - of_first - of_second
         ones = np.ones(len(ids), np.float32)
         return Encoded(np.array(ids, np.int32), ones, cut, cut, begin if frame.typed else 0)
+
+    def passages(self, first: str, second: str, stride: int | None = None) -> tuple[list[Window], int]:
+        """Two texts as `pair` puts them together, in windows over the second one where it is long.
+
+        The first stands in each of them, cut to half of the room; how many tokens that took comes beside. Windows
+        begin `stride` tokens of the second text apart (None: a third of the sequence length), less where less fits.
+        """
+        frame = self._pair_frame
+        first_ids, (second_ids, characters) = self._aligner.read(first), self._second(second)
+        room = self._room(frame, total := len(first_ids) + len(second_ids))
+        of_first = len(first_ids) if total <= room else min(len(first_ids), room // 2)
+        stride = stride or max(1, (self.sequence_length or 1) // 3)
+        windows = frame.windows(first_ids[:of_first], second_ids, characters, room, stride)
+        return list(windows), len(first_ids) - of_first
 
     def windows(self, text: str) -> list[Encoded]:
         """A document as `text` reads one for a decoder, in windows of the sequence length instead of cut.
@@ -262,6 +273,13 @@ class Renderer:
             named: Sequence[str] = self.tokenizer.model_input_names
             return frame_of(Tokenizer.from_str(self._json), "token_type_ids" in named)
         return Frame(self._opening([]), self._aligner.piece("\n", first=False)[0], self._end())
+
+    def _room(self, frame: Frame, tokens: int) -> int:
+        """For how many of so many tokens there is room inside a frame: two at least."""
+        room = tokens if self.sequence_length is None else self.sequence_length - len(frame)
+        if self.sequence_length is not None and room < 2:
+            raise self._no_room(len(frame))
+        return room
 
     def _second(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Tokens of the second of two texts with their characters; a decoder's goes on behind a line end."""

@@ -26,12 +26,12 @@ def row_keys(value: Mapping[str, Any]) -> tuple[bytes, bytes]:
     """The keys of a canonical row: of what the model is shown, and of that with the answer.
 
     Shown are the messages before the last assistant's, and the tools; or the text or words without labels, score and
-    tags; or the query without its passages. Where nothing that tells rows apart comes before the answer, both keys are
-    of the whole.
+    tags; or the query without its passages; or a question with its context and choices. Where nothing that tells rows
+    apart comes before the answer, both keys are of the whole.
     """
     if "messages" in value:
         return _conversation_keys(value["messages"], value.get("tools"))
-    text = value.get("text") or value.get("query") or _both(value) or " ".join(value["tokens"])
+    text = _shown(value)
     shown = hashlib.blake2b(normalise(text).encode(), digest_size=KEY_BYTES)
     whole = shown.copy()
     for label in [value["label"]] if "label" in value else sorted(value.get("labels", [])):
@@ -43,6 +43,10 @@ def row_keys(value: Mapping[str, Any]) -> tuple[bytes, bytes]:
             whole.update(b"\x1e" + name.encode() + b"\x1f" + passage.encode())
     if "tags" in value:
         whole.update(b"\x1e" + " ".join(value["tags"]).encode())
+    if "answer" in value:
+        whole.update(b"\x1e" + str(value["answer"]).encode())
+    for answer in value.get("answers", []):
+        whole.update(b"\x1e%d\x1f%s" % (answer["start"], answer["text"].encode()))
     return shown.digest(), whole.digest()
 
 
@@ -67,6 +71,12 @@ def shared(keys: Keys, others: Keys) -> NDArray[np.int64]:
 def as_keys(joined: bytes | bytearray) -> Keys:
     """Keys laid end to end -> an array of them."""
     return np.frombuffer(bytes(joined), dtype=f"S{KEY_BYTES}")
+
+
+def _shown(value: Mapping[str, Any]) -> str:
+    if "question" in value:
+        return "\x1f".join([value["question"], value.get("context", ""), *value.get("choices", [])])
+    return value.get("text") or value.get("query") or _both(value) or " ".join(value["tokens"])
 
 
 def _conversation_keys(messages: Sequence[Mapping[str, Any]], tools: Any) -> tuple[bytes, bytes]:

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-from tunesmith.data import conversation, several
+from tunesmith.data import conversation, questions, several
 from tunesmith.data.fields import Fields, absent_column, shown
 from tunesmith.errors import InputError
 from tunesmith.types import Row
 
-Kind = Literal["messages", "label", "score", "tags", "pair", "retrieval", "text", "words", "query", "texts", "passage"]
+Learned = Literal["messages", "label", "score", "tags", "pair", "retrieval", "span", "choices", "text"]
+Kind = Learned | Literal["words", "query", "texts", "passage", "question", "open choices"]
 KINDS: Mapping[Kind, str] = {
     "messages": "a conversation: what the assistant says is learned",
     "label": "a text and its class",
@@ -21,11 +22,15 @@ KINDS: Mapping[Kind, str] = {
     "tags": "the words of a text and a tag for each",
     "pair": "two texts and a class or number of both",
     "retrieval": "a query and the passages that answer it",
+    "span": "a question about a text, and where the text answers it, if it does",
+    "choices": "a question, texts to choose from, and which is right",
     "text": "plain text, all of which is learned",
     "words": "the words of a text, to be tagged",
     "query": "a query, to be answered",
     "texts": "two texts, to be compared",
     "passage": "a passage of a corpus",
+    "question": "a question about a text, to be answered from it",
+    "open choices": "a question and texts to choose from",
 }
 Value = dict[str, Any]
 Raw = tuple[Mapping[str, Any], str]
@@ -232,6 +237,23 @@ FORMATS: Mapping[str, Format] = {
             '{"query": "Who found oxygen?", "positive_ids": ["oxygen-2"], "negative_ids": ["air-1"]}',
             "a query with the ids of the passages of `data.corpus` that answer it, and of some that do not",
         ),
+        Format(
+            "context+question+answers",
+            "span",
+            ("context", "question", "answers"),
+            (),
+            questions.answered_in_text,
+            '{"context": "Oxygen was found in 1773.", "question": "When was oxygen found?", '
+            '"answers": {"text": ["1773"], "answer_start": [20]}}',
+        ),
+        Format(
+            "question+choices+label",
+            "choices",
+            ("question", "choices", "label"),
+            ("context",),
+            questions.answered_choices,
+            '{"question": "What do bees make?", "choices": ["milk", "honey", "wool"], "label": 1}',
+        ),
         Format("text", "text", ("text",), (), _text, '{"text": "Any plain text to go on learning the language from."}'),
         Format("tokens", "words", ("tokens",), (), _tokens, '{"tokens": ["Who", "was", "Ada", "Lovelace", "?"]}'),
         Format("query", "query", ("query",), (), several.query, '{"query": "Who found oxygen?"}'),
@@ -242,6 +264,22 @@ FORMATS: Mapping[str, Format] = {
             (),
             several.two_texts,
             '{"text_a": "Where is my card?", "text_b": "My card has not come."}',
+        ),
+        Format(
+            "question+choices",
+            "open choices",
+            ("question", "choices"),
+            ("context",),
+            questions.open_choices,
+            '{"question": "What do bees make?", "choices": ["milk", "honey", "wool"]}',
+        ),
+        Format(
+            "context+question",
+            "question",
+            ("context", "question"),
+            (),
+            questions.about_text,
+            '{"context": "Oxygen was found in 1773.", "question": "When was oxygen found?"}',
         ),
         Format(
             "passage",

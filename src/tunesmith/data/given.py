@@ -33,6 +33,8 @@ _SAID: Mapping[str, str] = {
     "tokens": "a list of words",
     "query": "a query",
     "text_a": "two texts",
+    "choices": "a question with choices",
+    "question": "a question about a text",
     "text": "a single text",
 }
 Rows = Iterable[Mapping[str, Any]] | Table  # a list of mappings, a `datasets.Dataset`, a table

@@ -1,13 +1,28 @@
-"""Two texts in one piece: what stands around and between them, and how many tokens each keeps where room is short."""
+"""Two texts in one piece: what stands around and between them, and what of each where room is short."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from tunesmith.errors import InputError
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Window:
+    """A stretch of a second text behind the first one. `characters`: where its tokens, from `begin` on, stand in it.
+
+    `typed_from`: as in `Piece`.
+    """
+
+    input_ids: NDArray[np.int32]
+    begin: int
+    characters: Sequence[tuple[int, int]]
+    typed_from: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +41,16 @@ class Frame:
         """The tokens of the piece, and where the second text begins among them."""
         opening = [*self.before, *first, *self.between]
         return [*opening, *second, *self.after], len(opening)
+
+    def windows(
+        self, first: Sequence[int], second: Sequence[int], characters: Sequence[tuple[int, int]], room: int, stride: int
+    ) -> Iterator[Window]:
+        """The second text in stretches of what is left of `room`, `stride` tokens (or all of it) apart."""
+        space = max(1, room - len(first))
+        for start in range(0, max(1, len(second) - space + min(stride, space)), min(stride, space)):
+            part = slice(start, start + space)
+            ids, begin = self.lay_out(first, second[part])
+            yield Window(np.array(ids, np.int32), begin, characters[part], begin if self.typed else 0)
 
 
 def frame_of(tokenizer: Tokenizer, with_types: bool) -> Frame:

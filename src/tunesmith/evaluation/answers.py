@@ -48,7 +48,8 @@ def write(run: Path, name: str, rows: Sequence[Row], found: Mapping[str, Sequenc
             "shown": shown.hex(),
             "where": row.where,
             "input": asked_text(row),
-            "reference": next(iter(found.values()))[index].reference,
+            "reference": (one := next(iter(found.values()))[index]).reference,
+            **({"other_references": one.other_references} if one.other_references else {}),
             "tags": row.tags,
             "answers": {model: _written(model, predictions[index]) for model, predictions in found.items()},
         }
@@ -90,10 +91,11 @@ def kept(run: Path) -> list[str]:
 
 
 def asked_text(row: Row) -> str:
-    """What a person would call the row's question: the last user turn, or the text, or its words."""
+    """What a person would call the row's question: the last user turn, or the text, or its words, or a question."""
     said = [m["content"] for m in row.value.get("messages", []) if m["role"] in ("user", "tool")]
-    both = [row.value[name] for name in ("text_a", "text_b") if name in row.value]
-    told = row.value.get("text") or row.value.get("query") or "\n".join(both) or " ".join(row.value.get("tokens", []))
+    value = row.value
+    both = [value[name] for name in ("text_a", "text_b", "question") if name in value]
+    told = value.get("text") or value.get("query") or "\n".join(both) or " ".join(value.get("tokens", []))
     return str(said[-1] if said else told)
 
 
@@ -120,6 +122,7 @@ def _read(line: dict[str, Any], copies: Counter[str]) -> Answered:
             a["probabilities"],
             a["finished"],
             a.get("multi_label", False),
+            tuple(line.get("other_references", ())),
         )
         for model, a in line["answers"].items()
     }

@@ -43,6 +43,11 @@ BASELINES: Mapping[str, Baseline] = {
         "giving each word the tag that it has most often in training",
         "the tag that each word has most often in the training rows",
     ),
+    "overlap": Baseline(
+        "sentence nearest to the question",
+        "answering with the sentence that has most of the question's words",
+        "the sentence of the context that has most of the question's words",
+    ),
 }
 
 

@@ -184,15 +184,19 @@ class _Rate:
 
 @METRICS.register("exact_match")
 class ExactMatch(_Rate):
-    """Output equals reference once white space at both ends of both is taken off; nothing else is forgiven."""
+    """Output equals reference once white space at both ends of both is taken off; nothing else is forgiven.
+
+    Where a row has several references, one of them.
+    """
 
     name: ClassVar[str] = "exact_match"
 
     applies = staticmethod(has_references)
 
     def statistics(self, prediction: Prediction) -> tuple[float, ...]:
-        reference = reference_of(prediction, self.name)
-        return (float(prediction.output.strip() == reference.strip()), 1.0)
+        reference_of(prediction, self.name)
+        right = prediction.output.strip() in {reference.strip() for reference in prediction.references}
+        return (float(right), 1.0)
 
 
 @METRICS.register("accuracy")

@@ -29,7 +29,7 @@ _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9ff
 
 
 class _Share(ABC):
-    """A number between 0 and 1 for each row, and their mean over rows."""
+    """A number between 0 and 1 for each row, and their mean over rows; of several references the nearest counts."""
 
     higher_is_better: ClassVar[bool] = True
     kind: ClassVar[MetricKind] = "mean"
@@ -42,7 +42,8 @@ class _Share(ABC):
         del labels
 
     def statistics(self, prediction: Prediction) -> tuple[float, ...]:
-        return (self.share(prediction.output, reference_of(prediction, self.name)), 1.0)
+        reference_of(prediction, self.name)
+        return (max(self.share(prediction.output, reference) for reference in prediction.references), 1.0)
 
     @abstractmethod
     def share(self, output: str, reference: str) -> float: ...
@@ -67,6 +68,27 @@ class TokenF1(_Share):
             return float(said == expected)
         common = sum((Counter(said) & Counter(expected)).values())
         return 2 * common / (len(said) + len(expected))
+
+
+@METRICS.register("span_f1")
+class SpanF1(TokenF1):
+    """Mean F1 of the words that an extracted answer shares with the nearest right one (`token_f1`).
+
+    Where the text has no answer, 1 for giving none and 0 for any (Rajpurkar et al. 2018, arXiv 1806.03822).
+    """
+
+    name: ClassVar[str] = "span_f1"
+
+
+@METRICS.register("span_exact_match")
+class SpanExactMatch(_Share):
+    """An extracted answer equals a right one in lower case, without ASCII punctuation and the articles a, an, the."""
+
+    name: ClassVar[str] = "span_exact_match"
+    kind: ClassVar[MetricKind] = "rate"
+
+    def share(self, output: str, reference: str) -> float:
+        return float(_squad_words(output) == _squad_words(reference))
 
 
 def _squad_words(text: str) -> list[str]:

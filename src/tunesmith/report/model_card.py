@@ -17,6 +17,7 @@ from tunesmith.methods import adapter_hub
 from tunesmith.models.catalog import Entry, entry_named, entry_of_hub_id
 from tunesmith.objectives import OBJECTIVES
 from tunesmith.objectives.classify import THRESHOLD
+from tunesmith.objectives.span import LONGEST_ANSWER
 from tunesmith.report.before_after import TUNED, facts_of
 from tunesmith.report.findings import file_name
 from tunesmith.report.markdown import render
@@ -40,6 +41,7 @@ TASKS = {
     ("pooled", "pair"): "text-classification",
 }
 FINDS = "sentence-similarity"
+QUESTIONS = {"span": "question-answering", "choices": "multiple-choice"}  # by the kind of rows
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _LOCAL = re.compile(r"[/\\]|\.\w{1,8}$")
 WEAKEST = 3  # classes named among the limits
@@ -54,7 +56,8 @@ def model_card(summary: Summary, library: Library, merged: str | None = None) ->
     objective, method = str(plan["meaning"]["objective"][0]), str(plan["meaning"]["method"][0])
     learned = plan["meaning"]["objective"][2] or {}
     needs = OBJECTIVES.get(objective).needs
-    head, task = str(needs.head), FINDS if needs.searches else TASKS[needs.head, needs.vectors]
+    head, asked = str(needs.head), next(iter(needs.formats & QUESTIONS.keys()), None)
+    task = QUESTIONS[asked] if asked else FINDS if needs.searches else TASKS[needs.head, needs.vectors]
     entry = _entry(str(plan["base"]["name"]))
     adapter = library != "transformers"
     data = ModelCardData(
@@ -86,7 +89,10 @@ def model_card(summary: Summary, library: Library, merged: str | None = None) ->
             "finds": needs.searches,
             "two": _compared(plan["meaning"]["objective"][1]) if needs.vectors == "pair" else None,
             "tags": learned.get("tags"),
-            "layer": _layer(needs.vectors, learned),
+            "asked": asked,
+            "layer": asked or _layer(needs.vectors, learned),
+            "longest": plan["meaning"]["objective"][1].get("max_answer_tokens") or LONGEST_ANSWER,
+            "unanswerable": learned.get("unanswerable"),
             "hidden": plan["meaning"]["objective"][1].get("hidden"),
             "threshold": (plan["meaning"]["objective"][1].get("threshold") or THRESHOLD)
             if learned.get("multi_label")
