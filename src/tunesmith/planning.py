@@ -29,6 +29,7 @@ from tunesmith.models.policy import Policy, Tokens
 from tunesmith.models.saved import CARD, read_card
 from tunesmith.models.vocabulary import add_tokens, widen
 from tunesmith.objectives import OBJECTIVES
+from tunesmith.protocols import Mines
 from tunesmith.recipe_file import Origin, check_options
 from tunesmith.settings import Default
 from tunesmith.teachers import Teacher
@@ -152,8 +153,7 @@ def make_plan(
     training = settings.resolve_meaning(
         facts, length, prepared.train.lengths, prepared.repeats, _longest_answer(prepared), defaults
     )
-    longest = _longest(prepared, length if objective.needs.windows else None)
-    epoch = _epoch(facts, prepared)
+    longest, epoch = _longest(prepared, objective, length), _epoch(facts, prepared, _times(objective))
     placement, shape, peak = settings.resolve_placement(facts, training, speed, trainable, longest, epoch, defaults)
     plan = Plan(
         meaning=_meaning(recipe, facts, method, objective, local, renderer, prepared, training),
@@ -303,23 +303,27 @@ def _stores(prepared: Prepared) -> list[Any]:
     return [prepared.train, *held, *prepared.tests.values()]
 
 
-def _longest(prepared: Prepared, window: int | None) -> int:
+def _longest(prepared: Prepared, objective: Objective, window: int) -> int:
     """Tokens of the longest example, or of a window where examples come in windows."""
     longest = max(int(s.lengths.max(initial=1)) for s in _stores(prepared))
-    return longest if window is None else min(longest, window)
+    return min(longest, window) if objective.needs.windows else longest * _times(objective)
+
+
+def _times(objective: Objective) -> int:
+    """How much longer examples come to be: each piece that is added is about as long as all before it."""
+    return 1 + (objective.mines if isinstance(objective, Mines) else 0)
 
 
 def _longest_answer(prepared: Prepared) -> int:
     return int(prepared.train.trained.max(initial=0))
 
 
-def _epoch(facts: Facts, prepared: Prepared) -> settings.Epoch:
+def _epoch(facts: Facts, prepared: Prepared, times: int) -> settings.Epoch:
     repeats, store = prepared.repeats, prepared.train
     once = facts.shares_beginnings or facts.method.feeds_attention  # a micro-batch has its virtual tokens once
     virtual = 0 if once else facts.method.virtual_tokens
-    return settings.Epoch(
-        float(repeats.sum()), int((store.lengths * repeats).sum()), int((store.trained * repeats).sum()), virtual
-    )
+    tokens, trained = ((count * repeats).sum() for count in (times * store.lengths, store.trained))
+    return settings.Epoch(float(repeats.sum()), int(tokens), int(trained), virtual)
 
 
 def _meaning(

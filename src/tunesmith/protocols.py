@@ -17,6 +17,7 @@ from tunesmith.types import (
     Example,
     GradientMode,
     LabelCounts,
+    Piece,
     Prediction,
     Row,
     SampleSpec,
@@ -26,7 +27,9 @@ from tunesmith.types import (
 )
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
     from torch import Tensor, nn
 
     from tunesmith.data.chat import Renderer
@@ -196,6 +199,24 @@ class Searches(Protocol):
 
     def search_in(self, corpus: Corpus) -> None:
         """Called before any row is looked at, where there is a corpus."""
+        ...
+
+
+@runtime_checkable
+class Mines(Protocol):
+    """An objective that adds pieces to training examples, chosen by the vectors of the model as it starts."""
+
+    mines: int
+
+    def mine(self, policy: Policy, rows: Sequence[Row], renderer: Renderer) -> NDArray[np.int32]:
+        """[N, mines] positions of what is added to each row's example, -1 for nothing; not called where `mines` is 0.
+
+        The policy is that of the run before its first step.
+        """
+        ...
+
+    def added(self, mined_NK: NDArray[np.int32], rows: Sequence[Row], renderer: Renderer) -> list[tuple[Piece, ...]]:
+        """The pieces at these positions, for each row."""
         ...
 
 

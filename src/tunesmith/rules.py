@@ -178,6 +178,16 @@ RULES: tuple[Rule, ...] = (
         "choose a method that trains the base or an adapter, such as lora",
     ),
     Rule(
+        ("train.batch_tokens", "objective"),
+        lambda f: (
+            f.recipe.train.batch_tokens is not None
+            and f.needs.searches
+            and bool(f.recipe.objective.options.get("negatives"))
+        ),
+        "train.batch_tokens counts tokens, and objective.negatives adds some that are known once training begins",
+        "set train.batch_size",
+    ),
+    Rule(
         ("train.micro_batch_size", "objective"),
         lambda f: (
             f.needs.coupling == "batch"

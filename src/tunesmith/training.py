@@ -8,7 +8,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,7 +17,8 @@ import torch
 from numpy.typing import NDArray
 
 from tunesmith import loop, rundir, session
-from tunesmith.data.source import Batching, DataSource
+from tunesmith.data.ingest import code_version, digest
+from tunesmith.data.source import Batching, DataSource, Examples, Extended
 from tunesmith.engine import checkpoint, features
 from tunesmith.engine.native import NativeEngine, Optimization
 from tunesmith.engine.precision import device_name
@@ -31,9 +32,10 @@ from tunesmith.measuring import measure_run
 from tunesmith.models.cache import cache_dir
 from tunesmith.models.heads import Head
 from tunesmith.models.policy import Policy
+from tunesmith.models.saved import CARD
 from tunesmith.monitor import Monitor, StopRequest, stoppable
 from tunesmith.planning import Assets, Plan
-from tunesmith.protocols import Annotator, GradientRule, Grounded, Ruled
+from tunesmith.protocols import Annotator, GradientRule, Grounded, Mines, Ruled
 from tunesmith.recipe_file import dump_recipe
 from tunesmith.rundir import RunDir
 from tunesmith.types import GradientMode, Prediction, SampleSpec
@@ -106,6 +108,7 @@ def _train(run: RunDir, plan: Plan, assets: Assets, policy: Policy, stop: StopRe
     objective, method, prepared, training = assets.objective, assets.method, assets.prepared, plan.training
     columns, held_columns = _frozen_vectors(plan, assets, policy, listen)
     _ground(assets, policy)
+    examples = _mined(plan, assets, policy, listen)
     own = method.rules(policy, training.total_steps) if isinstance(method, Ruled) else []
     rules: list[GradientRule] = [*own, Clip(training.clip)]
     engine = NativeEngine(
@@ -118,7 +121,7 @@ def _train(run: RunDir, plan: Plan, assets: Assets, policy: Policy, stop: StopRe
         mode=_mode(assets),
         rules=rules,
     )
-    source = _source(plan, assets, policy, columns)
+    source = _source(plan, assets, policy, examples, columns)
     validation, heard = prepared.validation, Deferred(listen)
     monitor = Monitor(
         run,
@@ -172,10 +175,31 @@ def _groups(plan: Plan, assets: Assets, policy: Policy) -> list[dict[str, Any]]:
     ]
 
 
-def _source(plan: Plan, assets: Assets, policy: Policy, columns: Columns) -> DataSource:
+def _mined(plan: Plan, assets: Assets, policy: Policy, listen: Listen) -> Examples:
+    """The training examples, with what the objective adds by the model as it starts; chosen once for such a start."""
+    store, objective = assets.prepared.train, assets.objective
+    if not isinstance(objective, Mines) or not objective.mines:
+        return store
+    rows = [store.row(i) for i in range(len(store))]
+    start = None if assets.previous is None else rundir.sha256_file(assets.previous / "model" / CARD)
+    meant = [plan.meaning["base"], plan.meaning["objective"], plan.meaning["data"], plan.meaning["renderer"], start]
+    key = digest([code_version(), *meant, policy.pooling, plan.placement.precision, str(policy.device)])
+    path, shape = cache_dir() / "mined" / f"{key}.i32", (len(rows), objective.mines)
+    if path.is_file() and path.stat().st_size == 4 * shape[0] * shape[1]:
+        mined_NK = np.fromfile(path, dtype=np.int32).reshape(shape)
+    else:
+        listen("phase", {"name": "mining", "what": f"negatives of {len(rows):,} rows"})
+        with nullcontext() if assets.previous else assets.method.reference(policy):
+            mined_NK = objective.mine(policy, rows, assets.renderer)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rundir.write_file(path, mined_NK.tobytes(), shared=True)
+    return Extended(store, objective.added(mined_NK, rows, assets.renderer))
+
+
+def _source(plan: Plan, assets: Assets, policy: Policy, examples: Examples, columns: Columns) -> DataSource:
     objective, prepared, training = assets.objective, assets.prepared, plan.training
     return DataSource(
-        prepared.train,
+        examples,
         Batching(
             training.epochs,
             training.max_steps,

@@ -47,6 +47,7 @@ LISTED = {**LABELLED, "data.format": "text+labels"}
 SCORED = {**LABELLED, "data.format": "text+score", "objective": {"name": "regress"}}
 TAGGED = {**LABELLED, "data.format": "tokens+tags", "objective": {"name": "tag"}}
 ANSWERED = {**LABELLED, "data.format": "query+positive", "objective": {"name": "retrieve"}, "data.test": "asked.jsonl"}
+MINED = {**ANSWERED, "objective": {"name": "retrieve", "negatives": 1, "margin": 2.0}}
 PAIRED = {**LABELLED, "data.format": "text_a+text_b+label", "objective": {"name": "pair"}}
 TAUGHT = {"objective": {"name": "distill"}, "teacher": "other-llama"}
 ASKED = {
@@ -142,6 +143,8 @@ CHANGES: dict[str, Change] = {
     "objective.pair.hidden": Change(8, PAIRED),
     "objective.pair.encode": Change("together", PAIRED),
     "objective.pair.compare": Change("vectors", PAIRED),
+    "objective.retrieve.negatives": Change(2, MINED),
+    "objective.retrieve.margin": Change(0.01, MINED),
     "objective.retrieve.pooling": Change("first", ANSWERED),
     "objective.retrieve.temperature": Change(0.5, ANSWERED),
     "objective.retrieve.symmetric": Change(True, ANSWERED),

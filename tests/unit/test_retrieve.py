@@ -258,3 +258,69 @@ def test_another_corpus_is_another_run(tiny_bert: Path) -> None:
     changed = [{**one, "text": one["text"] + " indeed"} for one in _corpus()]
     longer = api.plan(recipe, data={**data, "corpus": changed})
     assert longer.prediction.tokens > plans[0].prediction.tokens
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data(), st.integers(1, 5), st.integers(2, 12), st.integers(1, 4), st.sampled_from([None, 0.5, 2.0]))
+def test_mined_negatives_are_the_nearest_wrong_passages(
+    data: st.DataObject, queries: int, passages: int, count: int, margin: float | None
+) -> None:
+    """Rows may ask the same; what is too near to the right passage is passed over, of equals the first is taken."""
+    numbers = st.integers(-3, 3)
+    drawn = {
+        n: np.array(data.draw(st.lists(numbers, min_size=2 * n, max_size=2 * n)), np.float32).reshape(n, 2)
+        for n in {queries, passages}
+    }
+    answers = [data.draw(st.sets(st.integers(0, passages - 1), min_size=1, max_size=2)) for _ in range(queries)]
+    asked = [data.draw(st.integers(0, queries - 1)) for _ in range(queries)]
+    every = [str(p) for p in range(passages)]
+    rows = [
+        Row({"query": str(q), "positives": [str(p) for p in sorted(own)], "negatives": every}, "f")
+        for q, own in zip(asked, answers, strict=True)
+    ]
+    objective = Drawn(drawn[queries], drawn[passages])
+    objective.options = Retrieve.Options.model_validate({"negatives": count, "margin": margin})
+    found = objective.mine(None, rows, None)  # type: ignore[arg-type]
+    order = list(objective._passages(rows))
+    for q, own, mined in zip(asked, answers, found.tolist(), strict=True):
+        known = {p for other, more in zip(asked, answers, strict=True) if other == q for p in more}
+        scores = {p: float(drawn[queries][q] @ drawn[passages][p]) for p in range(passages)}
+        limit = max(scores[p] for p in own) * (0.95 if margin is None else margin)
+        wrong = [p for p in map(int, order) if p not in known and scores[p] <= limit]
+        wanted = sorted(wrong, key=lambda p: -scores[p])[:count]
+        assert [int(order[at]) for at in mined if at >= 0] == wanted
+        assert mined.count(-1) == count - len(wanted)
+
+
+def test_mined_negatives_are_trained_against(tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chosen once for such a start; a step of one row has none but these."""
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    recipe = _recipe(tiny_bert, {"name": "lora", "rank": 4}, batch_size=1, max_steps=4, epochs=None)
+    data = {"train": _rows(12), "corpus": _corpus()}
+    alone = api.train(recipe, data=data, out=tmp_path / "alone")
+    losses = [json.loads(line)["loss"] for line in (alone.path / "metrics.jsonl").read_text().splitlines()]
+    assert losses == [0.0] * 4
+    recipe["objective"] = {"name": "retrieve", "negatives": 3, "margin": 2}
+    runs = [api.train(recipe, data=data, out=tmp_path / name).path for name in ("first", "second")]
+    lines = [(run / "metrics.jsonl").read_text() for run in runs]
+    assert lines[0] == lines[1]
+    assert all(json.loads(line)["loss"] > 0.1 for line in lines[0].splitlines())
+    (kept,) = (tmp_path / "cache" / "mined").glob("*.i32")
+    mined = np.fromfile(kept, np.int32).reshape(12, 3)
+    assert (mined >= 0).all()
+    mined[:] = -1
+    mined.tofile(kept)  # what is kept is what is used
+    again = api.train(recipe, data=data, out=tmp_path / "third").path
+    assert [json.loads(line)["loss"] for line in (again / "metrics.jsonl").read_text().splitlines()] == [0.0] * 4
+    planned = [api.plan({**recipe, "objective": o}, data=data).prediction for o in ("retrieve", recipe["objective"])]
+    assert planned[1].tokens == pytest.approx(4 * planned[0].tokens, rel=0.01)
+
+
+def test_mining_that_cannot_be(tiny_bert: Path) -> None:
+    recipe, data = _recipe(tiny_bert), {"train": _rows(12), "corpus": _corpus()}
+    with pytest.raises(InputError, match=r"objective\.margin does nothing where no negatives are mined"):
+        api.plan({**recipe, "objective": {"name": "retrieve", "margin": 0.9}}, data=data)
+    by_tokens = {"batch_tokens": 100, "batch_size": None}
+    asked = {**recipe, "objective": {"name": "retrieve", "negatives": 2}, "train": {**recipe["train"], **by_tokens}}
+    with pytest.raises(InputError, match=r"train\.batch_tokens counts tokens, and objective\.negatives adds some"):
+        api.plan(asked, data=data)

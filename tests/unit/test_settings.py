@@ -36,7 +36,7 @@ def test_tokens_and_seconds_of_a_run(keys: dict[str, Any], frozen: bool, tokens:
 
 def _facts(coupling: str = "example", *, frozen: bool = False) -> Any:
     needs, method = SimpleNamespace(coupling=coupling), SimpleNamespace(frozen_backbone=frozen)
-    return SimpleNamespace(method=method, caches_vectors=frozen, needs=needs)
+    return SimpleNamespace(method=method, caches_vectors=frozen, needs=needs, teacher=None)
 
 
 def test_a_coupled_step_that_is_cut_runs_twice() -> None:

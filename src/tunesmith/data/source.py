@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tunesmith.data.pack import collate
 from tunesmith.errors import InputError
 from tunesmith.protocols import Annotator
-from tunesmith.types import WINDOW, Batch, Example, Step
+from tunesmith.types import WINDOW, Batch, Example, Piece, Step
 
 if TYPE_CHECKING:
     from tunesmith.models.policy import Policy
@@ -41,6 +41,19 @@ class ExampleList:
 
     def example(self, index: int) -> Example:
         return self._examples[index]
+
+
+class Extended:
+    """Examples with more pieces behind their own, as `Examples`."""
+
+    def __init__(self, examples: Examples, pieces: Sequence[tuple[Piece, ...]]) -> None:
+        self._examples, self._pieces = examples, pieces
+        more = [sum(len(piece.input_ids_T) for piece in own) for own in pieces]
+        self.lengths: NDArray[np.int64] = examples.lengths + np.asarray(more, dtype=np.int64)
+
+    def example(self, index: int) -> Example:
+        found = self._examples.example(index)
+        return replace(found, pieces=(*found.pieces, *self._pieces[index]))
 
 
 @dataclass(frozen=True, slots=True)

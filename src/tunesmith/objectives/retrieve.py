@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -23,10 +23,11 @@ from tunesmith.recipe import Above0
 from tunesmith.types import Batch, Example, Part, Piece, Prediction, Row, SampleSpec, Step, Terms, Want
 
 if TYPE_CHECKING:
-    from tunesmith.data.chat import Renderer
+    from tunesmith.data.chat import Encoded, Renderer
     from tunesmith.data.corpus import Corpus
 
 QUERY, POSITIVE, NEGATIVE = "query", "passage", "negative"
+MARGIN = 0.95  # of the right passage's cosine: above it a wrong one may be right
 TOP = 10  # the first passages, of `recall_at_10`
 CHUNK = 256  # queries that are compared with all passages at once
 
@@ -35,9 +36,9 @@ CHUNK = 256  # queries that are compared with all passages at once
 class Retrieve:
     """loss = sum_i mean_p -log(e^s_ip / (e^s_ip + sum_n e^s_in)) / N, s = cos(query, passage) / temperature.
 
-    p are the passages of row i that answer its query, n all other passages of the whole step, those given as negatives
-    among them (van den Oord et al. 2018, arXiv 1807.03748). A passage that a row of the same query has as an answer is
-    no n, and passages of the same tokens count once.
+    p are the passages of row i that answer its query, n all other passages of the whole step, negatives that were given
+    or mined among them (van den Oord et al. 2018, arXiv 1807.03748). A passage that a row of the same query has as an
+    answer is no n, and passages of the same tokens count once.
     """
 
     needs: ClassVar[ObjectiveNeeds] = ObjectiveNeeds(
@@ -62,6 +63,16 @@ class Retrieve:
         symmetric: bool = Field(
             False, description="also tell each passage's query from the other queries; half of the loss then"
         )
+        negatives: Annotated[int, Field(ge=0, le=64)] = Field(
+            0,
+            description="wrong passages that each row is given beside those of its step: of all that are searched the "
+            "nearest to its query, by the vectors of the model before its first step",
+        )
+        margin: Annotated[float, Field(gt=0, le=2)] | None = Field(
+            None,
+            description="a passage whose cosine is above this share of the right one's is not taken for wrong, as it "
+            "may answer too; 0.95 by default; only with `negatives`",
+        )
         query_prefix: str = Field("", description="text before each query, as some bases ask for", examples=["query: "])
         passage_prefix: str = Field("", description="text before each passage", examples=["passage: "])
 
@@ -69,11 +80,19 @@ class Retrieve:
         self.options = options
         self.corpus: Corpus | None = None
 
+    @property
+    def mines(self) -> int:
+        return int(self.options.negatives)
+
     def search_in(self, corpus: Corpus) -> None:
         self.corpus = corpus
 
     def fit(self, rows: Iterable[Row]) -> None:
         del rows
+        if self.options.margin is not None and not self.mines:
+            raise InputError(
+                "objective.margin does nothing where no negatives are mined", "set objective.negatives, or leave it out"
+            )
 
     def describe(self) -> dict[str, Any]:
         return {}
@@ -88,7 +107,7 @@ class Retrieve:
         """The query, the passages that answer it, and those that are known not to."""
         roles = ((QUERY, [row.value["query"]]), (POSITIVE, self._texts(row, "positive")))
         asked = [(role, text) for role, texts in (*roles, (NEGATIVE, self._texts(row, "negative"))) for text in texts]
-        found = [(role, renderer.text(self._whole(role, text))) for role, text in asked]
+        found = [(role, self._read(role, text, renderer)) for role, text in asked]
         pieces = tuple(Piece(encoded.input_ids, role=role) for role, encoded in found)
         return Example(pieces, cut=sum(encoded.cut for _, encoded in found))
 
@@ -113,6 +132,37 @@ class Retrieve:
 
     def terms(self, policy: Policy, batch: Batch) -> Terms:
         return self.couple(self.embed(policy, batch), Step(0, [batch], {}))
+
+    def mine(self, policy: Policy, rows: Sequence[Row], renderer: Renderer) -> NDArray[np.int32]:
+        """[N, K] positions among the passages: nearest first, none that answers the query in any row.
+
+        Passages above `margin` of the nearest right one's cosine are passed over (Moreira et al. 2024, arXiv
+        2407.15831, section 3, TopK-PercPos).
+        """
+        texts, spec = list(self._passages(rows)), SampleSpec(1)
+        place = {text: at for at, text in enumerate(texts)}
+        known: dict[str, set[int]] = {}
+        own_NA = [[place[text] for text in self._texts(row, "positive")] for row in rows]
+        for row, own in zip(rows, own_NA, strict=True):
+            known.setdefault(row.value["query"], set()).update(own)
+        passage_PD = self._vectors(policy, POSITIVE, texts, renderer, spec)
+        query_QD = self._vectors(policy, QUERY, [row.value["query"] for row in rows], renderer, spec)
+        mined_NK = np.full((len(rows), self.mines), -1, dtype=np.int32)
+        for at, (row, own) in enumerate(zip(rows, own_NA, strict=True)):
+            cosine_P = passage_PD @ query_QD[at]
+            limit = float(cosine_P[own].max()) * (MARGIN if self.options.margin is None else self.options.margin)
+            cosine_P[list(known[row.value["query"]])] = -np.inf
+            cosine_P[cosine_P > limit] = -np.inf
+            nearest = np.argsort(-cosine_P, kind="stable")[: self.mines]
+            nearest = nearest[np.isfinite(cosine_P[nearest])]
+            mined_NK[at, : len(nearest)] = nearest
+        return mined_NK
+
+    def added(self, mined_NK: NDArray[np.int32], rows: Sequence[Row], renderer: Renderer) -> list[tuple[Piece, ...]]:
+        texts = list(self._passages(rows))
+        wanted = np.unique(mined_NK[mined_NK >= 0]).tolist()
+        pieces = {at: Piece(self._read(POSITIVE, texts[at], renderer).input_ids, role=NEGATIVE) for at in wanted}
+        return [tuple(pieces[at] for at in own if at >= 0) for own in mined_NK.tolist()]
 
     def predict(self, policy: Policy, rows: Sequence[Row], renderer: Renderer, spec: SampleSpec) -> list[Prediction]:
         """The nearest passage of each query: its id, or its text where it has none, with how near it is.
@@ -176,11 +226,12 @@ class Retrieve:
     def _vectors(
         self, policy: Policy, role: str, texts: Sequence[str], renderer: Renderer, spec: SampleSpec
     ) -> NDArray[np.float32]:
-        examples = [Example((Piece(renderer.text(self._whole(role, text)).input_ids, role=role),)) for text in texts]
+        examples = [Example((Piece(self._read(role, text, renderer).input_ids, role=role),)) for text in texts]
         return torch.stack(read_each(policy, self.embed, examples, spec)).numpy()
 
-    def _whole(self, role: str, text: str) -> str:
-        return (self.options.query_prefix if role == QUERY else self.options.passage_prefix) + text
+    def _read(self, role: str, text: str, renderer: Renderer) -> Encoded:
+        prefix = self.options.query_prefix if role == QUERY else self.options.passage_prefix
+        return renderer.text(prefix + text)
 
 
 @dataclass(frozen=True, slots=True)
