@@ -64,12 +64,13 @@ class Combination:
 class ObjectiveNeeds:
     """What an objective asks of data, model and engine.
 
-    `formats` are kinds of canonical rows (messages, label, text); `vectors`: a pooled head reads one vector a text, one
-    a token, or what two make; `trains_tokens`: a row without a trained token teaches nothing; `windows`: longer texts
-    come in windows of train.sequence_length; `metrics` are measured unless the recipe names others. `baseline`: what
-    the tuned model is compared with where the base has no trained head (`evaluation.baselines`). `fresh_head`: a head
-    begins anew above the base's vectors; `searches`: answers are found in a corpus (`data.corpus`). `asks`: what a row
-    to be read must have, all of one of these. `teacher`: it learns from another model.
+    `formats` are kinds of canonical rows (messages, label, text); `vectors`: a pooled head reads one vector a row's
+    text, one for each of its texts, one a token, or what two make; `trains_tokens`: a row without a trained token
+    teaches nothing; `windows`: longer texts come in windows of train.sequence_length; `metrics` are measured unless the
+    recipe names others. `baseline`: what the tuned model is compared with where the base has no trained head
+    (`evaluation.baselines`). `fresh_head`: a head begins anew above the base's vectors; `searches`: answers are found
+    in a corpus (`data.corpus`). `asks`: what a row to be read must have, all of one of these. `teacher`: it learns from
+    another model.
     """
 
     summary: str
@@ -82,7 +83,7 @@ class ObjectiveNeeds:
     windows: bool = False
     metrics: tuple[str, ...] = ()
     baseline: str | None = None
-    vectors: Literal["text", "token", "pair"] = "text"
+    vectors: Literal["text", "texts", "token", "pair"] = "text"
     fresh_head: bool = True
     searches: bool = False
     asks: tuple[tuple[str, ...], ...] = (("text",),)

@@ -28,11 +28,15 @@ METHOD_NAMES = (
     *("adalora", "bottleneck", "dora", "full", "head", "ia3", "loha", "lokr", "lora", "oft", "partial", "vera"),
     *("prompt", "p_tuning", "prefix"),
 )
-OBJECTIVE_NAMES = ("classify", "distill", "pair", "pretrain", "regress", "retrieve", "sft", "span", "tag")
+OBJECTIVE_NAMES = (
+    *("classify", "distill", "multiple_choice", "pair", "pretrain", "regress", "retrieve", "sft", "span", "tag"),
+)
 LM = ("distill", "pretrain", "sft")  # those with a language model's head
 KINDS: tuple[ModelKind, ...] = get_args(ModelKind)
 SERVED: dict[str, tuple[ModelKind, ...]] = {
-    **dict.fromkeys(("classify", "pair", "regress", "retrieve", "span", "tag"), ("encoder", "decoder")),
+    **dict.fromkeys(
+        ("classify", "multiple_choice", "pair", "regress", "retrieve", "span", "tag"), ("encoder", "decoder")
+    ),
     "pretrain": ("decoder",),
     **dict.fromkeys(("sft", "distill"), ("decoder", "encoder-decoder")),
 }
@@ -59,6 +63,10 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "distill": [{"prompt": f"colour {i}?", "completion": COLOURS[i % 2]} for i in range(20)],
     "pretrain": [{"text": f"a text of {i} words, and {COLOURS[i % 2]}"} for i in range(20)],
     "regress": [{"text": f"a {COLOURS[i % 2]} {i}", "score": i % 3} for i in range(20)],
+    "multiple_choice": [
+        {"question": f"{i} {COLOURS[i % 2]}?", "choices": [*COLOURS, *["blue"][: i % 2]], "label": i % 2}
+        for i in range(20)
+    ],
     "span": [
         {"context": f"{i} is {COLOURS[i % 2]}.", "question": f"{i}?", "answers": [COLOURS[i % 2]][: i % 3]}
         for i in range(20)
@@ -210,6 +218,7 @@ def test_a_cell_runs_is_substituted_or_is_refused(cell: Cell) -> None:
     assert any("majority" in text for text in substitutions) == (cell.objective == "classify")
     assert any("mean" in text for text in substitutions) == (cell.objective == "regress")
     assert any("the cosine of the base" in text for text in substitutions) == (cell.objective == "pair")
+    assert any("drawn at random" in text for text in substitutions) == (cell.objective == "multiple_choice")
     assert any("most of the question's words" in text for text in substitutions) == (cell.objective == "span")
     assert any("the tag that each word" in text for text in substitutions) == (cell.objective == "tag")
 

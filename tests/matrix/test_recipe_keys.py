@@ -22,7 +22,10 @@ from tunesmith.rundir import read_json, sha256_file
 METHOD_NAMES = ("adalora", "dora", "full", "head", "ia3", "loha", "lokr", "lora", "oft", "partial", "vera")
 REGISTERED = {
     "method": (METHODS, METHOD_NAMES),
-    "objective": (OBJECTIVES, ("classify", "distill", "pair", "pretrain", "regress", "retrieve", "sft", "span", "tag")),
+    "objective": (
+        OBJECTIVES,
+        ("classify", "distill", "multiple_choice", "pair", "pretrain", "regress", "retrieve", "sft", "span", "tag"),
+    ),
 }
 BASE: dict[str, Any] = {
     "model": "llama",
@@ -50,6 +53,7 @@ ANSWERED = {**LABELLED, "data.format": "query+positive", "objective": {"name": "
 MINED = {**ANSWERED, "objective": {"name": "retrieve", "negatives": 1, "margin": 2.0}}
 PAIRED = {**LABELLED, "data.format": "text_a+text_b+label", "objective": {"name": "pair"}}
 TAUGHT = {"objective": {"name": "distill"}, "teacher": "other-llama"}
+CHOSEN = {**LABELLED, "data.format": "question+choices+label", "objective": {"name": "multiple_choice"}}
 ASKED = {
     **LABELLED,
     "data.format": "context+question+answers",
@@ -156,6 +160,8 @@ CHANGES: dict[str, Change] = {
     "objective.distill.teacher_share": Change(0.9, TAUGHT),
     "objective.distill.top_k": Change(4, TAUGHT),
     "objective.distill.hidden": Change(1.0, TAUGHT),
+    "objective.multiple_choice.pooling": Change("first", CHOSEN),
+    "objective.multiple_choice.hidden": Change(8, CHOSEN),
     "objective.span.stride": Change(3, ASKED),
     "objective.span.max_answer_tokens": Change(2, {**ASKED, "data.validation": 0.3}),
     "objective.span.hidden": Change(8, ASKED),
@@ -296,7 +302,8 @@ def place(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _about(row: dict[str, Any]) -> dict[str, Any]:
-    return {"context": f"of {row['prompt']} comes {row['completion']}", "question": "?", "answers": [row["completion"]]}
+    context, answer = f"of {row['prompt']} comes {row['completion']}", row["completion"]
+    return {"context": context, "question": "?", "answers": [answer], "choices": ["none", answer, row["prompt"]]}
 
 
 def _question(row: dict[str, Any]) -> dict[str, Any]:

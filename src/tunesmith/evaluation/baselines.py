@@ -43,6 +43,7 @@ BASELINES: Mapping[str, Baseline] = {
         "giving each word the tag that it has most often in training",
         "the tag that each word has most often in the training rows",
     ),
+    "chance": Baseline("guess at random", "guessing at random", "a choice drawn at random for each row"),
     "overlap": Baseline(
         "sentence nearest to the question",
         "answering with the sentence that has most of the question's words",
