@@ -88,7 +88,7 @@ def merge(
     before = objective.predict(policy, rows, renderer, spec)
     method.merge(policy)
     with rundir.replace_folder(to) as folder:
-        session.save_merged(folder, policy, renderer, card, DTYPES[dtype])
+        session.save_merged(folder, policy, objective, renderer, card, DTYPES[dtype])
         merged, *_ = session.load(folder, str(policy.device))
         check = _passed(before, objective.predict(merged, rows, renderer, spec), dtype, card)
         for name, content in cards.items():

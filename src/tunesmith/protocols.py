@@ -221,6 +221,15 @@ class Mines(Protocol):
 
 
 @runtime_checkable
+class Embeds(Protocol):
+    """An objective whose answers are the model's vectors alone, so that others can use these as they are."""
+
+    def prompts(self) -> dict[str, str]:
+        """What stands before each kind of text, by the name that sentence-transformers has for it."""
+        ...
+
+
+@runtime_checkable
 class Converses(Protocol):
     """An objective whose model answers conversations, so that it can be chatted with.
 

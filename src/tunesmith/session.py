@@ -20,6 +20,7 @@ from tunesmith.engine.precision import serves_fp8
 from tunesmith.errors import InputError, RefusedError
 from tunesmith.kernels.accelerate import LAYERS, accelerate
 from tunesmith.methods import METHODS
+from tunesmith.models import sentence_files
 from tunesmith.models.cache import cache_dir
 from tunesmith.models.convert import convert_gguf
 from tunesmith.models.fetch import LocalModel, resolve
@@ -32,7 +33,7 @@ from tunesmith.models.shared import SharedBase
 from tunesmith.models.vocabulary import add_tokens, widen
 from tunesmith.objectives import OBJECTIVES
 from tunesmith.planning import Assets, Plan
-from tunesmith.protocols import Fitted, Method, Objective, Stacked, Taught
+from tunesmith.protocols import Embeds, Fitted, Method, Objective, Stacked, Taught
 from tunesmith.settings import Placement
 from tunesmith.types import Batch
 
@@ -93,6 +94,7 @@ def save(folder: Path, policy: Policy, recipe: Recipe, plan: Plan, assets: Asset
     method.export(policy, folder)
     _save_heads(folder, policy)
     assets.renderer.tokenizer.save_pretrained(folder)
+    _save_sentence_files(folder, policy, objective, assets.renderer)
     card = {
         "tunesmith": __version__,
         "base": {key: plan.base[key] for key in ("name", "sha256", "tokenizer_sha256", "licence", "source")},
@@ -117,7 +119,9 @@ def save(folder: Path, policy: Policy, recipe: Recipe, plan: Plan, assets: Asset
     write_card(folder, card)
 
 
-def save_merged(folder: Path, policy: Policy, renderer: Renderer, card: Mapping[str, Any], dtype: torch.dtype) -> None:
+def save_merged(
+    folder: Path, policy: Policy, objective: Objective, renderer: Renderer, card: Mapping[str, Any], dtype: torch.dtype
+) -> None:
     """Writes a policy whose adapter is merged as what full fine-tuning would have left: a model of transformers."""
     for parameter in policy.model.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -126,6 +130,7 @@ def save_merged(folder: Path, policy: Policy, renderer: Renderer, card: Mapping[
         policy.model.save_pretrained(folder, state_dict=whole_state(policy.model))
     _save_heads(folder, policy)
     renderer.tokenizer.save_pretrained(folder)
+    _save_sentence_files(folder, policy, objective, renderer)
     whole = {"method": {"name": "full", "options": {}}, "merged": card["method"], "precision": _whole(card)}
     write_card(folder, {key: value for key, value in {**card, **whole}.items() if key != beneath.FOLDER})
 
@@ -243,6 +248,12 @@ def _settle(policy: Policy, placement: Placement) -> None:
     for parameter in policy.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else frozen)
+
+
+def _save_sentence_files(folder: Path, policy: Policy, objective: Objective, renderer: Renderer) -> None:
+    """Of whole encoders; what is read of a decoder ends with a token that sentence-transformers does not put there."""
+    if isinstance(objective, Embeds) and policy.kind == "encoder" and (folder / "config.json").is_file():
+        sentence_files.write(folder, policy, renderer.sequence_length, objective.prompts())
 
 
 def _save_heads(folder: Path, policy: Policy) -> None:

@@ -186,7 +186,9 @@ def test_a_run_beats_its_base(
     assert {r["model"] for r in again.records if r["data"] == "more"} == {"base", "tuned"}
     page = (result.path / "report.html").read_text(encoding="utf-8")
     assert f"Each query was searched for among {len(PARTNERS)} passages" in page
+    _check_sentence_files(result.path / "model", encoder=model == "tiny_bert")
     card = (result.path / "model" / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert ("SentenceTransformer(folder)" in card) == (model == "tiny_bert")
     assert "pipeline_tag: sentence-similarity" in card
     assert "An encoder of queries and passages" in card
     code = card.split("```python\n")[2].split("```")[0]
@@ -204,6 +206,22 @@ def test_a_run_beats_its_base(
     assert "retrieve reads query and converses with nobody" in capsys.readouterr().err
 
 
+def _check_sentence_files(folder: Path, *, encoder: bool) -> None:
+    """What sentence-transformers 6.2 reads; with it, the vectors were seen to be the same (see the commit)."""
+    assert (folder / "modules.json").is_file() == encoder
+    if not encoder:
+        return
+    read = {p.relative_to(folder).as_posix(): json.loads(p.read_text()) for p in folder.rglob("*.json")}
+    kinds = [(one["type"].rpartition(".")[2], one["path"]) for one in read["modules.json"]]
+    assert kinds == [("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize")]
+    pooling = read["1_Pooling/config.json"]
+    assert pooling.pop("word_embedding_dimension") == read["config.json"]["hidden_size"]
+    assert [name for name, on in pooling.items() if on] == ["pooling_mode_mean_tokens"]
+    assert read["sentence_bert_config.json"]["max_seq_length"] == read["tunesmith.json"]["sequence_length"]
+    assert read["config_sentence_transformers.json"]["prompts"] == {"query": "query: ", "document": ""}
+    assert "1_Pooling/config.json" in read["tunesmith.json"]["files"]
+
+
 def test_passages_of_rows_are_searched_where_there_is_no_corpus(tiny_bert: Path, tmp_path: Path) -> None:
     recipe = _recipe(tiny_bert, {"name": "lora", "rank": 4}, epochs=2)
     rows = [{**row, "negatives": ["this is no place"]} for row in _rows(48, ids=False)]
@@ -214,6 +232,8 @@ def test_passages_of_rows_are_searched_where_there_is_no_corpus(tiny_bert: Path,
     checked = api.export(result.path, merged, merge=True).check
     assert checked is not None
     assert checked.largest < 1e-3
+    assert (merged / "1_Pooling" / "config.json").is_file()
+    assert not (result.path / "model" / "modules.json").exists()  # an adapter is no whole model
     asked = [{"query": row["query"], "positive": row["positive"]} for row in held]
     answers = [[answer.output for answer in api.predict(path, asked)] for path in (result.path, merged)]
     assert answers[0] == answers[1]

@@ -111,6 +111,9 @@ class Retrieve:
         pieces = tuple(Piece(encoded.input_ids, role=role) for role, encoded in found)
         return Example(pieces, cut=sum(encoded.cut for _, encoded in found))
 
+    def prompts(self) -> dict[str, str]:
+        return {"query": self.options.query_prefix, "document": self.options.passage_prefix}
+
     def normalisers(self, step: Step) -> dict[str, float]:
         return {"contrastive": float(step.examples)}
 
