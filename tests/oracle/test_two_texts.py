@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 
 from chat_families import FAMILIES, byte_level, sentencepiece_like, tokenizer_of, wrapped
+from kinds import model_of
 from kinds import policy_of as policy_of_family
 from tunesmith.data.chat import Renderer
 from tunesmith.data.pack import collate, split
@@ -157,34 +158,33 @@ def test_a_model_without_token_types_is_given_none(tiny_llama: Path) -> None:
 
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("name", ["prompt", "p_tuning", "prefix"])
-def test_virtual_tokens_leave_token_types_where_they_are(name: str, packed: bool) -> None:
-    """A second set of tokens, whose embeddings have the second type in them already, stands for the second text."""
-    policy = policy_of_family("bert", packed=packed)
-    embeddings = policy.model.embeddings
+def test_behind_virtual_tokens_the_outputs_are_those_of_peft(name: str, packed: bool, tmp_path: Path) -> None:
+    """PEFT leaves token types out there, and says so."""
+    from peft import PeftModel
+
+    policy, chosen = policy_of_family("bert", packed=packed), METHODS.get(name)
+    method = chosen(chosen.Options.model_validate({"virtual_tokens": 4}), 0.0)
+    method.attach(policy)
+    assert policy.virtual is not None
     with torch.no_grad():
-        types_ND = embeddings.token_type_embeddings.weight
-        words_VD = embeddings.word_embeddings.weight
-        words_VD[50:90] = words_VD[10:50] + types_ND[1] - types_ND[0]
-    chosen = METHODS.get(name)
-    chosen(chosen.Options.model_validate({"virtual_tokens": 4}), 0.0).attach(policy)
+        for parameter in policy.virtual.parameters():
+            parameter.normal_(0, 0.5)
     policy.eval()
+    method.export(policy, tmp_path)
+    theirs = PeftModel.from_pretrained(model_of("bert"), str(tmp_path)).eval()
     draw = np.random.default_rng(0)
-    ids = [draw.integers(10, 50, n).astype(np.int32) for n in (9, 5, 12)]
-    typed = [Example((Piece(own, typed_from=3),)) for own in ids]
-    written = [
-        Example(
-            (
-                Piece(
-                    own + 40 * (np.arange(len(own)) >= 3).astype(np.int32),
-                ),
-            )
-        )
-        for own in ids
-    ]
+    pairs = [draw.integers(10, 90, n).astype(np.int32) for n in (9, 5, 12)]
+    batch = collate([Example((Piece(ids, typed_from=3),)) for ids in pairs], range(3), packed=packed, pad_id=0)
     with torch.no_grad():
-        pairs = [_hidden(policy, collate(examples, range(3), packed=packed, pad_id=0)) for examples in (typed, written)]
-    for ours, theirs in zip(*pairs, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        for ids, ours in zip(pairs, _hidden(policy, batch), strict=True):
+            inputs = {"input_ids": torch.from_numpy(ids)[None].long(), "attention_mask": torch.ones(1, len(ids))}
+            types = (torch.arange(len(ids)) >= 3).long()[None]
+            with pytest.warns(UserWarning, match="Token type ids are not supported"):
+                hidden = theirs(**inputs, token_type_ids=types).last_hidden_state[0, -len(ids) :]
+            torch.testing.assert_close(ours, hidden, rtol=1e-4, atol=1e-5)
+        with method.reference(policy):
+            plain = model_of("bert").eval()(**inputs, token_type_ids=types).last_hidden_state[0]
+            torch.testing.assert_close(_hidden(policy, batch)[-1], plain, rtol=1e-4, atol=1e-5)
 
 
 def test_a_store_keeps_where_the_second_text_begins(tmp_path: Path) -> None:

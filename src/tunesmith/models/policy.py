@@ -18,7 +18,7 @@ from tunesmith.losses.linear_cross_entropy import linear_logprobs
 from tunesmith.losses.linear_reduce import linear_logits, linear_reduce
 from tunesmith.models.heads import Head, pool
 from tunesmith.models.sample import generate
-from tunesmith.models.virtual import Layout, Virtual, VirtualKeys, VirtualTokens, before_all, before_each, behind
+from tunesmith.models.virtual import Virtual, VirtualKeys, VirtualTokens, before_all, before_each, behind
 from tunesmith.types import Batch, Completion, ModelKind, SampleSpec, Scores, Segment, Stream, Want
 
 # Families whose position embeddings begin after the padding index (RoBERTa, arXiv 1907.11692).
@@ -239,7 +239,6 @@ class Policy(nn.Module):
         if virtual_PD is not None:
             layout = before_each(stream, segments, len(virtual_PD))
             inputs = {"inputs_embeds": layout.lay_out(virtual_PD, self.embedded(ids_BT))}
-            inputs |= self._types(stream, layout)
             position_BT, mask_BT = layout.position_BK, layout.inside_BK.long()
             restore = partial(layout.restore, text_BT=ids_BT)
         if self.kind != "encoder-decoder":
@@ -269,16 +268,16 @@ class Policy(nn.Module):
         inputs = {
             "inputs_embeds": layout.lay_out(virtual_PD, self.embedded(ids_BT)),
             "position_ids": layout.position_BK + self._position_offset,
-            **self._types(stream, layout),
         }
         return inputs, layout.bounds, partial(layout.restore, text_BT=ids_BT)
 
-    def _types(self, stream: Stream, layout: Layout | None = None) -> dict[str, Tensor]:
-        """Token types, for a model that knows more than one; without them it takes all for 0."""
-        type_BT = stream.type_ids_BT
-        if type_BT is None or (getattr(self.config, "type_vocab_size", None) or 0) < 2:
-            return {}
-        return {"token_type_ids": type_BT if layout is None else layout.types(type_BT)}
+    def _types(self, stream: Stream) -> dict[str, Tensor]:
+        """Token types, for a model that knows more than one; without them it takes all for 0.
+
+        Behind virtual tokens it is given none, because PEFT gives none there and is to give the same outputs.
+        """
+        knows = (getattr(self.config, "type_vocab_size", None) or 0) > 1 and self._virtual is None
+        return {"token_type_ids": stream.type_ids_BT} if knows and stream.type_ids_BT is not None else {}
 
     @property
     def _virtual(self) -> Virtual | None:

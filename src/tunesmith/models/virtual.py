@@ -101,11 +101,6 @@ class Layout:
         source_ND = torch.cat((virtual_PD.to(text_BTD.dtype), text_BTD.flatten(0, 1)))
         return source_ND.index_select(0, self.index_BK.flatten()).view(*self.index_BK.shape, -1)
 
-    def types(self, type_BT: Tensor) -> Tensor:
-        """Token types [B, K], 0 where no real position is."""
-        type_N = type_BT.new_zeros(self.index_BK.numel())
-        return type_N.index_copy(0, self.place_N, type_BT.flatten()).view_as(self.index_BK)
-
     def restore(self, hidden_BKD: Tensor, text_BT: Tensor) -> Tensor:
         """Hidden states of the real positions alone: [B, T, D]."""
         return hidden_BKD.flatten(0, 1).index_select(0, self.place_N).view(*text_BT.shape, -1)
