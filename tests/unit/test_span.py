@@ -314,6 +314,27 @@ def test_long_contexts_are_read_in_windows(tiny_bert: Path, tmp_path: Path) -> N
         api.plan(_recipe(tiny_bert, sequence_length=6), data={"train": rows[:20]})
 
 
+@pytest.mark.filterwarnings("ignore:Token type ids are not supported")  # PEFT says it of tokenizer(a, b)
+@pytest.mark.parametrize("method", ["prompt", "prefix", "lora"])
+def test_the_card_tells_how_peft_answers(
+    tiny_bert: Path, tmp_path: Path, method: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = _recipe(tiny_bert, method, epochs=2, learning_rate=3e-2, head_learning_rate=3e-2)
+    run = api.train(recipe, data={"train": _rows(40), "test": _rows(5, 1)}, out=tmp_path / "run").path
+    code = (run / "model" / "MODEL_CARD.md").read_text(encoding="utf-8").split("```python\n")[2].split("```")[0]
+    code = code.replace('"path/to/this/folder"', repr(str(run / "model")))
+    code = code.replace(f"path/to/{tiny_bert.name}", str(tiny_bert))
+    asked = [{key: row[key] for key in ("question", "context")} for row in _rows(4, 2)]
+    answers = [answer.output for answer in api.predict(run, asked)]
+    assert len(set(answers)) > 1
+    capsys.readouterr()
+    found: list[str] = []
+    for row in asked:
+        exec(code.replace('"...", "..."', f"{row['question']!r}, {row['context']!r}"), {})
+        found.append(capsys.readouterr().out.splitlines()[-1])
+    assert found == answers
+
+
 def test_a_merged_model_answers_as_the_run_does(tiny_bert: Path, tmp_path: Path) -> None:
     run = api.train(
         _recipe(tiny_bert, "lora", epochs=4), data={"train": _rows(60), "test": _rows(5, 1)}, out=tmp_path / "run"

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from tunesmith.methods import adapter_hub
+from tunesmith.methods import METHODS, adapter_hub
 from tunesmith.models.catalog import Entry, entry_named, entry_of_hub_id
 from tunesmith.objectives import OBJECTIVES
 from tunesmith.objectives.classify import THRESHOLD
@@ -84,6 +84,7 @@ def model_card(summary: Summary, library: Library, merged: str | None = None) ->
             "merged": merged,
             "plugged": adapter_hub.is_plugged(str(plan["base"]["model_type"])),
             "tokens": plan["meaning"]["method"][1].get("tokens"),
+            "behind": _behind(method, plan["meaning"]["method"][1]),
             "chat": set(plan["audit"]["train"]["formats"]) != {"text"},
             "labels": learned.get("labels"),
             "finds": needs.searches,
@@ -103,6 +104,13 @@ def model_card(summary: Summary, library: Library, merged: str | None = None) ->
         },
     )
     return str(ModelCard(f"---\n{data.to_yaml(line_break=chr(10))}\n---\n\n{body}", ignore_metadata_errors=False))
+
+
+def _behind(method: str, options: Mapping[str, Any]) -> str:
+    """What takes the hidden states of a method's virtual tokens off, as Python."""
+    chosen = METHODS.get(method)
+    facts = chosen(chosen.Options.model_validate(options), 0.0).facts
+    return f", {facts.virtual_tokens}:" if facts.virtual_tokens and not facts.feeds_attention else ""
 
 
 def _layer(vectors: str, learned: Mapping[str, Any]) -> str:
