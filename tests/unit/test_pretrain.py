@@ -21,6 +21,7 @@ from tunesmith.data.source import Batching, DataSource, ExampleList
 from tunesmith.engine.native import NativeEngine, Optimization
 from tunesmith.errors import InputError
 from tunesmith.objectives.pretrain import Pretrain
+from tunesmith.objectives.sft import Sft
 from tunesmith.types import WINDOW, Example, Piece, Prediction, Row
 
 
@@ -104,7 +105,7 @@ def test_memory_is_planned_for_a_window_and_not_for_a_whole_document() -> None:
     from tunesmith.planning import _longest
 
     prepared: Any = SimpleNamespace(train=SimpleNamespace(lengths=np.array([7, 9000])), tests={}, validation=None)
-    assert (_longest(prepared, None), _longest(prepared, 64)) == (9000, 64)
+    assert (_longest(prepared, Sft(None), 64), _longest(prepared, Pretrain(None), 64)) == (9000, 64)
 
 
 def test_bits_per_byte_are_of_plain_text() -> None:
