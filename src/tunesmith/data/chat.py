@@ -18,7 +18,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -26,7 +25,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from tunesmith.data.align import Aligner
-from tunesmith.data.template import Messages, Tools
+from tunesmith.data.template import Messages, Tools, templates_of
 from tunesmith.data.turns import Rendering, Turns
 from tunesmith.data.two_texts import Frame, Window, frame_of, kept
 from tunesmith.errors import InputError
@@ -84,7 +83,7 @@ class Renderer:
         sequence_length: int | None = None,
         start: int | None = None,
     ) -> None:
-        self._set_up(tokenizer, _templates(tokenizer, template), sequence_length, start)
+        self._set_up(tokenizer, templates_of(tokenizer, template), sequence_length, start)
 
     def _set_up(
         self,
@@ -361,31 +360,6 @@ def _with_processor(bare: Tokenizer, backend: Tokenizer) -> str:
     whole = Tokenizer.from_str(bare.to_str())
     whole.post_processor = backend.post_processor
     return whole.to_str()
-
-
-def _templates(tokenizer: PreTrainedTokenizerBase, template: str | None) -> dict[str, str]:
-    """Templates by name; none if the tokenizer has none. A jinja text is known by a brace or a line end."""
-    if template is None:
-        own: Any = getattr(tokenizer, "chat_template", None)
-        return {} if not own else {"default": own} if isinstance(own, str) else _with_default(own)
-    if "{" in template or "\n" in template:
-        return {"default": template}
-    try:
-        return {"default": Path(template).expanduser().read_text(encoding="utf-8")}
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"the chat template {template!r} cannot be read: {error}",
-            "give a jinja text or the path of a file with one",
-        ) from error
-
-
-def _with_default(own: Mapping[str, str]) -> dict[str, str]:
-    if "default" not in own:
-        raise InputError(
-            f"the tokenizer has the chat templates {', '.join(sorted(own))} and no default",
-            "give one of them as a file with data.template",
-        )
-    return dict(own)
 
 
 def _checked(messages: Messages) -> Messages:

@@ -20,13 +20,16 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import markupsafe
 import psutil
 
 from tunesmith.errors import InputError, ResourceError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CPU_SECONDS = 2
 WALL_SECONDS = 30.0
@@ -48,6 +51,31 @@ class View:
     stop: int | None = None
     prompt: bool = False
     variables: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+def templates_of(tokenizer: PreTrainedTokenizerBase, template: str | None) -> dict[str, str]:
+    """Templates by name; none if the tokenizer has none. A jinja text is known by a brace or a line end."""
+    if template is None:
+        own: Any = getattr(tokenizer, "chat_template", None)
+        return {} if not own else {"default": own} if isinstance(own, str) else _with_default(own)
+    if "{" in template or "\n" in template:
+        return {"default": template}
+    try:
+        return {"default": Path(template).expanduser().read_text(encoding="utf-8")}
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"the chat template {template!r} cannot be read: {error}",
+            "give a jinja text or the path of a file with one",
+        ) from error
+
+
+def _with_default(own: Mapping[str, str]) -> dict[str, str]:
+    if "default" not in own:
+        raise InputError(
+            f"the tokenizer has the chat templates {', '.join(sorted(own))} and no default",
+            "give one of them as a file with data.template",
+        )
+    return dict(own)
 
 
 def render(
