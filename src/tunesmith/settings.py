@@ -204,7 +204,7 @@ def resolve_placement(
         raise ResourceError(
             f"the longest example ({longest} tokens) needs about {needed / memory.GIB:.1f} GiB, "
             f"and {MEMORY_SHARE * free / memory.GIB:.1f} GiB may be used on {device}",
-            "lower train.sequence_length, choose a smaller base, or free memory",
+            f"{_shorter(facts)}, choose a smaller base, or free memory",
         )
     usual = int(epoch.density * MICRO_TOKENS[device.type])
     if facts.needs.coupling == "batch":  # in one micro-batch a step runs once, in several twice
@@ -277,6 +277,13 @@ def _precision(facts: Facts, speed: Speed, defaults: list[Default]) -> str:
         rates += f"; whole steps gain from bf16 above {speed.worth:g} times"
     defaults.append(Default("precision", speed.best, rates))
     return speed.best
+
+
+def _shorter(facts: Facts) -> str:
+    """How the longest example comes to need less."""
+    if facts.recipe.objective.options.get("long") == "windows":
+        return "set objective.long to cut, take out the longest texts"
+    return "lower train.sequence_length"
 
 
 def _shape(facts: Facts, trainable: int, precision: str) -> memory.Shape:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -58,6 +60,23 @@ def test_micro_batches_and_packing_leave_the_gradient_alone(family: str, example
         other_loss, other = gradients(family, objective, examples, sizes, packed=packed)
         assert other_loss == pytest.approx(loss, rel=1e-5)
         assert difference(whole, other) < 1e-5, (sizes, packed)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_windows_of_a_row_count_as_one_row(family: str) -> None:
+    pieces = [example.pieces[0] for example in examples_of(2 * COUNT)]
+    sizes = np.cumsum([0, 1, 4, 2, 1, 3, 1, 2, 2])
+    examples = [
+        Example(tuple(Piece(p.input_ids_T) for p in pieces[a:b]), {"label": index % 3})
+        for index, (a, b) in enumerate(pairwise(sizes))
+    ]
+    loss, whole = gradients(family, "classify", examples, [COUNT], packed=True)
+    for batches, packed in ([[1] * COUNT, True], [[3, 5], True], [[COUNT], False], [[1] * COUNT, False]):
+        other_loss, other = gradients(family, "classify", examples, batches, packed=packed)
+        assert other_loss == pytest.approx(loss, rel=1e-5)
+        assert difference(whole, other) < 1e-5, (batches, packed)
+    alone = [gradients(family, "classify", [example], [1], packed=True)[0] for example in examples]
+    assert loss == pytest.approx(np.mean(alone), rel=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -46,6 +46,7 @@ LABELLED = {
     "data.format": "text+label",
     "objective": {"name": "classify"},
 }
+IN_WINDOWS = {**LABELLED, "train.sequence_length": 8, "objective": {"name": "classify", "long": "windows"}}
 LISTED = {**LABELLED, "data.format": "text+labels"}
 SCORED = {**LABELLED, "data.format": "text+score", "objective": {"name": "regress"}}
 TAGGED = {**LABELLED, "data.format": "tokens+tags", "objective": {"name": "tag"}}
@@ -140,6 +141,12 @@ CHANGES: dict[str, Change] = {
     "objective.classify.pooling": Change("first", LABELLED),
     "objective.classify.hidden": Change(8, LABELLED),
     "objective.classify.threshold": Change(0.2, LISTED),
+    "objective.classify.long": Change("windows", {**LABELLED, "train.sequence_length": 8}),
+    "objective.classify.stride": Change(2, IN_WINDOWS),
+    "objective.regress.long": Change("windows", {**SCORED, "train.sequence_length": 8}),
+    "objective.regress.stride": Change(
+        2, {**SCORED, "train.sequence_length": 8, "objective": {"name": "regress", "long": "windows"}}
+    ),
     "objective.regress.pooling": Change("first", SCORED),
     "objective.regress.hidden": Change(8, SCORED),
     "objective.tag.hidden": Change(8, TAGGED),

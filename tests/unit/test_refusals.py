@@ -25,17 +25,17 @@ RECIPE: dict[str, Any] = {"model": "base", "data": {"train": "rows.jsonl"}}
 
 
 def facts(
-    method: Any = "lora", objective: str = "sft", kind: ModelKind = "decoder", data: Any = None, **keys: Any
+    method: Any = "lora", objective: Any = "sft", kind: ModelKind = "decoder", data: Any = None, **keys: Any
 ) -> Facts:
-    name = method["name"] if isinstance(method, dict) else method
+    name, asked = (given["name"] if isinstance(given, dict) else given for given in (method, objective))
     base: dict[str, Any] = {**RECIPE, "data": {**RECIPE["data"], **(data or {})}}
     model = ModelFacts("base", "tiny", kind, 1000, 100, 2, 8, 16, 50, 512, True, True, DEFAULT_POOLING[kind], True)
     return Facts(
         recipe=parse_recipe({**base, "objective": objective, "method": method, **keys}),
         method_name=name,
         method=METHODS.get(name).facts,
-        objective_name=objective,
-        needs=OBJECTIVES.get(objective).needs,
+        objective_name=asked,
+        needs=OBJECTIVES.get(asked).needs,
         model=model,
         device="cpu",
         device_served=True,
@@ -286,7 +286,8 @@ def test_an_index_without_shards(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_without_characters_or_a_default_template() -> None:
-    from tunesmith.data.chat import Renderer, _with_default
+    from tunesmith.data.chat import Renderer
+    from tunesmith.data.template import _with_default
 
     with pytest.raises(TunesmithError, match=r"has no tokenizer.json"):
         Renderer(SimpleNamespace(chat_template="x", eos_token="e"))
@@ -451,6 +452,10 @@ def test_an_example_that_no_memory_holds(monkeypatch: pytest.MonkeyPatch) -> Non
     epoch = settings.Epoch(1.0, 100, 10)
     with pytest.raises(TunesmithError, match=r"the longest example \(100 tokens\) needs about"):
         settings.resolve_placement(facts(precision="fp32"), meaning, Speed("cpu", 1e9, 1e9), 10, 100, epoch, [])
+    in_windows = facts(precision="fp32", objective={"name": "classify", "long": "windows"})
+    with pytest.raises(TunesmithError) as refused:
+        settings.resolve_placement(in_windows, meaning, Speed("cpu", 1e9, 1e9), 10, 100, epoch, [])
+    assert refused.value.remedy.startswith("set objective.long to cut, take out the longest")
 
 
 def test_a_recipe_that_no_parser_reads() -> None:

@@ -191,6 +191,24 @@ class Renderer:
             return Encoded(np.array(ids, np.int32), np.ones(len(ids), np.float32), cut, cut)
         return self._cut(*self._document(ids))
 
+    def stretches(self, text: str, stride: int | None = None) -> list[NDArray[np.int32]]:
+        """A text as `text` reads it; where that would cut it, windows of the sequence length, each a text by itself.
+
+        Windows begin `stride` tokens apart (None, or more than fits: as many as fit, so that none is read twice). The
+        last one ends with the text and is as long as the others.
+        """
+        whole = self.text(text)
+        if not whole.cut:
+            return [whole.input_ids]
+        encoder, ids = self.kind == "encoder", self._aligner.read(text)
+        before, after = (self._before, self._after) if encoder else (self._opening([]), self._end())
+        room = (self.sequence_length or 0) - len(before) - len(after)
+        if room < 1:
+            raise self._no_room(len(before) + len(after))
+        last = len(ids) - room
+        parts = [ids[at : at + room] for at in (*range(0, last, min(stride or room, room)), last)]
+        return [np.array([*before, *p, *after] if encoder else self._document(p)[0], np.int32) for p in parts]
+
     def pair(self, first: str, second: str) -> Encoded:
         """Two texts in one piece, all of it of weight 1; the longer one is cut first.
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from tunesmith import rundir
 from tunesmith.data.pack import place
 from tunesmith.data.source import Examples, batches
+from tunesmith.models.heads import joined
 from tunesmith.models.policy import Policy
 from tunesmith.types import Want
 
@@ -19,7 +20,7 @@ from tunesmith.types import Want
 def pooled(
     policy: Policy, examples: Examples, tokens: int, report: Callable[[int, int], None] | None = None
 ) -> NDArray[np.float32]:
-    """One pooled vector for each example, in their order: [N, D]. Each example has one segment."""
+    """One pooled vector for each example, in their order: [N, D]; of several segments the mean of theirs."""
     found_ND = np.empty((len(examples.lengths), policy.width), dtype=np.float32)
     done = 0
     policy.eval()
@@ -27,7 +28,7 @@ def pooled(
         for batch in batches(examples, tokens, packed=policy.packed, pad_id=policy.tokens.pad):
             vectors = policy.score(place(batch, policy.device), Want(pooled=True)).pooled_SD
             assert vectors is not None
-            found_ND[batch.examples] = vectors.float().cpu().numpy()
+            found_ND[batch.examples] = joined(vectors, batch.segments).float().cpu().numpy()
             done += len(batch.examples)
             if report is not None:
                 report(done, len(found_ND))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -28,6 +29,15 @@ def pool(hidden_BTD: Tensor, segments: Sequence[Segment], pooling: str) -> Tenso
         return torch.segment_reduce(hidden_ND, "mean", lengths=torch.tensor(sizes, device=device), unsafe=True)
     within = POOLINGS[pooling]
     return _taken(hidden_BTD, np.array([start + within(size) for start, size in zip(starts, sizes, strict=True)]))
+
+
+def joined(pooled_SD: Tensor, segments: Sequence[Segment]) -> Tensor:
+    """One vector for each example, in order: [N, D]. Of several segments the mean; vectors alone are as they were."""
+    sizes = [len(list(own)) for _, own in groupby(segments, key=lambda segment: segment.example)]
+    if len(sizes) == len(segments):
+        return pooled_SD
+    lengths = torch.tensor(sizes, device=pooled_SD.device)
+    return torch.segment_reduce(pooled_SD.float(), "mean", lengths=lengths, unsafe=True)
 
 
 def _taken(hidden_BTD: Tensor, place: NDArray[np.int64]) -> Tensor:

@@ -17,8 +17,8 @@ from tunesmith.errors import InputError
 from tunesmith.models.policy import Policy
 from tunesmith.objectives import OBJECTIVES
 from tunesmith.objectives.label_sets import SMALLEST, LabelSets
-from tunesmith.objectives.pooled import PooledOptions, head_outputs, read_all
-from tunesmith.types import Batch, Example, LabelCounts, Part, Piece, Prediction, Row, SampleSpec, Step, Terms
+from tunesmith.objectives.pooled import LongTexts, read_all, read_text, text_outputs
+from tunesmith.types import Batch, Example, LabelCounts, Part, Prediction, Row, SampleSpec, Step, Terms
 
 if TYPE_CHECKING:
     from tunesmith.data.chat import Renderer
@@ -63,7 +63,7 @@ class Classify:
         baseline="majority",
     )
 
-    class Options(PooledOptions):
+    class Options(LongTexts):
         """How a text becomes the vector that its labels are read from, and when they are given."""
 
         threshold: Annotated[float, Field(gt=0, lt=1)] | None = Field(
@@ -81,6 +81,7 @@ class Classify:
 
         Raises InputError where there is nothing to tell apart: fewer than two labels, or the same list everywhere.
         """
+        self.options.check()
         answers: set[tuple[str, ...]] = set()
         multi_label = False
         for row in rows:
@@ -110,15 +111,15 @@ class Classify:
         return [HeadSpec("label", len(self.labels), tuple(self.labels), self.options.hidden or 0)]
 
     def example(self, row: Row, renderer: Renderer) -> Example:
-        encoded = renderer.text(row.value["text"])
-        return Example((Piece(encoded.input_ids),), columns=self.answers.columns(row), cut=encoded.cut)
+        pieces, cut = read_text(row.value["text"], renderer, self.options)
+        return Example(pieces, columns=self.answers.columns(row), cut=cut)
 
     def normalisers(self, step: Step) -> dict[str, float]:
         return {self.answers.loss: float(step.examples)}
 
     def terms(self, policy: Policy, batch: Batch) -> Terms:
         answers = self.answers
-        loss_N, metrics = answers.losses(head_outputs(policy, "label", batch), batch.columns)
+        loss_N, metrics = answers.losses(text_outputs(policy, "label", batch), batch.columns)
         part = Part(loss_N, torch.ones_like(loss_N), torch.arange(len(loss_N), device=loss_N.device))
         return Terms({answers.loss: part}, metrics)
 

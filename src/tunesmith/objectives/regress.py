@@ -13,8 +13,8 @@ from tunesmith.declared import HeadSpec, ObjectiveNeeds
 from tunesmith.errors import InputError
 from tunesmith.models.policy import Policy
 from tunesmith.objectives import OBJECTIVES
-from tunesmith.objectives.pooled import PooledOptions, head_outputs, read_all
-from tunesmith.types import Batch, Example, LabelCounts, Part, Piece, Prediction, Row, SampleSpec, Step, Terms
+from tunesmith.objectives.pooled import LongTexts, read_all, read_text, text_outputs
+from tunesmith.types import Batch, Example, LabelCounts, Part, Prediction, Row, SampleSpec, Step, Terms
 
 if TYPE_CHECKING:
     from tunesmith.data.chat import Renderer
@@ -37,7 +37,7 @@ class Regress:
         baseline="mean",
     )
 
-    class Options(PooledOptions):
+    class Options(LongTexts):
         """How a text becomes the vector that its number is read from."""
 
     def __init__(self, options: Any) -> None:
@@ -47,6 +47,7 @@ class Regress:
 
     def fit(self, rows: Iterable[Row]) -> None:
         """Mean and deviation of the scores, unless an earlier run's hold. Raises InputError where all are alike."""
+        self.options.check()
         if self._goes_on:
             return
         scores = [float(row.value["score"]) for row in rows]
@@ -73,14 +74,14 @@ class Regress:
         return [HeadSpec("score", 1, hidden=self.options.hidden or 0)]
 
     def example(self, row: Row, renderer: Renderer) -> Example:
-        encoded = renderer.text(row.value["text"])
-        return Example((Piece(encoded.input_ids),), columns=self.answers.columns(row), cut=encoded.cut)
+        pieces, cut = read_text(row.value["text"], renderer, self.options)
+        return Example(pieces, columns=self.answers.columns(row), cut=cut)
 
     def normalisers(self, step: Step) -> dict[str, float]:
         return {Numbers.loss: float(step.examples)}
 
     def terms(self, policy: Policy, batch: Batch) -> Terms:
-        loss_N, metrics = self.answers.losses(head_outputs(policy, "score", batch), batch.columns)
+        loss_N, metrics = self.answers.losses(text_outputs(policy, "score", batch), batch.columns)
         part = Part(loss_N, torch.ones_like(loss_N), torch.arange(len(loss_N), device=loss_N.device))
         return Terms({Numbers.loss: part}, metrics)
 

@@ -95,6 +95,7 @@ def model_card(summary: Summary, library: Library, merged: str | None = None) ->
             "longest": plan["meaning"]["objective"][1].get("max_answer_tokens") or LONGEST_ANSWER,
             "unanswerable": learned.get("unanswerable"),
             "hidden": plan["meaning"]["objective"][1].get("hidden"),
+            "windows": _windows(plan["meaning"]["objective"][1]),
             "threshold": (plan["meaning"]["objective"][1].get("threshold") or THRESHOLD)
             if learned.get("multi_label")
             else None,
@@ -118,6 +119,11 @@ def _layer(vectors: str, learned: Mapping[str, Any]) -> str:
     if vectors == "pair":
         return "pair"
     return "tag" if "tags" in learned else "label" if "labels" in learned else "score"
+
+
+def _windows(options: Mapping[str, Any]) -> str | int | None:
+    """How far apart windows of long texts begin, "all" for as many tokens as fit; None where texts are cut."""
+    return (options.get("stride") or "all") if options.get("long") == "windows" else None
 
 
 def _compared(options: Mapping[str, Any]) -> str:
