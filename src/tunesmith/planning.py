@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tunesmith import beneath, rules, settings, teachers
+from tunesmith import beneath, extent, rules, settings, teachers
 from tunesmith.beneath import Beneath
 from tunesmith.data.prepare import Prepared, prepare
 from tunesmith.defaults import all_defaults
@@ -29,7 +29,6 @@ from tunesmith.models.policy import Policy, Tokens
 from tunesmith.models.saved import CARD, read_card
 from tunesmith.models.vocabulary import add_tokens, widen
 from tunesmith.objectives import OBJECTIVES
-from tunesmith.protocols import Mines
 from tunesmith.recipe_file import Origin, check_options
 from tunesmith.settings import Default
 from tunesmith.teachers import Teacher
@@ -151,9 +150,9 @@ def make_plan(
     _check_labels(objective, previous)
     trainable, total = _count(meta, facts, method, objective, replace(tokens, encode=renderer.plain))
     training = settings.resolve_meaning(
-        facts, length, prepared.train.lengths, prepared.repeats, _longest_answer(prepared), defaults
+        facts, length, prepared.train.lengths, prepared.repeats, extent.longest_answer(prepared), defaults
     )
-    longest, epoch = _longest(prepared, objective, length), _epoch(facts, prepared, _times(objective))
+    longest, epoch = extent.longest(prepared, objective, length), extent.epoch(facts, prepared, objective)
     placement, shape, peak = settings.resolve_placement(facts, training, speed, trainable, longest, epoch, defaults)
     plan = Plan(
         meaning=_meaning(recipe, facts, method, objective, local, renderer, prepared, training),
@@ -296,34 +295,6 @@ def _count(meta: MetaModel, facts: Facts, method: Method, objective: Objective, 
     if not trainable:
         raise RefusedError(f"{facts.method_name} leaves nothing to train", "check the method's options")
     return trainable, sum(n for n, _ in counts)
-
-
-def _stores(prepared: Prepared) -> list[Any]:
-    held = [prepared.validation] if prepared.validation is not None else []
-    return [prepared.train, *held, *prepared.tests.values()]
-
-
-def _longest(prepared: Prepared, objective: Objective, window: int) -> int:
-    """Tokens of the longest example, or of a window where examples come in windows."""
-    longest = max(int(s.lengths.max(initial=1)) for s in _stores(prepared))
-    return min(longest, window) if objective.needs.windows else longest * _times(objective)
-
-
-def _times(objective: Objective) -> int:
-    """How much longer examples come to be: each piece that is added is about as long as all before it."""
-    return 1 + (objective.mines if isinstance(objective, Mines) else 0)
-
-
-def _longest_answer(prepared: Prepared) -> int:
-    return int(prepared.train.trained.max(initial=0))
-
-
-def _epoch(facts: Facts, prepared: Prepared, times: int) -> settings.Epoch:
-    repeats, store = prepared.repeats, prepared.train
-    once = facts.shares_beginnings or facts.method.feeds_attention  # a micro-batch has its virtual tokens once
-    virtual = 0 if once else facts.method.virtual_tokens
-    tokens, trained = ((count * repeats).sum() for count in (times * store.lengths, store.trained))
-    return settings.Epoch(float(repeats.sum()), int(tokens), int(trained), virtual)
 
 
 def _meaning(

@@ -102,10 +102,10 @@ def test_rows_of_text_are_asked_for(tiny_llama: Path, tmp_path: Path) -> None:
 
 
 def test_memory_is_planned_for_a_window_and_not_for_a_whole_document() -> None:
-    from tunesmith.planning import _longest
+    from tunesmith.extent import longest
 
     prepared: Any = SimpleNamespace(train=SimpleNamespace(lengths=np.array([7, 9000])), tests={}, validation=None)
-    assert (_longest(prepared, Sft(None), 64), _longest(prepared, Pretrain(None), 64)) == (9000, 64)
+    assert (longest(prepared, Sft(None), 64), longest(prepared, Pretrain(None), 64)) == (9000, 64)
 
 
 def test_bits_per_byte_are_of_plain_text() -> None:
