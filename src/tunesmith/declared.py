@@ -70,7 +70,8 @@ class ObjectiveNeeds:
     recipe names others. `baseline`: what the tuned model is compared with where the base has no trained head
     (`evaluation.baselines`). `fresh_head`: a head begins anew above the base's vectors; `searches`: answers are found
     in a corpus (`data.corpus`). `asks`: what a row to be read must have, all of one of these. `teacher`: it learns from
-    another model.
+    another model. `generates`: with a language model's head, answers are written token by token. `branches`: the pieces
+    of an example are a beginning and what may follow it, each alone.
     """
 
     summary: str
@@ -88,6 +89,13 @@ class ObjectiveNeeds:
     searches: bool = False
     asks: tuple[tuple[str, ...], ...] = (("text",),)
     teacher: bool = False
+    generates: bool = True
+    branches: bool = False
+
+    @property
+    def writes(self) -> bool:
+        """Whether the model's answers are generated text."""
+        return self.head == "lm" and self.generates
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,6 +104,12 @@ class Facts:
         return self.packed and self.model.kind == "decoder"
 
     @property
+    def runs_beginnings_once(self) -> bool:
+        """Whether the beginning of an example that branches runs once: where that runs alone, nothing dropped out."""
+        train = self.recipe.train
+        return self.shares_beginnings and not train.dropout and (train.micro_batch_size or 1) == 1
+
+    @property
     def packed(self) -> bool:
         return self.model.packable and self.method.packs
 

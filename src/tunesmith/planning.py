@@ -152,7 +152,7 @@ def make_plan(
     training = settings.resolve_meaning(
         facts, length, prepared.train.lengths, prepared.repeats, extent.longest_answer(prepared), defaults
     )
-    longest, epoch = extent.longest(prepared, objective, length), extent.epoch(facts, prepared, objective)
+    longest, epoch = extent.longest(facts, prepared, objective, length), extent.epoch(facts, prepared, objective)
     placement, shape, peak = settings.resolve_placement(facts, training, speed, trainable, longest, epoch, defaults)
     plan = Plan(
         meaning=_meaning(recipe, facts, method, objective, local, renderer, prepared, training),

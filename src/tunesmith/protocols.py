@@ -122,7 +122,7 @@ class Ruled(Protocol):
 
 @runtime_checkable
 class Unread(Protocol):
-    """An objective whose needs name a baseline: what answering without reading comes to."""
+    """An objective whose answers are of a kind that can be given without reading: what a baseline says."""
 
     def unread(self, rows: Sequence[Row], label_counts: LabelCounts | None) -> list[Prediction] | None:
         """An answer for each row; None where the training rows' labels are needed and not known."""

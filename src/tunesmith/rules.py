@@ -199,7 +199,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         ("evaluate.max_new_tokens", "objective"),
-        lambda f: f.recipe.evaluate.max_new_tokens is not None and f.needs.head != "lm",
+        lambda f: f.recipe.evaluate.max_new_tokens is not None and not f.needs.writes,
         "evaluate.max_new_tokens is given, and {f.objective_name} generates nothing",
         "leave evaluate.max_new_tokens out",
     ),

@@ -147,7 +147,7 @@ def resolve_meaning(
     if recipe.data.validation is not None:
         every = fill("train.evaluate_every", every, max(1, math.ceil(total / 5)), "five times a run")
     answer = recipe.evaluate.max_new_tokens
-    if facts.needs.head == "lm":
+    if facts.needs.writes:
         room = min(1024, 8 + math.ceil(1.5 * longest_answer))
         answer = fill("evaluate.max_new_tokens", answer, room, "half as long again as the longest trained answer")
     return Meaning(
@@ -206,16 +206,7 @@ def resolve_placement(
             f"and {MEMORY_SHARE * free / memory.GIB:.1f} GiB may be used on {device}",
             f"{_shorter(facts)}, choose a smaller base, or free memory",
         )
-    usual = int(epoch.density * MICRO_TOKENS[device.type])
-    if facts.needs.coupling == "batch":  # in one micro-batch a step runs once, in several twice
-        usual = max(usual, meaning.batch_tokens or _tokens_of_a_micro_batch(meaning, None, longest))
-    tokens = int(min(usual, max(longest, room // per_token)))
-    if train.micro_batch_size is None:
-        defaults.append(
-            Default("train.micro_batch_size", f"up to {tokens} tokens", f"fits into {free / memory.GIB:.1f} GiB free")
-        )
-    else:
-        tokens = 1 << 40
+    size, tokens, step_tokens = _micro_batch(facts, meaning, longest, room // per_token, free, epoch, defaults)
     save = train.save_every
     if save is None:
         save = max(1, math.ceil(meaning.total_steps / 10))
@@ -229,14 +220,33 @@ def resolve_placement(
         workers=recipe.place.workers,
         precision=precision,
         packed=facts.packed,
-        micro_batch_size=train.micro_batch_size,
+        micro_batch_size=size,
         micro_batch_tokens=tokens,
         recompute=recompute,
         save_every=save,
     )
-    step_tokens = min(tokens, usual, _tokens_of_a_micro_batch(meaning, train.micro_batch_size, longest))
     held = memory.process_bytes(device) + memory.static_bytes(shape, device) + taught
     return placement, shape, held + per_token * step_tokens
+
+
+def _micro_batch(
+    facts: Facts, meaning: Meaning, longest: int, room: float, free: int, epoch: Epoch, defaults: list[Default]
+) -> tuple[int | None, int, int]:
+    """Examples and tokens that a micro-batch may hold, and the tokens of the largest; `room` is for so many."""
+    size = facts.recipe.train.micro_batch_size
+    usual = int(epoch.density * MICRO_TOKENS[choose_device(facts.recipe.place.device).type])
+    if facts.needs.coupling == "batch":  # in one micro-batch a step runs once, in several twice
+        usual = max(usual, meaning.batch_tokens or _tokens_of_a_micro_batch(meaning, None, longest))
+    if facts.needs.branches and size is None:
+        defaults.append(Default("train.micro_batch_size", 1, "a row with all that may be answered"))
+        return 1, 1, longest
+    tokens = int(min(usual, max(longest, room)))
+    if size is None:
+        fits = f"fits into {free / memory.GIB:.1f} GiB free"
+        defaults.append(Default("train.micro_batch_size", f"up to {tokens} tokens", fits))
+    else:
+        tokens = 1 << 40
+    return size, tokens, min(tokens, usual, _tokens_of_a_micro_batch(meaning, size, longest))
 
 
 def predict(

@@ -271,7 +271,7 @@ def _validation(
         if selected not in numbers:
             rows = [held.row(i) for i in range(len(held))]
             numbers[selected] = _value(selected, objective.predict(policy, rows, assets.renderer, spec), assets)
-        if objective.needs.head == "lm":
+        if objective.needs.writes:
             listen("sample", _as_sample(objective.predict(policy, [held.row(0)], assets.renderer, spec)[0]))
         return numbers
 

@@ -29,15 +29,28 @@ METHOD_NAMES = (
     *("prompt", "p_tuning", "prefix"),
 )
 OBJECTIVE_NAMES = (
-    *("classify", "distill", "multiple_choice", "pair", "pretrain", "regress", "retrieve", "sft", "span", "tag"),
+    *(
+        "classify",
+        "classify_lm",
+        "distill",
+        "multiple_choice",
+        "pair",
+        "pretrain",
+        "regress",
+        "retrieve",
+        "sft",
+        "span",
+        "tag",
+    ),
 )
-LM = ("distill", "pretrain", "sft")  # those with a language model's head
+WRITE = ("distill", "pretrain", "sft")
+LM = (*WRITE, "classify_lm")  # those with a language model's head
 KINDS: tuple[ModelKind, ...] = get_args(ModelKind)
 SERVED: dict[str, tuple[ModelKind, ...]] = {
     **dict.fromkeys(
         ("classify", "multiple_choice", "pair", "regress", "retrieve", "span", "tag"), ("encoder", "decoder")
     ),
-    "pretrain": ("decoder",),
+    **dict.fromkeys(("pretrain", "classify_lm"), ("decoder",)),
     **dict.fromkeys(("sft", "distill"), ("decoder", "encoder-decoder")),
 }
 FOLDERS: dict[ModelKind, str] = {"decoder": "tiny_llama", "encoder": "tiny_bert", "encoder-decoder": "tiny_t5"}
@@ -74,6 +87,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "tag": [{"tokens": ["a", COLOURS[i % 2], str(i)], "tags": ["O", f"B-{COLOURS[i % 2]}", "O"]} for i in range(20)],
     "pair": [{"text_a": f"a {i}", "text_b": COLOURS[i % 2], "label": COLOURS[i // 2 % 2]} for i in range(20)],
     "retrieve": [{"query": f"which {i}?", "positive": f"the {COLOURS[i % 2]} {i // 2}"} for i in range(20)],
+    "classify_lm": [{"text": f"a {COLOURS[i % 2]} {i}", "label": COLOURS[i % 2]} for i in range(20)],
     "classify": [{"text": f"a {COLOURS[i % 2]} {i}", "label": COLOURS[i % 2]} for i in range(20)],
 }
 LISTS, HELD_LISTS = (
@@ -105,7 +119,7 @@ class Cell:
             "train": {"max_steps": 2, "batch_size": 4, **asked.get("train", {})},
             "precision": asked.get("precision", "fp32"),
             "place": {"device": "cpu"},
-            "evaluate": {"limit": 2, **({"max_new_tokens": 2} if self.objective in LM else {})},
+            "evaluate": {"limit": 2, **({"max_new_tokens": 2} if self.objective in WRITE else {})},
         }
 
     def facts(self) -> Facts:

@@ -47,6 +47,7 @@ LABELLED = {
     "objective": {"name": "classify"},
 }
 IN_WINDOWS = {**LABELLED, "train.sequence_length": 8, "objective": {"name": "classify", "long": "windows"}}
+ANSWERING = {**LABELLED, "objective": {"name": "classify_lm"}}
 LISTED = {**LABELLED, "data.format": "text+labels"}
 SCORED = {**LABELLED, "data.format": "text+score", "objective": {"name": "regress"}}
 TAGGED = {**LABELLED, "data.format": "tokens+tags", "objective": {"name": "tag"}}
@@ -143,6 +144,8 @@ CHANGES: dict[str, Change] = {
     "objective.classify.threshold": Change(0.2, LISTED),
     "objective.classify.long": Change("windows", {**LABELLED, "train.sequence_length": 8}),
     "objective.classify.stride": Change(2, IN_WINDOWS),
+    "objective.classify_lm.prompt": Change("{text}?", ANSWERING),
+    "objective.classify_lm.score": Change("mean", ANSWERING),
     "objective.regress.long": Change("windows", {**SCORED, "train.sequence_length": 8}),
     "objective.regress.stride": Change(
         2, {**SCORED, "train.sequence_length": 8, "objective": {"name": "regress", "long": "windows"}}

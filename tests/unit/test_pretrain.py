@@ -105,7 +105,8 @@ def test_memory_is_planned_for_a_window_and_not_for_a_whole_document() -> None:
     from tunesmith.extent import longest
 
     prepared: Any = SimpleNamespace(train=SimpleNamespace(lengths=np.array([7, 9000])), tests={}, validation=None)
-    assert (longest(prepared, Sft(None), 64), longest(prepared, Pretrain(None), 64)) == (9000, 64)
+    facts: Any = None
+    assert (longest(facts, prepared, Sft(None), 64), longest(facts, prepared, Pretrain(None), 64)) == (9000, 64)
 
 
 def test_bits_per_byte_are_of_plain_text() -> None:

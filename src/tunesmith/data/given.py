@@ -125,12 +125,12 @@ def check_kinds(given: Sequence[Row], needs: ObjectiveNeeds, *, asking: bool) ->
     """Refuses rows that a model for these needs cannot read, and with `asking` those that ask it nothing."""
     for row in given:
         plain = "text" in row.value and len(row.value) == 1
-        if needs.head == "lm" and (asking or not plain) and "messages" not in row.value:
+        if needs.writes and (asking or not plain) and "messages" not in row.value:
             raise InputError(
                 f"{row.where}: a row of plain text asks nothing of a model that writes answers",
                 'give {"prompt": ...} or {"messages": [...]}',
             )
-        if needs.head == "pooled" and not any(row.value.keys() >= set(keys) for keys in needs.asks):
+        if not needs.writes and not any(row.value.keys() >= set(keys) for keys in needs.asks):
             what = next((said for key, said in _SAID.items() if key in row.value), "such a row")
             asked = ", ".join(f'"{key}": ...' for key in needs.asks[0])
             raise InputError(f"{row.where}: {what} is no {' and '.join(needs.asks[0])} to be read", f"give {{{asked}}}")

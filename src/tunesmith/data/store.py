@@ -149,6 +149,11 @@ class TokenStore:
         return self._field("trained")
 
     @property
+    def pieces(self) -> NDArray[np.int64]:
+        """How many pieces each example has."""
+        return self._field("pieces")
+
+    @property
     def cut(self) -> NDArray[np.int64]:
         """Tokens that truncation took from each example."""
         return self._field("cut")

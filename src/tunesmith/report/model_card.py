@@ -57,7 +57,8 @@ def model_card(summary: Summary, library: Library, merged: str | None = None) ->
     learned = plan["meaning"]["objective"][2] or {}
     needs = OBJECTIVES.get(objective).needs
     head, asked = str(needs.head), next(iter(needs.formats & QUESTIONS.keys()), None)
-    task = QUESTIONS[asked] if asked else FINDS if needs.searches else TASKS[needs.head, needs.vectors]
+    read = needs.head if needs.writes else "pooled"
+    task = QUESTIONS[asked] if asked else FINDS if needs.searches else TASKS[read, needs.vectors]
     entry = _entry(str(plan["base"]["name"]))
     adapter = library != "transformers"
     data = ModelCardData(
@@ -85,6 +86,7 @@ def model_card(summary: Summary, library: Library, merged: str | None = None) ->
             "plugged": adapter_hub.is_plugged(str(plan["base"]["model_type"])),
             "tokens": plan["meaning"]["method"][1].get("tokens"),
             "behind": _behind(method, plan["meaning"]["method"][1]),
+            "score": plan["meaning"]["objective"][1].get("score") or "sum",
             "chat": set(plan["audit"]["train"]["formats"]) != {"text"},
             "labels": learned.get("labels"),
             "finds": needs.searches,
