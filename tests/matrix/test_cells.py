@@ -29,19 +29,8 @@ METHOD_NAMES = (
     *("prompt", "p_tuning", "prefix"),
 )
 OBJECTIVE_NAMES = (
-    *(
-        "classify",
-        "classify_lm",
-        "distill",
-        "multiple_choice",
-        "pair",
-        "pretrain",
-        "regress",
-        "retrieve",
-        "sft",
-        "span",
-        "tag",
-    ),
+    *("classify", "classify_lm", "distill", "multiple_choice", "pair", "pretrain", "regress", "retrieve", "sft"),
+    *("span", "tag"),
 )
 WRITE = ("distill", "pretrain", "sft")
 LM = (*WRITE, "classify_lm")  # those with a language model's head
