@@ -24,7 +24,10 @@ REGISTERED = {
     "method": (METHODS, METHOD_NAMES),
     "objective": (
         OBJECTIVES,
-        ("classify", "distill", "multiple_choice", "pair", "pretrain", "regress", "retrieve", "sft", "span", "tag"),
+        (
+            *("classify", "classify_lm", "distill", "multiple_choice", "pair", "pretrain", "regress", "retrieve"),
+            *("sft", "span", "tag"),
+        ),
     ),
 }
 BASE: dict[str, Any] = {
