@@ -93,6 +93,14 @@ def test_bleu_is_that_of_sacrebleu_over_all_rows(pairs: list[tuple[str, str]]) -
     assert resamples.tolist() == pytest.approx([once, twice])
 
 
+@given(st.lists(st.tuples(WORDS, WORDS, WORDS), min_size=1, max_size=6))
+def test_bleu_of_two_references_is_sacrebleus(rows: list[tuple[str, str, str]]) -> None:
+    metric = METRICS.get("bleu")([])
+    found = [metric.statistics(Prediction(said, one, "row", other_references=(two,))) for said, one, two in rows]
+    said, *references = map(list, zip(*rows, strict=True))
+    assert float(metric.aggregate(np.sum(found, axis=0))) == pytest.approx(corpus_bleu(said, references).score / 100)
+
+
 @pytest.mark.parametrize(
     ("references", "measured"),
     [

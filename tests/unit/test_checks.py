@@ -44,6 +44,13 @@ def test_conversations_are_shared_by_what_comes_before_the_last_answer() -> None
     assert unanswered == (one[0], one[0])
 
 
+def test_other_answers_are_part_of_the_answer() -> None:
+    one = conversation(("user", "Hi"), ("assistant", "A"))
+    two, three = ({**one, "other_answers": others} for others in (["B"], ["B", "C"]))
+    assert row_keys(one)[0] == row_keys(two)[0] == row_keys(three)[0]
+    assert len({row_keys(row)[1] for row in (one, two, three)}) == 3
+
+
 def test_tools_and_tool_calls_tell_rows_apart() -> None:
     plain = conversation(("user", "Hi"), ("assistant", "A"))
     assert row_keys(plain)[0] != row_keys({**plain, "tools": [{"name": "f"}]})[0]

@@ -112,6 +112,11 @@ def test_each_sample_is_detected_as_its_format(name: str) -> None:
         ),
         ({"prompt": "Hi", "completion": "Hello!"}, {"messages": [USER, ANSWER]}),
         (
+            {"prompt": "Hi", "completion": ["Hello!", "Hey.", "Good day."]},
+            {"messages": [USER, ANSWER], "other_answers": ["Hey.", "Good day."]},
+        ),
+        ({"prompt": "Hi", "completion": ["Hello!"]}, {"messages": [USER, ANSWER]}),
+        (
             {"prompt": [USER, ANSWER, USER], "completion": [ANSWER]},
             {"messages": [USER, {**ANSWER, "train": False}, USER, ANSWER]},
         ),
@@ -179,6 +184,9 @@ def test_unknown_columns_are_told_how_to_be_mapped() -> None:
         ({"text": "a", "labels": ["x", "x"]}, "labels: the label 'x' is given twice"),
         ({"prompt": "a", "completion": ""}, "completion: the text is empty"),
         ({"prompt": None, "completion": "a"}, "prompt: the value is null"),
+        ({"prompt": "a", "completion": ["b", ""]}, "completion[1]: must be a text, this is str ''"),
+        ({"prompt": "a", "completion": ["b", ANSWER]}, "completion[1]: must be a text, this is dict"),
+        ({"prompt": "a", "completion": []}, "completion: the conversation is empty"),
         ({"instruction": "a", "output": None}, "output: the value is null"),
         ({"instruction": "a", "output": "b", "history": [["x"]]}, "history[0]: must be two texts"),
         ({"messages": []}, "messages: the conversation is empty"),

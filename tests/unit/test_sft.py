@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from chat_families import tokenizer_of
+from tunesmith import api
 from tunesmith.data.chat import Renderer
+from tunesmith.evaluation import answers
 from tunesmith.objectives.sft import Sft
 from tunesmith.types import Completion, Row, SampleSpec
 
@@ -85,3 +88,12 @@ def test_rows_of_plain_text_teach_no_way_to_ask() -> None:
     objective = Sft(None)
     objective.fit([Row({"text": "42"}, "row")])
     assert objective.describe() == {"system": None, "without_thinking": False}
+
+
+def test_of_several_answers_the_first_is_learned_and_each_is_right(tiny_llama: Path, tmp_path: Path) -> None:
+    asked = {"model": str(tiny_llama), "objective": "sft", "method": "full", "train": {"max_steps": 1}}
+    asked |= {"precision": "fp32", "place": {"device": "cpu"}, "evaluate": {"max_new_tokens": 2}}
+    rows = [{"prompt": f"Colour {n}?", "completion": ["blue", "navy", "azure"]} for n in range(4)]
+    run = api.train(asked, data={"train": rows[:3], "test": rows[3:]}, out=tmp_path / "run").path
+    (row,) = answers.read(run, "test")
+    assert row.answers["tuned"].references == row.answers["base"].references == ("blue", "navy", "azure")

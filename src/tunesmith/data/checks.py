@@ -30,7 +30,7 @@ def row_keys(value: Mapping[str, Any]) -> tuple[bytes, bytes]:
     apart comes before the answer, both keys are of the whole.
     """
     if "messages" in value:
-        return _conversation_keys(value["messages"], value.get("tools"))
+        return _conversation_keys(value["messages"], value.get("tools"), value.get("other_answers", ()))
     text = _shown(value)
     shown = hashlib.blake2b(normalise(text).encode(), digest_size=KEY_BYTES)
     whole = shown.copy()
@@ -79,7 +79,7 @@ def _shown(value: Mapping[str, Any]) -> str:
     return value.get("text") or value.get("query") or _both(value) or " ".join(value["tokens"])
 
 
-def _conversation_keys(messages: Sequence[Mapping[str, Any]], tools: Any) -> tuple[bytes, bytes]:
+def _conversation_keys(messages: Sequence[Mapping[str, Any]], tools: Any, others: Sequence[str]) -> tuple[bytes, bytes]:
     last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=len(messages))
     digest = hashlib.blake2b(orjson.dumps(tools, option=orjson.OPT_SORT_KEYS) if tools else b"", digest_size=KEY_BYTES)
     for message in messages[:last]:
@@ -88,6 +88,8 @@ def _conversation_keys(messages: Sequence[Mapping[str, Any]], tools: Any) -> tup
     shown = digest.digest()
     for message in messages[last:]:
         digest.update(_said(message))
+    for answer in others:
+        digest.update(b"\x1d" + normalise(answer).encode())
     whole = digest.digest()
     return (shown if asked else whole), whole
 

@@ -90,15 +90,20 @@ def _alpaca(fields: Fields) -> Value:
 
 
 def _prompt_completion(fields: Fields) -> Value:
-    """Only the completion is learned, whatever answers the prompt holds."""
+    """Only the completion is learned, whatever answers the prompt holds; of several texts the first."""
     found: list[Value] = []
+    others: list[str] = []
     for name, role in (("prompt", "user"), ("completion", "assistant")):
-        if isinstance(fields.need(name), list):
+        given = fields.need(name)
+        if role == "assistant" and isinstance(given, list) and given and isinstance(given[0], str):
+            first, *others = fields.texts(name)
+            found.append(_turn(role, first))
+        elif isinstance(given, list):
             said = conversation.messages(fields, name)
             found += conversation.untrained(said) if role == "user" else said
         else:
             found.append(_turn(role, fields.text(name)))
-    return {"messages": found, **conversation.tools(fields)}
+    return {"messages": found, **conversation.tools(fields), **({"other_answers": others} if others else {})}
 
 
 def _text_label(fields: Fields) -> Value:

@@ -145,8 +145,8 @@ class Chrf(_Share):
 class Bleu:
     """BLEU-4 of all rows together (Papineni et al. 2002), by sacrebleu, its tokenizer 13a and its smoothing.
 
-    A fraction, where sacrebleu writes percent. Statistics: lengths of output and reference, then matches and counts of
-    the n-grams to 4.
+    A fraction, where sacrebleu writes percent. Statistics: lengths of output and of the reference nearest to it in
+    length, then matches with any reference and counts of the n-grams to 4.
     """
 
     name: ClassVar[str] = "bleu"
@@ -164,7 +164,8 @@ class Bleu:
         del labels
 
     def statistics(self, prediction: Prediction) -> tuple[float, ...]:
-        found = _bleu().corpus_score([prediction.output], [[reference_of(prediction, self.name)]])
+        reference_of(prediction, self.name)
+        found = _bleu().corpus_score([prediction.output], [[reference] for reference in prediction.references])
         return (float(found.sys_len), float(found.ref_len), *map(float, found.counts), *map(float, found.totals))
 
     def aggregate(self, sums: FloatArray) -> FloatArray:

@@ -120,6 +120,7 @@ class Sft:
                 where=row.where,
                 scores=scores.get(index, {}),
                 finished=index not in completions or completions[index].finished,
+                other_references=tuple(row.value.get("other_answers", ())),
             )
             for index, row in enumerate(rows)
         ]
