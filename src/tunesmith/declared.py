@@ -70,8 +70,9 @@ class ObjectiveNeeds:
     recipe names others. `baseline`: what the tuned model is compared with where the base has no trained head
     (`evaluation.baselines`). `fresh_head`: a head begins anew above the base's vectors; `searches`: answers are found
     in a corpus (`data.corpus`). `asks`: what a row to be read must have, all of one of these. `teacher`: it learns from
-    another model. `generates`: with a language model's head, answers are written token by token. `branches`: the pieces
-    of an example are a beginning and what may follow it, each alone.
+    another model. `generates`: with a language model's head, answers are written token by token. `branches`: the
+    pieces of an example are a beginning and what may follow it, each alone. `negatives`: wrong passages that a row is
+    given; `rereads`: of the passages that the base finds, those that are read again; both if the options do not say.
     """
 
     summary: str
@@ -91,6 +92,8 @@ class ObjectiveNeeds:
     teacher: bool = False
     generates: bool = True
     branches: bool = False
+    negatives: int = 0
+    rereads: int = 0
 
     @property
     def writes(self) -> bool:

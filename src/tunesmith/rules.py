@@ -182,7 +182,7 @@ RULES: tuple[Rule, ...] = (
         lambda f: (
             f.recipe.train.batch_tokens is not None
             and f.needs.searches
-            and bool(f.recipe.objective.options.get("negatives"))
+            and bool(f.recipe.objective.options.get("negatives", f.needs.negatives))
         ),
         "train.batch_tokens counts tokens, and objective.negatives adds some that are known once training begins",
         "set train.batch_size",
@@ -196,6 +196,13 @@ RULES: tuple[Rule, ...] = (
         "the loss of {f.objective_name} is of all rows of a step together, and train.micro_batch_size cuts it",
         "",
         substitute="each micro-batch runs twice (cached gradients): slower, the same gradient",
+    ),
+    Rule(
+        ("objective", "data.corpus"),
+        lambda f: f.needs.rereads > 0,
+        "{f.objective_name} takes a pass of the model for each passage that it reads beside a query",
+        "",
+        substitute="it reads the first {depth} that the vectors of {f.model.name} find, or all where there are fewer",
     ),
     Rule(
         ("evaluate.max_new_tokens", "objective"),
@@ -356,6 +363,7 @@ def judge(facts: Facts) -> tuple[list[Conflict], list[str]]:
         "other_method": facts.first_beneath(lambda one: one.method not in facts.method.stands_on),
         "other_head": facts.first_beneath(lambda one: one.head != facts.needs.head),
         "with_tokens": facts.first_beneath(lambda one: bool(one.tokens)),
+        "depth": facts.recipe.objective.options.get("depth", facts.needs.rereads),
         "baseline": BASELINES[facts.needs.baseline].shown if facts.needs.baseline else "",
         "missing_trackers": ", ".join(name for name, _ in facts.missing_trackers),
         "missing_packages": " ".join(package for _, package in facts.missing_trackers),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +70,7 @@ def build(plan: Plan, assets: Assets) -> Policy:
             assets.method.fit(policy, _first_batches(plan, assets, policy))
     else:
         _load_trained(policy, assets.method, assets.previous / "model", placement, assets.beneath)
+    policy.as_base = _reentrant(partial(assets.method.reference, policy))
     _accelerate(policy, placement.precision)
     if placement.recompute:
         policy.model.activation_checkpointing_enable({"use_reentrant": False})
@@ -182,6 +185,7 @@ def load(
     policy = _policy(local, renderer, objective, method, placement, card["pooling"], tokens, shared)
     if trained:
         _load_trained(policy, method, folder, placement, beneath.held(folder, card))
+        policy.as_base = _reentrant(partial(method.reference, policy))
     if shared is None:
         _accelerate(policy, precision)
     else:
@@ -316,6 +320,26 @@ def _policy(
     for spec in objective.heads():
         policy.add_head(Head(spec, policy.width))
     return policy
+
+
+def _reentrant(enter: Callable[[], AbstractContextManager[None]]) -> Callable[[], AbstractContextManager[None]]:
+    """Contexts that may be entered inside each other, the inner ones for nothing."""
+    inside = False
+
+    @contextmanager
+    def entered() -> Generator[None]:
+        nonlocal inside
+        if inside:
+            yield
+            return
+        inside = True
+        try:
+            with enter():
+                yield
+        finally:
+            inside = False
+
+    return entered
 
 
 def _accelerate(policy: Policy, precision: str) -> None:

@@ -108,7 +108,7 @@ def _train(run: RunDir, plan: Plan, assets: Assets, policy: Policy, stop: StopRe
     objective, method, prepared, training = assets.objective, assets.method, assets.prepared, plan.training
     columns, held_columns = _frozen_vectors(plan, assets, policy, listen)
     _ground(assets, policy)
-    examples = _mined(plan, assets, policy, listen)
+    examples = _mined("train", prepared.train, plan, assets, policy, listen)
     own = method.rules(policy, training.total_steps) if isinstance(method, Ruled) else []
     rules: list[GradientRule] = [*own, Clip(training.clip)]
     engine = NativeEngine(
@@ -123,6 +123,9 @@ def _train(run: RunDir, plan: Plan, assets: Assets, policy: Policy, stop: StopRe
     )
     source = _source(plan, assets, policy, examples, columns)
     validation, heard = prepared.validation, Deferred(listen)
+    held: Examples | None = validation
+    if validation is not None and assets.facts.needs.coupling != "batch":  # else the other rows' passages will do
+        held = _mined("validation", validation, plan, assets, policy, listen)
     monitor = Monitor(
         run,
         training,
@@ -130,7 +133,7 @@ def _train(run: RunDir, plan: Plan, assets: Assets, policy: Policy, stop: StopRe
         engine,
         source,
         rules,
-        validate=_validation(plan, assets, policy, validation, held_columns, heard) if validation is not None else None,
+        validate=None if held is None else _validation(plan, assets, policy, held, held_columns, heard),
         selects=_selection(plan),
         stop=stop,
         listen=heard,
@@ -175,21 +178,21 @@ def _groups(plan: Plan, assets: Assets, policy: Policy) -> list[dict[str, Any]]:
     ]
 
 
-def _mined(plan: Plan, assets: Assets, policy: Policy, listen: Listen) -> Examples:
-    """The training examples, with what the objective adds by the model as it starts; chosen once for such a start."""
-    store, objective = assets.prepared.train, assets.objective
+def _mined(name: str, store: TokenStore, plan: Plan, assets: Assets, policy: Policy, listen: Listen) -> Examples:
+    """Examples with what the objective adds to them by the model as it starts; chosen once for such a start."""
+    objective = assets.objective
     if not isinstance(objective, Mines) or not objective.mines:
         return store
     rows = [store.row(i) for i in range(len(store))]
     start = None if assets.previous is None else rundir.sha256_file(assets.previous / "model" / CARD)
     meant = [plan.meaning["base"], plan.meaning["objective"], plan.meaning["data"], plan.meaning["renderer"], start]
-    key = digest([code_version(), *meant, policy.pooling, plan.placement.precision, str(policy.device)])
+    key = digest([name, code_version(), *meant, policy.pooling, plan.placement.precision, str(policy.device)])
     path, shape = cache_dir() / "mined" / f"{key}.i32", (len(rows), objective.mines)
     if path.is_file() and path.stat().st_size == 4 * shape[0] * shape[1]:
         mined_NK = np.fromfile(path, dtype=np.int32).reshape(shape)
     else:
         listen("phase", {"name": "mining", "what": f"negatives of {len(rows):,} rows"})
-        with nullcontext() if assets.previous else assets.method.reference(policy):
+        with nullcontext() if assets.previous else policy.as_base():
             mined_NK = objective.mine(policy, rows, assets.renderer)
         path.parent.mkdir(parents=True, exist_ok=True)
         rundir.write_file(path, mined_NK.tobytes(), shared=True)
@@ -258,15 +261,15 @@ def _vectors(name: str, store: TokenStore, plan: Plan, policy: Policy, listen: L
 
 
 def _validation(
-    plan: Plan, assets: Assets, policy: Policy, store: TokenStore | None, columns: Columns, listen: Listen
+    plan: Plan, assets: Assets, policy: Policy, examples: Examples, columns: Columns, listen: Listen
 ) -> Callable[[], dict[str, float]]:
     """Measures the validation rows, and shows an answer to one of them where answers are generated."""
-    assert store is not None
-    held = store
+    held = assets.prepared.validation
+    assert held is not None
     objective, selected = assets.objective, _selection(plan)[0]
 
     def validate() -> dict[str, float]:
-        numbers = losses(policy, objective, held, plan.placement.micro_batch_tokens, columns)
+        numbers = losses(policy, objective, examples, plan.placement.micro_batch_tokens, columns)
         spec = SampleSpec(plan.training.max_new_tokens)
         if selected not in numbers:
             rows = [held.row(i) for i in range(len(held))]

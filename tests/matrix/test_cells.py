@@ -29,15 +29,15 @@ METHOD_NAMES = (
     *("prompt", "p_tuning", "prefix"),
 )
 OBJECTIVE_NAMES = (
-    *("classify", "classify_lm", "distill", "multiple_choice", "pair", "pretrain", "regress", "retrieve", "sft"),
-    *("span", "tag"),
+    *("classify", "classify_lm", "distill", "multiple_choice", "pair", "pretrain", "regress"),
+    *("rerank", "retrieve", "sft", "span", "tag"),
 )
 WRITE = ("distill", "pretrain", "sft")
 LM = (*WRITE, "classify_lm")  # those with a language model's head
 KINDS: tuple[ModelKind, ...] = get_args(ModelKind)
 SERVED: dict[str, tuple[ModelKind, ...]] = {
     **dict.fromkeys(
-        ("classify", "multiple_choice", "pair", "regress", "retrieve", "span", "tag"), ("encoder", "decoder")
+        ("classify", "multiple_choice", "pair", "regress", "rerank", "retrieve", "span", "tag"), ("encoder", "decoder")
     ),
     **dict.fromkeys(("pretrain", "classify_lm"), ("decoder",)),
     **dict.fromkeys(("sft", "distill"), ("decoder", "encoder-decoder")),
@@ -75,6 +75,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     ],
     "tag": [{"tokens": ["a", COLOURS[i % 2], str(i)], "tags": ["O", f"B-{COLOURS[i % 2]}", "O"]} for i in range(20)],
     "pair": [{"text_a": f"a {i}", "text_b": COLOURS[i % 2], "label": COLOURS[i // 2 % 2]} for i in range(20)],
+    "rerank": [{"query": f"which {i}?", "positive": f"the {COLOURS[i % 2]} {i // 2}"} for i in range(20)],
     "retrieve": [{"query": f"which {i}?", "positive": f"the {COLOURS[i % 2]} {i // 2}"} for i in range(20)],
     "classify_lm": [{"text": f"a {COLOURS[i % 2]} {i}", "label": COLOURS[i % 2]} for i in range(20)],
     "classify": [{"text": f"a {COLOURS[i % 2]} {i}", "label": COLOURS[i % 2]} for i in range(20)],
@@ -221,6 +222,8 @@ def test_a_cell_runs_is_substituted_or_is_refused(cell: Cell) -> None:
     assert any("majority" in text for text in substitutions) == (cell.objective == "classify")
     assert any("mean" in text for text in substitutions) == (cell.objective == "regress")
     assert any("the cosine of the base" in text for text in substitutions) == (cell.objective == "pair")
+    assert any("reads the first 50" in text for text in substitutions) == (cell.objective == "rerank")
+    assert any("the base's own vectors" in text for text in substitutions) == (cell.objective == "rerank")
     assert any("drawn at random" in text for text in substitutions) == (cell.objective == "multiple_choice")
     assert any("most of the question's words" in text for text in substitutions) == (cell.objective == "span")
     assert any("the tag that each word" in text for text in substitutions) == (cell.objective == "tag")

@@ -25,8 +25,8 @@ REGISTERED = {
     "objective": (
         OBJECTIVES,
         (
-            *("classify", "classify_lm", "distill", "multiple_choice", "pair", "pretrain", "regress", "retrieve"),
-            *("sft", "span", "tag"),
+            *("classify", "classify_lm", "distill", "multiple_choice", "pair", "pretrain", "regress"),
+            *("rerank", "retrieve", "sft", "span", "tag"),
         ),
     ),
 }
@@ -56,6 +56,7 @@ SCORED = {**LABELLED, "data.format": "text+score", "objective": {"name": "regres
 TAGGED = {**LABELLED, "data.format": "tokens+tags", "objective": {"name": "tag"}}
 ANSWERED = {**LABELLED, "data.format": "query+positive", "objective": {"name": "retrieve"}, "data.test": "asked.jsonl"}
 MINED = {**ANSWERED, "objective": {"name": "retrieve", "negatives": 1, "margin": 2.0}}
+RANKED = {**ANSWERED, "objective": {"name": "rerank", "negatives": 1, "depth": 4}}
 PAIRED = {**LABELLED, "data.format": "text_a+text_b+label", "objective": {"name": "pair"}}
 TAUGHT = {"objective": {"name": "distill"}, "teacher": "other-llama"}
 CHOSEN = {**LABELLED, "data.format": "question+choices+label", "objective": {"name": "multiple_choice"}}
@@ -162,6 +163,12 @@ CHANGES: dict[str, Change] = {
     "objective.pair.compare": Change("vectors", PAIRED),
     "objective.retrieve.negatives": Change(2, MINED),
     "objective.retrieve.margin": Change(0.01, MINED),
+    "objective.rerank.pooling": Change("first", RANKED),
+    "objective.rerank.hidden": Change(8, RANKED),
+    "objective.rerank.negatives": Change(2, RANKED),
+    "objective.rerank.depth": Change(3, RANKED),
+    "objective.rerank.query_prefix": Change("query: ", RANKED),
+    "objective.rerank.passage_prefix": Change("passage: ", RANKED),
     "objective.retrieve.pooling": Change("first", ANSWERED),
     "objective.retrieve.temperature": Change(0.5, ANSWERED),
     "objective.retrieve.symmetric": Change(True, ANSWERED),

@@ -66,7 +66,7 @@ class Drawn(Retrieve):
         super().__init__(Retrieve.Options(temperature=0.5))
         self.of = {QUERY: queries, "passage": passages}
 
-    def _vectors(self, policy: Any, role: str, texts: Any, renderer: Any, spec: Any) -> NDArray[np.float32]:
+    def vectors(self, policy: Any, role: str, texts: Any, renderer: Any, spec: Any) -> NDArray[np.float32]:
         return self.of[role][[int(text) for text in texts]]
 
 
@@ -301,7 +301,7 @@ def test_mined_negatives_are_the_nearest_wrong_passages(
     objective = Drawn(drawn[queries], drawn[passages])
     objective.options = Retrieve.Options.model_validate({"negatives": count, "margin": margin})
     found = objective.mine(None, rows, None)  # type: ignore[arg-type]
-    order = list(objective._passages(rows))
+    order = list(objective.passages(rows))
     for q, own, mined in zip(asked, answers, found.tolist(), strict=True):
         known = {p for other, more in zip(asked, answers, strict=True) if other == q for p in more}
         scores = {p: float(drawn[queries][q] @ drawn[passages][p]) for p in range(passages)}

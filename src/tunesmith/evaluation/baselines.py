@@ -43,6 +43,11 @@ BASELINES: Mapping[str, Baseline] = {
         "giving each word the tag that it has most often in training",
         "the tag that each word has most often in the training rows",
     ),
+    "vectors": Baseline(
+        "order by the base's vectors",
+        "the order of passages by its base's vectors",
+        "the order of the passages by the base's own vectors, before any is read beside the query",
+    ),
     "chance": Baseline("guess at random", "guessing at random", "a choice drawn at random for each row"),
     "overlap": Baseline(
         "sentence nearest to the question",

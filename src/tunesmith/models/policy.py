@@ -53,7 +53,7 @@ class Policy(nn.Module):
     `autocast` is the dtype of matrix products, None for the weights' own. `share_prefixes`: what all
     segments of a row begin with is computed once, where that changes nothing. `weights` reads the base's state, or that
     of a folder that its `save_pretrained` wrote, from disk, for methods that change it. `virtual`: tokens that stand
-    before every segment and are seen by nobody but the model.
+    before every segment and are seen by nobody but the model. `as_base`: inside, the model is its base again.
     """
 
     def __init__(
@@ -77,6 +77,7 @@ class Policy(nn.Module):
         self._serves: bool | None = None  # what shared_prefix says of the model in this mode; see `train`
         self.asked = 0  # attention calls of the last packed forward
         self.weights: WeightsOf = _no_weights
+        self.as_base: Callable[[], AbstractContextManager[None]] = nullcontext
         self.virtual: Virtual | None = None
         self._virtual_off = False
         self.heads = nn.ModuleDict()

@@ -105,8 +105,8 @@ class Retrieve:
 
     def example(self, row: Row, renderer: Renderer) -> Example:
         """The query, the passages that answer it, and those that are known not to."""
-        roles = ((QUERY, [row.value["query"]]), (POSITIVE, self._texts(row, "positive")))
-        asked = [(role, text) for role, texts in (*roles, (NEGATIVE, self._texts(row, "negative"))) for text in texts]
+        roles = ((QUERY, [row.value["query"]]), (POSITIVE, self.texts(row, "positive")))
+        asked = [(role, text) for role, texts in (*roles, (NEGATIVE, self.texts(row, "negative"))) for text in texts]
         found = [(role, self._read(role, text, renderer)) for role, text in asked]
         pieces = tuple(Piece(encoded.input_ids, role=role) for role, encoded in found)
         return Example(pieces, cut=sum(encoded.cut for _, encoded in found))
@@ -142,14 +142,14 @@ class Retrieve:
         Passages above `margin` of the nearest right one's cosine are passed over (Moreira et al. 2024, arXiv
         2407.15831, section 3, TopK-PercPos).
         """
-        texts, spec = list(self._passages(rows)), SampleSpec(1)
+        texts, spec = list(self.passages(rows)), SampleSpec(1)
         place = {text: at for at, text in enumerate(texts)}
         known: dict[str, set[int]] = {}
-        own_NA = [[place[text] for text in self._texts(row, "positive")] for row in rows]
+        own_NA = [[place[text] for text in self.texts(row, "positive")] for row in rows]
         for row, own in zip(rows, own_NA, strict=True):
             known.setdefault(row.value["query"], set()).update(own)
-        passage_PD = self._vectors(policy, POSITIVE, texts, renderer, spec)
-        query_QD = self._vectors(policy, QUERY, [row.value["query"] for row in rows], renderer, spec)
+        passage_PD = self.vectors(policy, POSITIVE, texts, renderer, spec)
+        query_QD = self.vectors(policy, QUERY, [row.value["query"] for row in rows], renderer, spec)
         mined_NK = np.full((len(rows), self.mines), -1, dtype=np.int32)
         for at, (row, own) in enumerate(zip(rows, own_NA, strict=True)):
             cosine_P = passage_PD @ query_QD[at]
@@ -162,7 +162,7 @@ class Retrieve:
         return mined_NK
 
     def added(self, mined_NK: NDArray[np.int32], rows: Sequence[Row], renderer: Renderer) -> list[tuple[Piece, ...]]:
-        texts = list(self._passages(rows))
+        texts = list(self.passages(rows))
         wanted = np.unique(mined_NK[mined_NK >= 0]).tolist()
         pieces = {at: Piece(self._read(POSITIVE, texts[at], renderer).input_ids, role=NEGATIVE) for at in wanted}
         return [tuple(pieces[at] for at in own if at >= 0) for own in mined_NK.tolist()]
@@ -172,41 +172,26 @@ class Retrieve:
 
         Searched are the corpus, if there is one, and the passages of the rows; each different text is one passage.
         """
-        passages = self._passages(rows)
+        passages = self.passages(rows)
         place = {text: at for at, text in enumerate(passages)}
-        passage_PD = self._vectors(policy, POSITIVE, list(passages), renderer, spec)
-        query_QD = self._vectors(policy, QUERY, [row.value["query"] for row in rows], renderer, spec)
+        passage_PD = self.vectors(policy, POSITIVE, list(passages), renderer, spec)
+        query_QD = self.vectors(policy, QUERY, [row.value["query"] for row in rows], renderer, spec)
         names = list(passages.values())
         found: list[Prediction] = []
         for start in range(0, len(rows), CHUNK):
             cosine_CP = query_QD[start : start + CHUNK] @ passage_PD.T
             for row, cosine_P in zip(rows[start : start + CHUNK], cosine_CP, strict=True):
-                found.append(self._found(row, names, [place[t] for t in self._texts(row, "positive")], cosine_P))
+                answers = [place[text] for text in self.texts(row, "positive")]
+                found.append(ranked(row, names, answers, cosine_P, self.options.temperature))
         return found
 
-    def _found(
-        self, row: Row, names: Sequence[str], answers: Sequence[int], cosine_P: NDArray[np.float32]
-    ) -> Prediction:
-        best = int(cosine_P.argmax())
-        scores = {"score": float(cosine_P[best]), "candidates": float(len(names))}
-        if not answers:
-            return Prediction(names[best], None, row.where, scores)
-        others_P = np.delete(cosine_P, answers)
-        own_A = np.sort(cosine_P[list(answers)])[::-1]
-        rank_A = np.array([np.count_nonzero(others_P >= own) for own in own_A]) + np.arange(1, len(own_A) + 1)
-        score_A, other_P = (cosine.astype(np.float64) / self.options.temperature for cosine in (own_A, others_P))
-        against = np.logaddexp.reduce(other_P) if len(other_P) else -np.inf
-        nll = float(np.logaddexp(0.0, against - score_A).mean())
-        scores |= {"rank": float(rank_A[0]), "recall_at_10": float((rank_A <= TOP).mean()), "nll": nll, "tokens": 1.0}
-        return Prediction(names[best], "\n".join(names[answer] for answer in answers), row.where, scores)
-
-    def _passages(self, rows: Sequence[Row]) -> dict[str, str]:
+    def passages(self, rows: Sequence[Row]) -> dict[str, str]:
         """All that is searched: each text with what it is called."""
         found: dict[str, str] = {}
         for name, text in self.corpus.passages() if self.corpus is not None else ():
             found.setdefault(text, name)
         for row in rows:
-            for text in (*self._texts(row, "positive"), *self._texts(row, "negative")):
+            for text in (*self.texts(row, "positive"), *self.texts(row, "negative")):
                 found.setdefault(text, text)
         if not found:
             raise InputError(
@@ -215,7 +200,7 @@ class Retrieve:
             )
         return found
 
-    def _texts(self, row: Row, what: str) -> list[str]:
+    def texts(self, row: Row, what: str) -> list[str]:
         """The row's passages, which it has itself or names by the ids of a corpus."""
         names: Sequence[str] = row.value.get(f"{what}_ids", ())
         if names and self.corpus is None:
@@ -226,15 +211,37 @@ class Retrieve:
         own = [self.corpus.text(name) for name in names] if self.corpus is not None else []
         return list(dict.fromkeys([*own, *row.value.get(f"{what}s", ())]))
 
-    def _vectors(
+    def vectors(
         self, policy: Policy, role: str, texts: Sequence[str], renderer: Renderer, spec: SampleSpec
     ) -> NDArray[np.float32]:
+        """[N, D] of length 1, of texts of one role."""
         examples = [Example((Piece(self._read(role, text, renderer).input_ids, role=role),)) for text in texts]
         return torch.stack(read_each(policy, self.embed, examples, spec)).numpy()
 
     def _read(self, role: str, text: str, renderer: Renderer) -> Encoded:
         prefix = self.options.query_prefix if role == QUERY else self.options.passage_prefix
         return renderer.text(prefix + text)
+
+
+def ranked(
+    row: Row, names: Sequence[str], answers: Sequence[int], score_P: NDArray[np.floating[Any]], temperature: float
+) -> Prediction:
+    """The passage of the highest score, and where those stand that answer, whose positions are `answers`.
+
+    Equal scores count against them. The nll is that of the softmax of scores / temperature.
+    """
+    best = int(score_P.argmax())
+    scores = {"score": float(score_P[best]), "candidates": float(len(names))}
+    if not answers:
+        return Prediction(names[best], None, row.where, scores)
+    others_P = np.delete(score_P, answers)
+    own_A = np.sort(score_P[list(answers)])[::-1]
+    rank_A = np.array([np.count_nonzero(others_P >= own) for own in own_A]) + np.arange(1, len(own_A) + 1)
+    score_A, other_P = (score.astype(np.float64) / temperature for score in (own_A, others_P))
+    against = np.logaddexp.reduce(other_P) if len(other_P) else -np.inf
+    nll = float(np.logaddexp(0.0, against - score_A).mean())
+    scores |= {"rank": float(rank_A[0]), "recall_at_10": float((rank_A <= TOP).mean()), "nll": nll, "tokens": 1.0}
+    return Prediction(names[best], "\n".join(names[answer] for answer in answers), row.where, scores)
 
 
 @dataclass(frozen=True, slots=True)

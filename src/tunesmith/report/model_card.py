@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from tunesmith.declared import ObjectiveNeeds
 from tunesmith.methods import METHODS, adapter_hub
 from tunesmith.models.catalog import Entry, entry_named, entry_of_hub_id
 from tunesmith.objectives import OBJECTIVES
@@ -40,7 +41,7 @@ TASKS = {
     ("pooled", "token"): "token-classification",
     ("pooled", "pair"): "text-classification",
 }
-FINDS = "sentence-similarity"
+FINDS, RANKS = "sentence-similarity", "text-ranking"
 QUESTIONS = {"span": "question-answering", "choices": "multiple-choice"}  # by the kind of rows
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _LOCAL = re.compile(r"[/\\]|\.\w{1,8}$")
@@ -57,8 +58,7 @@ def model_card(summary: Summary, library: Library, merged: str | None = None) ->
     learned = plan["meaning"]["objective"][2] or {}
     needs = OBJECTIVES.get(objective).needs
     head, asked = str(needs.head), next(iter(needs.formats & QUESTIONS.keys()), None)
-    read = needs.head if needs.writes else "pooled"
-    task = QUESTIONS[asked] if asked else FINDS if needs.searches else TASKS[read, needs.vectors]
+    task = _task(needs, asked)
     entry = _entry(str(plan["base"]["name"]))
     adapter = library != "transformers"
     data = ModelCardData(
@@ -89,11 +89,12 @@ def model_card(summary: Summary, library: Library, merged: str | None = None) ->
             "score": plan["meaning"]["objective"][1].get("score") or "sum",
             "chat": set(plan["audit"]["train"]["formats"]) != {"text"},
             "labels": learned.get("labels"),
-            "finds": needs.searches,
+            "finds": task == FINDS,
+            "ranks": task == RANKS,
             "two": _compared(plan["meaning"]["objective"][1]) if needs.vectors == "pair" else None,
             "tags": learned.get("tags"),
             "asked": asked,
-            "layer": asked or _layer(needs.vectors, learned),
+            "layer": "rank" if task == RANKS else asked or _layer(needs.vectors, learned),
             "longest": plan["meaning"]["objective"][1].get("max_answer_tokens") or LONGEST_ANSWER,
             "unanswerable": learned.get("unanswerable"),
             "hidden": plan["meaning"]["objective"][1].get("hidden"),
@@ -107,6 +108,15 @@ def model_card(summary: Summary, library: Library, merged: str | None = None) ->
         },
     )
     return str(ModelCard(f"---\n{data.to_yaml(line_break=chr(10))}\n---\n\n{body}", ignore_metadata_errors=False))
+
+
+def _task(needs: ObjectiveNeeds, asked: str | None) -> str:
+    """What the hub calls it."""
+    if asked is not None:
+        return QUESTIONS[asked]
+    if needs.searches:
+        return RANKS if needs.rereads else FINDS
+    return TASKS[needs.head if needs.writes else "pooled", needs.vectors]
 
 
 def _behind(method: str, options: Mapping[str, Any]) -> str:
