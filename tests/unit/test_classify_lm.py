@@ -220,6 +220,8 @@ def test_a_run_beats_its_base(tiny_llama: Path, tmp_path: Path, capsys: pytest.C
     assert capsys.readouterr().out.splitlines()[-1] == "green"
     with pytest.raises(InputError, match="a conversation is no text to be read"):
         api.predict(result.path, [{"prompt": "Who?"}])
+    exported = api.export(result.path, tmp_path / "copy")
+    assert api.predict(exported.path, asked) == answers
     assert cli.main(["chat", str(result.path), "--prompt", "7 gggggg"]) == 0
     assert "green" in capsys.readouterr().out
     recipe = {**_recipe(tiny_llama), "evaluate": {"max_new_tokens": 4}}

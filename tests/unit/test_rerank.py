@@ -53,6 +53,7 @@ def _recipe(model: Path, tmp_path: Path, **options: Any) -> dict[str, Any]:
         "data": {"corpus": str(path)},
         "objective": {"name": "rerank", "negatives": 3, **options},
         "method": "full",
+        "precision": "fp32",
         "train": {"epochs": 10, "batch_size": 8, "learning_rate": 3e-3},
     }
 
@@ -238,6 +239,13 @@ def test_a_tuned_model_finds_passages_as_its_base_does(tiny_bert: Path, tmp_path
     assert [order.tolist() for order in objective._orders(policy, rows, renderer)] == wanted
     tuned = objective._first.vectors(policy, "query", ["a"], renderer, SampleSpec(1))
     assert np.abs(tuned - nested).max() > 1e-3
+    if method == "lora":
+        assert api.export(run, tmp_path / "merged", merge=True).check is not None
+        corpus, asked = recipe["data"]["corpus"], [{"query": row["query"]} for row in _rows(6, 4)]
+        answers = [api.load(path, corpus=corpus).predict(asked) for path in (run, tmp_path / "merged")]
+        assert [a.output for a in answers[0]] == [a.output for a in answers[1]]
+        scores = [[answer.scores["score"] for answer in found] for found in answers]
+        assert scores[0] == pytest.approx(scores[1], abs=1e-4)
 
 
 def test_micro_batches_and_packing_change_nothing(
