@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from results_page import TASKS, Task, page
-from spine import rows_of
+from spine import data_sets, rows_of
 from tfidf import RIVALS, unseen
 
 from tunesmith import demo
@@ -91,8 +92,9 @@ def adapted(task: Task, runs: Path) -> dict[str, Any]:
     row, run = measured(task, runs), runs / task.name
     for name, columns in ELSEWHERE.items():
         texts = runs / "texts" / f"{name}.jsonl"
-        rows = rows_of(CHECKOUT.parent / "shared" / "data" / name / "test.jsonl")[:AT_MOST]
-        write_rows(texts, ({"text": "\n".join(row[c] for c in columns if row[c])} for row in rows))
+        rows = enumerate(rows_of(data_sets() / name / "test.jsonl")[:AT_MOST])
+        # The recipe keeps texts of one family together: each of these is its own.
+        write_rows(texts, ({"text": "\n".join(row[c] for c in columns if row[c]), "family": n} for n, row in rows))
         if name not in answers.kept(run):
             tunesmith("evaluate", str(run), "--data", str(texts), "--name", name)
         asked = list(answers.read(run, name))
@@ -154,13 +156,19 @@ def figures(
                 "metric": metric.name,
                 "n": len(asked),
                 "clusters": None if clusters_N is None else int(clusters_N.max()) + 1,
-                "before": [one.value, one.low, one.high],
-                "after": [other.value, other.low, other.high],
-                "difference": [effect.difference, effect.low, effect.high],
-                "p": effect.p,
+                "before": finite(one.value, one.low, one.high),
+                "after": finite(other.value, other.low, other.high),
+                "difference": finite(effect.difference, effect.low, effect.high),
+                "p": finite(effect.p)[0],
+                **({} if clusters_N is None else {"p of rows": finite(compare(before, after, metric, seed).p)[0]}),
             }
         )
     return found
+
+
+def finite(*numbers: float) -> list[float | None]:
+    """As JSON has them: null for a limit or p that the rows cannot carry."""
+    return [number if math.isfinite(number) else None for number in numbers]
 
 
 def clusters(run: Path, task: Task, asked: Sequence[Answered]) -> Clusters:

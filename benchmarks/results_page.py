@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -82,6 +81,7 @@ _ROWS = (
         "the sentence that has most of the question's words",
         ("span_f1", "span_exact_match"),
         sources="articles",
+        note="A base with an untrained head, which points anywhere, would be easier to beat than that sentence.",
     ),
     Task(
         "xquad_retrieval",
@@ -138,7 +138,12 @@ def beats(task: Task, figure: Mapping[str, Any]) -> bool:
     """Whether the first figure of the task's row shows what the task asks for."""
     (before, *_), (after, *_) = figure["before"], figure["after"]
     better = after > before if METRICS.get(task.metrics[0])([]).higher_is_better else after < before
-    return better and figure["p"] < LEVEL and (not task.falls_by or before - after >= task.falls_by * before)
+    return (
+        better
+        and figure["p"] is not None
+        and figure["p"] < LEVEL
+        and (not task.falls_by or before - after >= task.falls_by * before)
+    )
 
 
 def page(results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -179,6 +184,8 @@ def page(results: Mapping[str, Mapping[str, Any]]) -> str:
         "|---" * 7 + "|",
         *(_beside(task, figure) for task, row in rows for figure in row["figures"][1:]),
         "",
+        "Where there is no interval, some class has too few rows for one.",
+        "",
         "## How each was made",
         "",
         "| recipe | base | method | seconds | on | with |",
@@ -201,7 +208,11 @@ def _notes(rows: Sequence[tuple[Task, Mapping[str, Any]]]) -> Iterator[str]:
         if not beats(task, row["figures"][0]):
             yield f"{task.name}: it does not beat what it had to."
         if count := row["figures"][0]["clusters"]:
-            yield f"{task.name}: its rows come from {count:,} {task.sources}, and are kept together by them."
+            alone = _chance(row["figures"][0]["p of rows"])
+            yield (
+                f"{task.name}: its rows come from {count:,} {task.sources}, and are kept together by them; "
+                f"if each stood for itself, p would be {alone}."
+            )
         if task.note:
             yield f"{task.name}: {task.note}"
         if "teacher" in row:
@@ -222,18 +233,24 @@ def _beside(task: Task, figure: Mapping[str, Any]) -> str:
 
 
 def _compared(figure: Mapping[str, Any]) -> str:
-    difference = _limits(figure["difference"], sign="+")
-    p = "none" if math.isnan(figure["p"]) else "<0.001" if figure["p"] < 0.001 else f"{figure['p']:.3f}"
+    difference, p = _limits(figure["difference"], sign="+"), _chance(figure["p"])
     return f"| {figure['metric']} | {_limits(figure['before'])} | {_limits(figure['after'])} | {difference} | {p}"
+
+
+def _chance(p: float | None) -> str:
+    return "none" if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _rows_of(figure: Mapping[str, Any]) -> str:
     return f"{figure['n']:,}" + (f" in {figure['clusters']}" if figure["clusters"] else "")
 
 
-def _limits(three: Sequence[float], sign: str = "") -> str:
-    value, low, high = (f"{number:{sign}.3f}" if abs(number) < 10 else f"{number:{sign}.1f}" for number in three)
-    return f"{value} [{low}, {high}]"
+def _limits(three: Sequence[float | None], sign: str = "") -> str:
+    """A value with its limits, if the rows can carry any."""
+    told = [
+        f"{number:{sign}.3f}" if abs(number) < 10 else f"{number:{sign}.1f}" for number in three if number is not None
+    ]
+    return told[0] if len(told) < 3 else f"{told[0]} [{told[1]}, {told[2]}]"
 
 
 def _chosen(row: Mapping[str, Any]) -> str:

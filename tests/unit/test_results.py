@@ -58,7 +58,7 @@ def test_an_example_plans(path: Path, model_cache: Path) -> None:
     assert api.plan(path).hash
 
 
-def figure(before: float, after: float, p: float) -> dict[str, Any]:
+def figure(before: float, after: float, p: float | None) -> dict[str, Any]:
     return {"before": [before, 0, 1], "after": [after, 0, 1], "p": p}
 
 
@@ -68,13 +68,14 @@ def figure(before: float, after: float, p: float) -> dict[str, Any]:
         ("vader_label", 0.7, 0.8, 0.009, True),
         ("vader_label", 0.7, 0.8, 0.01, False),
         ("vader_label", 0.8, 0.7, 0.001, False),
+        ("vader_label", 0.7, 0.8, None, False),
         ("nist_sp800_53", 10.0, 6.9, 0.001, True),
         ("nist_sp800_53", 10.0, 7.1, 0.001, False),
         ("nist_sp800_53", 10.0, 13.0, 0.001, False),
     ],
 )
 def test_to_beat_is_to_be_better_by_more_than_chance_and_by_what_was_asked(
-    name: str, before: float, after: float, p: float, wins: bool
+    name: str, before: float, after: float, p: float | None, wins: bool
 ) -> None:
     from results_page import TASKS, beats
 
