@@ -140,6 +140,7 @@ def _recipe(model: Path, objective: dict[str, Any], method: str = "full") -> dic
         "model": str(model),
         "objective": objective,
         "method": method,
+        "precision": "fp32",
         "train": {"epochs": 12, "batch_size": 8, "learning_rate": 3e-3, "sequence_length": 24},
     }
 

@@ -165,6 +165,7 @@ def _recipe(model: Path, **train: Any) -> dict[str, Any]:
         "model": str(model),
         "objective": {"name": "classify_lm", "prompt": "{text}?"},
         "method": "full",
+        "precision": "fp32",
         "train": {"epochs": 6, "batch_size": 8, "learning_rate": 3e-3, **train},
     }
 
@@ -185,6 +186,25 @@ def test_micro_batches_and_packing_change_nothing(
         losses.append([json.loads(line)["loss"] for line in lines])
     for other in losses[1:]:
         assert other == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("objective", ["classify", "classify_lm"])
+def test_labels_that_training_never_saw_are_never_right_in_validation(
+    tiny_llama: Path, tmp_path: Path, objective: str
+) -> None:
+    recipe = {
+        **_recipe(tiny_llama, max_steps=2, epochs=None),
+        "objective": objective,
+        "data": {"allow": ["unknown_labels"]},
+    }
+    held = [*_rows(3, 1), {"text": "a new one", "label": "white"}]
+    run = api.train(recipe, data={"train": _rows(24), "validation": held}, out=tmp_path / "run")
+    values = {r["metric"]: r["value"] for r in run.records if (r["model"], r["group"]) == ("tuned", "all")}
+    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    last = [line["validation"] for line in lines if "validation" in line][-1]
+    assert last["loss"] == pytest.approx(values["loss"], rel=1e-3)
+    assert last["accuracy"] == values["accuracy"] <= 0.75
+    assert last["loss"] > -np.log(np.finfo(np.float32).tiny) / 4
 
 
 def test_memory_counts_the_prompt_once_where_it_runs_once(tiny_llama: Path) -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tunesmith.data.chat import Renderer
 
 UNKNOWN = -1  # the index of a label that training never saw
+NEVER = -math.log(SMALLEST)  # nats: such a label has no probability, and the smallest positive number stands for it
 THRESHOLD = 0.5
 Metrics = dict[str, tuple[float, float]]
 
@@ -162,7 +163,8 @@ class OneLabel:
 
     def losses(self, logits_NV: Tensor, columns: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
         label_N = columns["label"]
-        loss_N = F.cross_entropy(logits_NV, label_N, reduction="none")
+        found_N = F.cross_entropy(logits_NV, label_N, reduction="none", ignore_index=UNKNOWN)
+        loss_N = torch.where(label_N == UNKNOWN, NEVER, found_N)
         right = float((logits_NV.argmax(-1) == label_N).sum())
         return loss_N, {"accuracy": (right, float(len(loss_N)))}
 
@@ -170,9 +172,7 @@ class OneLabel:
         logprobs_V, reference = logits_V.log_softmax(-1), row.value.get("label")
         scores: dict[str, float] = {}
         if reference is not None:
-            # A label that training never saw has no probability: the smallest positive number stands for it.
-            known = reference in self.labels
-            nll = -float(logprobs_V[self.labels.index(reference)]) if known else -math.log(SMALLEST)
+            nll = -float(logprobs_V[self.labels.index(reference)]) if reference in self.labels else NEVER
             scores = {"nll": nll, "tokens": 1.0}
         probabilities = dict(zip(self.labels, logprobs_V.exp().tolist(), strict=True))
         return Prediction(self.labels[int(logprobs_V.argmax())], reference, row.where, scores, probabilities)
