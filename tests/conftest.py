@@ -148,9 +148,23 @@ def nameable(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random BERT of 2 layers (width 32, 4 heads, no dropout) that frames a text in [CLS] and [SEP], in fp32."""
+    from transformers import BertModel
+
+    return _bert(tmp_path_factory.mktemp("models") / "tiny-bert", BertModel)
+
+
+@pytest.fixture(scope="session")
+def masked_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with the head that fills masks."""
+    from transformers import BertForMaskedLM
+
+    return _bert(tmp_path_factory.mktemp("models") / "masked-bert", BertForMaskedLM)
+
+
+def _bert(folder: Path, kind: type[Any]) -> Path:
     import torch
     from tokenizers import processors
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+    from transformers import BertConfig, PreTrainedTokenizerFast
 
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     backend = byte_tokenizer(special)
@@ -179,10 +193,9 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
         initializer_range=0.1,
         pad_token_id=0,
     )
-    folder = tmp_path_factory.mktemp("models") / "tiny-bert"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        BertModel(config).save_pretrained(folder)
+        kind(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

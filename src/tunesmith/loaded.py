@@ -15,10 +15,10 @@ from tunesmith.measurable import run_of
 from tunesmith.models.cache import cache_dir
 from tunesmith.models.policy import Policy
 from tunesmith.models.saved import folder_of
-from tunesmith.protocols import Method, Objective, Searches
+from tunesmith.protocols import Converses, Method, Objective, Searches
 from tunesmith.recipe import CorpusFile
 from tunesmith.recipe_file import load_recipe
-from tunesmith.types import Prediction, SampleSpec
+from tunesmith.types import Prediction, Row, SampleSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +33,38 @@ class Loaded:
 
     def predict(self, rows: PathLike | Rows, max_new_tokens: int | None = None) -> list[Prediction]:
         """Answers to rows of a file or in memory, in their order; labels and answers in them are optional."""
-        spec = SampleSpec(max_new_tokens or int(self.card["max_new_tokens"]))
+        return self._predict(self._asked(rows), max_new_tokens)
+
+    def answered(
+        self, rows: PathLike | Rows, max_new_tokens: int | None = None
+    ) -> tuple[list[dict[str, Any]], list[str]]:
+        """The rows with the model's answers in place of their own, for another model to learn from.
+
+        (Sequence-level distillation: Kim and Rush 2016, arXiv 1606.07947.) Rows whose answer was cut off are left out;
+        where they stand comes beside. Raises InputError where the model answers no conversations.
+        """
+        if not isinstance(self.objective, Converses):
+            raise InputError(
+                "rows to train on are made of answers to conversations, and a model for "
+                f"{self.card['objective']['name']} gives none",
+                "use a model for sft",
+            )
+        asked = self._asked(rows)
+        answered = list(zip(asked, self._predict(asked, max_new_tokens), strict=True))
+        made = [
+            {**_asked_with(row), "messages": [*_question(row), {"role": "assistant", "content": answer.output}]}
+            for row, answer in answered
+            if answer.finished
+        ]
+        return made, [row.where for row, answer in answered if not answer.finished]
+
+    def _asked(self, rows: PathLike | Rows) -> list[Row]:
         asked = to_answer(rows, self.card.get("columns", {}))
         check_kinds(asked, self.objective.needs, asking=True)
+        return asked
+
+    def _predict(self, asked: list[Row], max_new_tokens: int | None) -> list[Prediction]:
+        spec = SampleSpec(max_new_tokens or int(self.card["max_new_tokens"]))
         return self.objective.predict(self.policy, asked, self.renderer, spec)
 
 
@@ -55,6 +84,16 @@ def load(path: PathLike, device: str = "auto", corpus: PathLike | None = None) -
             f"--corpus is given, and a model for {loaded.card['objective']['name']} searches nothing", "leave it out"
         )
     return loaded
+
+
+def _asked_with(row: Row) -> dict[str, Any]:
+    """What a row has beside its messages and its own answers."""
+    return {key: value for key, value in row.value.items() if key not in ("messages", "other_answers")}
+
+
+def _question(row: Row) -> list[dict[str, Any]]:
+    messages = row.value["messages"]
+    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
 
 
 def _corpus(run: Path, given: PathLike | None) -> CorpusFile | None:

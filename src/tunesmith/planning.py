@@ -13,6 +13,7 @@ import torch
 
 from tunesmith import beneath, extent, rules, settings, teachers
 from tunesmith.beneath import Beneath
+from tunesmith.data.curriculum import easy_first
 from tunesmith.data.prepare import Prepared, prepare
 from tunesmith.defaults import all_defaults
 from tunesmith.errors import InputError, RefusedError
@@ -145,12 +146,12 @@ def make_plan(
     defaults: list[Default] = []
     length = settings.length_limit(facts, defaults)
     renderer = Renderer(tokenizer, _template(recipe, base), length, decoder_start(local))
-    workers, tags = recipe.place.workers, recipe.evaluate.tags
-    prepared = prepare(recipe.data, base, objective, renderer, recipe.seed, cache_dir(), workers, memory, tell, tags)
+    prepared = _prepared(recipe, base, objective, renderer, memory, tell)
     _check_labels(objective, previous)
     trainable, total = _count(meta, facts, method, objective, replace(tokens, encode=renderer.plain))
+    answer, order = extent.longest_answer(prepared), prepared.easy_first
     training = settings.resolve_meaning(
-        facts, length, prepared.train.lengths, prepared.repeats, extent.longest_answer(prepared), defaults
+        facts, length, prepared.train.lengths, prepared.repeats, answer, defaults, order
     )
     longest, epoch = extent.longest(facts, prepared, objective, length), extent.epoch(facts, prepared, objective)
     placement, shape, peak = settings.resolve_placement(facts, training, speed, trainable, longest, epoch, defaults)
@@ -173,6 +174,25 @@ def make_plan(
         trackers=list(dict.fromkeys(recipe.report_to)),
     )
     return plan, Assets(local, renderer, objective, method, prepared, facts, previous_run, under, teacher)
+
+
+def _prepared(
+    recipe: Recipe, base: Path, objective: Objective, renderer: Renderer, memory: Memory | None, tell: Progress
+) -> Prepared:
+    found = prepare(
+        recipe.data,
+        base,
+        objective,
+        renderer,
+        recipe.seed,
+        cache_dir(),
+        recipe.place.workers,
+        memory,
+        tell,
+        recipe.evaluate.tags,
+        recipe.training_tags,
+    )
+    return replace(found, easy_first=easy_first(recipe.train.curriculum, found.train))
 
 
 def _silent(what: str, done: int, of: int | None) -> None:

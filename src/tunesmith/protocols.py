@@ -245,9 +245,11 @@ class Converses(Protocol):
 
 @runtime_checkable
 class Annotator(Protocol):
-    """An objective with passes that take no gradient (reference, teacher, old policy).
+    """An objective that makes of a batch what is trained on: by passes without gradient (reference, old policy), or
+    by what it draws (`Batch.step`).
 
-    The source calls it once for each batch and trains on what it returns.
+    The source calls it once for each batch, before it is on the device, and trains on what it returns; so does
+    validation.
     """
 
     def annotate(self, policy: Policy, batch: Batch) -> Batch: ...

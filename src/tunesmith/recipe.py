@@ -143,6 +143,19 @@ class EarlyStopping(Strict):
     metric: str | None = key(None, "what is watched, and what chooses the best checkpoint", "macro_f1", "`loss`")
 
 
+BY_LENGTH = "length"
+
+
+class Curriculum(Strict):
+    """Training rows from easy to hard, in the first epochs."""
+
+    by: Text = key(
+        BY_LENGTH, "what orders them: `length`, which is in tokens, or the name of a column of numbers", "grade"
+    )
+    descending: bool = key(False, "the highest first", True)
+    epochs: Positive = key(1, "so many epochs are in that order, and those behind them in a random one", 3)
+
+
 class Train(Strict):
     """How long and how fast."""
 
@@ -187,6 +200,9 @@ class Train(Strict):
     save_every: Positive | None = key(None, "steps between two checkpoints", 100, "a tenth of the run")
     evaluate_every: Positive | None = key(
         None, "steps between two measurements of the validation rows", 50, "a fifth of the run"
+    )
+    curriculum: Curriculum | None = key(
+        None, "an order of the training rows in place of a random one", {"by": "length"}, "a random one in every epoch"
     )
     early_stopping: EarlyStopping | None = key(None, "when to end before the last step", {"patience": 2}, "never")
 
@@ -283,3 +299,10 @@ class Recipe(Strict):
     report_to: Names = key(list, "trackers that are sent the run's numbers (docs/tracking.md)", ["tensorboard"])
     seed: Annotated[int, Field(ge=0, lt=2**31)] = key(17, "of every draw: order, fresh weights, dropout, samples", 3)
     out: Path | None = key(None, "the run's folder", "runs/tickets", "in runs/, named as the recipe file")
+
+    @property
+    def training_tags(self) -> list[str]:
+        """The columns that training rows must keep."""
+        order = self.train.curriculum.by if self.train.curriculum else BY_LENGTH
+        named = [self.objective.options.get("weight_column"), None if order == BY_LENGTH else order]
+        return [column for column in named if column]

@@ -261,6 +261,12 @@ RULES: tuple[Rule, ...] = (
         "choose a student of the teacher's kind",
     ),
     Rule(
+        ("objective", "model"),
+        lambda f: f.recipe.objective.options.get("learn") == "all" and f.model.kind == "encoder-decoder",
+        "objective.learn is all, and the decoder of {f.model.name} has the answers alone",
+        "leave objective.learn out",
+    ),
+    Rule(
         ("adapters", "model"),
         lambda f: f.previous is not None and bool(f.recipe.adapters),
         "model names an earlier run, which goes on with its own adapter and those beneath it, "

@@ -302,10 +302,13 @@ def _policy(
     model = shared.model(head) if shared else load_backbone(local, dtype, head, placement.device, in_nf4=in_nf4)
     added = add_tokens(renderer.tokenizer, tokens)
     widen(model, max(added, default=-1) + 1)
+    kind = _kind(model)
+    ends = tuple(renderer.end_ids) if head == "lm" and kind != "encoder" else ()
+    mask: Any = renderer.tokenizer.mask_token_id
     policy = Policy(
         model,
-        _kind(model),
-        Tokens(tuple(renderer.end_ids) if head == "lm" else (), renderer.pad_id, added, renderer.plain),
+        kind,
+        Tokens(ends, renderer.pad_id, added, renderer.plain, mask),
         packed=placement.packed,
         pooling=pooling,
         autocast=torch.bfloat16 if precision == "bf16" else None,

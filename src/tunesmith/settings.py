@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tunesmith.data.source import Batching, count_steps
+from tunesmith.data.source import Batching, EasyFirst, count_steps
 from tunesmith.engine import memory
 from tunesmith.engine.precision import Speed, choose_device
 from tunesmith.errors import ResourceError
@@ -55,6 +55,7 @@ class Meaning:
     dropout: float
     total_steps: int
     evaluate_every: int | None
+    curriculum: dict[str, Any] | None
     early_stopping: dict[str, Any] | None
     max_new_tokens: int
     seed: int
@@ -125,6 +126,7 @@ def resolve_meaning(
     repeats_N: NDArray[np.float64],
     longest_answer: int,
     defaults: list[Default],
+    easy_first: EasyFirst | None = None,
 ) -> Meaning:
     """Every training key with its value; what was filled in is added to `defaults`."""
     recipe = facts.recipe
@@ -142,7 +144,7 @@ def resolve_meaning(
     if train.batch_tokens is None:
         size = fill("train.batch_size", size, 64 if facts.caches_vectors else 16, "usual for this method")
     batching = Batching(epochs, train.max_steps, size, train.batch_tokens, None, 1 << 40)
-    total = count_steps(lengths_N, repeats_N, batching, recipe.seed)
+    total = count_steps(lengths_N, repeats_N, batching, recipe.seed, easy_first)
     every = train.evaluate_every
     if recipe.data.validation is not None:
         every = fill("train.evaluate_every", every, max(1, math.ceil(total / 5)), "five times a run")
@@ -171,6 +173,7 @@ def resolve_meaning(
         dropout=fill("train.dropout", train.dropout, 0.0, "fastest; raise it if validation loss turns up"),
         total_steps=total,
         evaluate_every=every,
+        curriculum=train.curriculum.model_dump() if train.curriculum else None,
         early_stopping=train.early_stopping.model_dump() if train.early_stopping else None,
         max_new_tokens=answer or 0,
         seed=recipe.seed,

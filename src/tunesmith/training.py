@@ -215,6 +215,7 @@ def _source(plan: Plan, assets: Assets, policy: Policy, examples: Examples, colu
         packed=policy.packed,
         pad_id=policy.tokens.pad,
         repeats_N=prepared.repeats,
+        easy_first=prepared.easy_first,
         columns=columns,
         annotator=objective if isinstance(objective, Annotator) else None,
         workers=plan.placement.workers,

@@ -117,7 +117,8 @@ class Batch:
     is 0 there is no loss and no logits are computed. Both belong to the decoder stream if there
     is one. The other positions are the units, row by row: `unit_U` indexes [B * T], `example_U` is the
     example of each. `Segment.example` indexes `examples`, which holds positions in the data set;
-    `columns[name]` has one entry for each of `examples`.
+    `columns[name]` has one entry for each of `examples`. `step`: the number of the training step that the batch belongs
+    to, which what is drawn at random for it is keyed by; 0 outside training.
     """
 
     streams: dict[str, Stream]
@@ -129,6 +130,7 @@ class Batch:
     examples: list[int]
     columns: dict[str, Tensor] = field(default_factory=dict[str, "Tensor"])
     extra: dict[str, Tensor] = field(default_factory=dict[str, "Tensor"])
+    step: int = 0
 
     @property
     def tokens(self) -> int:

@@ -278,6 +278,24 @@ def test_predict_needs_no_answers_and_writes_a_file_whole(project: Path, run: Pa
     assert [json.loads(line)["reference"] for line in output.read_text().splitlines()] == [None, None]
 
 
+def test_predict_writes_rows_for_another_model_to_learn_from(project: Path, run: Path, classifier: Path) -> None:
+    done = call("predict", run, "--input", project / "test.jsonl", "--rows", "--json")
+    rows = done.json["predictions"]
+    answers = call("predict", run, "--input", project / "test.jsonl", "--json").json["predictions"]
+    whole = [answer for answer in answers if answer.get("finished", True)]
+    assert [row["messages"][-1] for row in rows] == [
+        {"role": "assistant", "content": answer["output"]} for answer in whole
+    ]
+    assert all(row["messages"][0]["role"] == "user" for row in rows)
+    cut = call("predict", run, "--input", project / "test.jsonl", "--rows", "--max-new-tokens", "1")
+    assert "6 answers were cut off, and their rows left out: test.jsonl:1, " in cut.err
+    assert cut.out == ""
+    done = call("predict", classifier, "--input", project / "labels.jsonl", "--rows")
+    assert (done.code, "a model for classify gives none" in done.err) == (2, True)
+    left = call("predict", run, "--input", project / "test.jsonl", "--rows", "--max-new-tokens", "1", "--json").json
+    assert left["left_out"] == [f"test.jsonl:{i}" for i in range(1, 7)]
+
+
 def test_predict_of_a_classifier_gives_probabilities_that_sum_to_one(project: Path, classifier: Path) -> None:
     answers = call("predict", classifier, "--input", project / "labels.jsonl", "--json").json["predictions"]
     for answer in answers:

@@ -29,17 +29,18 @@ METHOD_NAMES = (
     *("prompt", "p_tuning", "prefix"),
 )
 OBJECTIVE_NAMES = (
-    *("classify", "classify_lm", "distill", "multiple_choice", "pair", "pretrain", "regress"),
+    *("classify", "classify_lm", "distill", "mlm", "multiple_choice", "pair", "pretrain", "regress"),
     *("rerank", "retrieve", "sft", "span", "tag"),
 )
 WRITE = ("distill", "pretrain", "sft")
-LM = (*WRITE, "classify_lm")  # those with a language model's head
+LM = (*WRITE, "classify_lm", "mlm")  # those with a language model's head
 KINDS: tuple[ModelKind, ...] = get_args(ModelKind)
 SERVED: dict[str, tuple[ModelKind, ...]] = {
     **dict.fromkeys(
         ("classify", "multiple_choice", "pair", "regress", "rerank", "retrieve", "span", "tag"), ("encoder", "decoder")
     ),
     **dict.fromkeys(("pretrain", "classify_lm"), ("decoder",)),
+    "mlm": ("encoder",),
     **dict.fromkeys(("sft", "distill"), ("decoder", "encoder-decoder")),
 }
 FOLDERS: dict[ModelKind, str] = {"decoder": "tiny_llama", "encoder": "tiny_bert", "encoder-decoder": "tiny_t5"}
@@ -64,6 +65,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "sft": [{"prompt": f"colour {i}?", "completion": COLOURS[i % 2]} for i in range(20)],
     "distill": [{"prompt": f"colour {i}?", "completion": COLOURS[i % 2]} for i in range(20)],
     "pretrain": [{"text": f"a text of {i} words, and {COLOURS[i % 2]}"} for i in range(20)],
+    "mlm": [{"text": f"a text of {i} words, and {COLOURS[i % 2]}"} for i in range(20)],
     "regress": [{"text": f"a {COLOURS[i % 2]} {i}", "score": i % 3} for i in range(20)],
     "multiple_choice": [
         {"question": f"{i} {COLOURS[i % 2]}?", "choices": [*COLOURS, *["blue"][: i % 2]], "label": i % 2}
@@ -130,7 +132,7 @@ class Cell:
             has_template=True,
             linear_parameters=0 if self.condition == "int4, other layers" else 800,
             autocasts=self.condition != "bf16, a model of fp32",
-            takes_keys=self.condition != "unpackable",
+            takes_keys=self.condition != "unpackable" and self.objective != "mlm",
         )
         return Facts(
             recipe=parse_recipe(self.recipe(model.name)),
@@ -154,8 +156,10 @@ class Cell:
             axes.add(("objective", "model"))
         if self.method == "head" and (self.kind == "encoder-decoder" or self.objective in LM):
             axes.add(("method", "model"))  # of an encoder-decoder there is no head; a tied projection asks for untie
-        if self.method == "prefix" and (self.kind == "encoder-decoder" or self.condition == "unpackable"):
-            axes.add(("method", "model"))  # no attention of ours to put keys into
+        if self.method == "prefix" and (
+            self.kind == "encoder-decoder" or self.condition == "unpackable" or self.objective == "mlm"
+        ):
+            axes.add(("method", "model"))  # no attention of ours to put keys into, or no way in past the head
         if (self.method, self.objective) == ("head", "retrieve"):
             axes.add(("method", "objective"))  # vectors are the base's: there is no head to train
         if (self.method, self.condition) == ("head", "recompute"):
@@ -233,7 +237,7 @@ def test_a_cell_runs_is_substituted_or_is_refused(cell: Cell) -> None:
 def test_a_cell_that_runs_takes_two_steps(
     cell: Cell, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder: Path = request.getfixturevalue(FOLDERS[cell.kind])
+    folder: Path = request.getfixturevalue("masked_bert" if cell.objective == "mlm" else FOLDERS[cell.kind])
     if cell.condition == "unpackable":
         monkeypatch.setattr("tunesmith.facts.is_packable", lambda meta: False)
     recipe = cell.recipe(str(folder))

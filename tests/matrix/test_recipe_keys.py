@@ -25,7 +25,7 @@ REGISTERED = {
     "objective": (
         OBJECTIVES,
         (
-            *("classify", "classify_lm", "distill", "multiple_choice", "pair", "pretrain", "regress"),
+            *("classify", "classify_lm", "distill", "mlm", "multiple_choice", "pair", "pretrain", "regress"),
             *("rerank", "retrieve", "sft", "span", "tag"),
         ),
     ),
@@ -58,6 +58,8 @@ ANSWERED = {**LABELLED, "data.format": "query+positive", "objective": {"name": "
 MINED = {**ANSWERED, "objective": {"name": "retrieve", "negatives": 1, "margin": 2.0}}
 RANKED = {**ANSWERED, "objective": {"name": "rerank", "negatives": 1, "depth": 4}}
 PAIRED = {**LABELLED, "data.format": "text_a+text_b+label", "objective": {"name": "pair"}}
+HIDDEN = {**LABELLED, "data.format": "text", "objective": {"name": "mlm"}, "model": "masked"}
+TEXTS = {**LABELLED, "data.format": "text", "objective": {"name": "pretrain"}}
 TAUGHT = {"objective": {"name": "distill"}, "teacher": "other-llama"}
 CHOSEN = {**LABELLED, "data.format": "question+choices+label", "objective": {"name": "multiple_choice"}}
 ASKED = {
@@ -66,6 +68,7 @@ ASKED = {
     "objective": {"name": "span"},
     "train.sequence_length": 24,
 }
+LIKELY = {"sft": {"objective": {"name": "sft"}}, "pretrain": TEXTS, "mlm": HIDDEN, "distill": TAUGHT}
 PARTIAL = {"method": {"name": "partial"}}
 
 
@@ -180,6 +183,10 @@ CHANGES: dict[str, Change] = {
     "objective.distill.teacher_share": Change(0.9, TAUGHT),
     "objective.distill.top_k": Change(4, TAUGHT),
     "objective.distill.hidden": Change(1.0, TAUGHT),
+    **{f"objective.{name}.learn": Change("all", LIKELY[name]) for name in ("sft", "distill")},
+    **{f"objective.{name}.weight_column": Change("worth", beside) for name, beside in LIKELY.items()},
+    **{f"objective.{name}.neftune_alpha": Change(50.0, beside) for name, beside in LIKELY.items()},
+    "objective.mlm.mlm_probability": Change(0.5, HIDDEN),
     "objective.multiple_choice.pooling": Change("first", CHOSEN),
     "objective.multiple_choice.hidden": Change(8, CHOSEN),
     "objective.span.stride": Change(3, ASKED),
@@ -187,6 +194,10 @@ CHANGES: dict[str, Change] = {
     "objective.span.hidden": Change(8, ASKED),
     "adapters": Change(["first"]),
     "teacher": Change("first", TAUGHT),
+    "train.curriculum": Change({"by": "length"}),
+    "train.curriculum.by": Change("worth", {"train.curriculum": {"by": "length"}}),
+    "train.curriculum.descending": Change(True, {"train.curriculum": {"by": "worth"}}),
+    "train.curriculum.epochs": Change(9, {"train.curriculum": {"by": "worth"}, "train.max_steps": 9}),
     "train.epochs": Change(2, {"train.max_steps": None, "train.epochs": 1}),
     "train.max_steps": Change(3),
     "train.batch_size": Change(3),
@@ -271,8 +282,8 @@ def of_set(key: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def place(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two bases and rows in a few formats."""
+def place(tiny_llama: Path, masked_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with three bases and rows in a few formats."""
     import shutil
 
     import torch
@@ -280,6 +291,7 @@ def place(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("keys")
     shutil.copytree(tiny_llama, folder / "llama")
+    shutil.copytree(masked_bert, folder / "masked")
     shutil.copytree(tiny_llama, folder / "other-llama")
     weights = load_file(folder / "llama" / "model.safetensors")
     save_file({n: w + 0.01 * torch.ones_like(w) for n, w in weights.items()}, folder / "other-llama/model.safetensors")
@@ -294,6 +306,7 @@ def place(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "completion": "red" if i % 2 else "a green one",
                 "remark": f"as {i}",
                 "of": i // 2,
+                "worth": i % 5 + 1,
             }
             for i in range(start, start + count)
         ]

@@ -95,7 +95,7 @@ def test_rows_that_do_not_fit_are_refused(row: dict[str, Any], cause: str, tiny_
 @pytest.mark.parametrize("family", ["tiny_t5", "tiny_bart"])
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_tiny_model_learns_to_answer_and_transformers_says_the_same(
-    family: str, method: str, tmp_path: Path, request: pytest.FixtureRequest
+    family: str, method: str, tmp_path: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Three questions learned in three ways of asking, and asked in a fourth; plain transformers says the same."""
     words = ("one", "two", "three")
@@ -133,6 +133,11 @@ def test_a_tiny_model_learns_to_answer_and_transformers_says_the_same(
     )
     ours = [p.output for p in api.predict(result.path, rows, max_new_tokens=8)]
     assert tokenizer.batch_decode(said, skip_special_tokens=True) == ours
+    code = (result.path / "model" / "MODEL_CARD.md").read_text(encoding="utf-8").split("```python\n")[2].split("```")[0]
+    code = code.replace('"path/to/this/folder"', repr(str(result.path / "model"))).replace('"..."', repr("1."))
+    capsys.readouterr()
+    exec(code.replace(f"path/to/{Path(recipe['model']).name}", recipe["model"]), {})
+    assert capsys.readouterr().out.splitlines()[-1] == ours[0]
 
 
 def test_a_config_without_a_start_is_refused(tiny_t5: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunesmith.data.source import Batching, DataSource, ExampleList, batches, epoch_order
+from tunesmith.data.source import Batching, DataSource, EasyFirst, ExampleList, batches, epoch_order
 from tunesmith.errors import InputError
 from tunesmith.types import Batch, Example, Piece, Step
 
@@ -76,6 +76,18 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
     orders = {tuple(epoch_order(np.ones(50), epoch, seed).tolist()) for epoch in range(3) for seed in range(3)}
     assert len(orders) == 9
     assert tuple(range(50)) not in orders
+
+
+@given(hardness=st.lists(st.integers(0, 5), min_size=1, max_size=30), seed=st.integers(0, 99))
+def test_easy_examples_come_first_in_the_first_epochs(hardness: list[int], seed: int) -> None:
+    count = len(hardness)
+    first = EasyFirst(np.array(hardness, dtype=np.float64), 2)
+    source = source_of([1] * count, seed=seed, epochs=3.0, easy_first=first)
+    order = [n for step in source.steps(NOBODY) for n in numbers(step)]
+    epochs = [order[i * count : (i + 1) * count] for i in range(3)]
+    assert [[hardness[n] for n in epoch] for epoch in epochs[:2]] == [sorted(hardness)] * 2
+    assert epochs[2] == epoch_order(np.ones(count), 2, seed).tolist()
+    assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
 
 
 @given(

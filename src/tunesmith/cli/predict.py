@@ -27,6 +27,12 @@ def _add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-new-tokens", metavar="N", type=_positive, help="longest answer; the run's own if left out"
     )
+    parser.add_argument(
+        "--rows",
+        action="store_true",
+        help="write the rows with the answers in place of their own, to train another model on; "
+        "an answer that was cut off is left out",
+    )
     add_corpus(parser)
     add_plugins(parser)
 
@@ -44,7 +50,34 @@ def _run(options: argparse.Namespace, call: Call) -> int:
         raise InputError(f"there is no folder {output.absolute().parent} for --output", "make it, or give another path")
     if output is not None and output.is_dir():
         raise InputError(f"--output {output} is a folder", "give the path of a file")
-    from tunesmith import api, rundir
+    from tunesmith import rundir
+
+    answers, cut_off = (_rows if options.rows else _answers)(options)
+    if cut_off:
+        sys.stderr.write(f"{len(cut_off)} answers were cut off, and their rows left out: {', '.join(cut_off[:5])}\n")
+    if output is not None:
+        lines = [json.dumps(answer, ensure_ascii=False, allow_nan=False) + "\n" for answer in answers]
+        rundir.write_file(output, "".join(lines).encode())
+    if call.json:
+        found = {"run": str(options.path), "rows": len(answers)} | ({"left_out": cut_off} if options.rows else {})
+        call.print_json(found | ({"predictions": answers} if output is None else {"output": str(output)}))
+    elif output is not None:
+        sys.stdout.write(f"{len(answers):,} answers in {output}\n")
+    else:
+        sys.stdout.writelines(json_text(answer) + "\n" for answer in answers)
+    return 0
+
+
+def _rows(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
+    from tunesmith import api
+    from tunesmith.plugins import load_plugins
+
+    load_plugins(options.plugins)
+    return api.load(options.path, corpus=options.corpus).answered(options.input, options.max_new_tokens)
+
+
+def _answers(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
+    from tunesmith import api
 
     predictions = api.predict(
         options.path,
@@ -53,18 +86,7 @@ def _run(options: argparse.Namespace, call: Call) -> int:
         corpus=options.corpus,
         plugins=options.plugins,
     )
-    answers = [_answer(prediction) for prediction in predictions]
-    if output is not None:
-        lines = [json.dumps(answer, ensure_ascii=False, allow_nan=False) + "\n" for answer in answers]
-        rundir.write_file(output, "".join(lines).encode())
-    if call.json:
-        found = {"run": str(options.path), "rows": len(answers)}
-        call.print_json(found | ({"predictions": answers} if output is None else {"output": str(output)}))
-    elif output is not None:
-        sys.stdout.write(f"{len(answers):,} answers in {output}\n")
-    else:
-        sys.stdout.writelines(json_text(answer) + "\n" for answer in answers)
-    return 0
+    return [_answer(prediction) for prediction in predictions], []
 
 
 def _answer(prediction: Prediction) -> dict[str, Any]:

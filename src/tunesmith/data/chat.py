@@ -1,10 +1,10 @@
 """Messages or text -> tokens and per-token weights: the one place where it is decided which tokens are trained.
 
-An assistant turn is trained from where its generation prompt ends through its end token, unless it carries
-`"train": false`. `turns.py` finds those characters, `align.py` their tokens, so that the tokens of `prompt` are
-always the first tokens of `encode`. An empty thinking block that the template's prompt for answers without thinking
-writes (Qwen3 with `enable_thinking` off) belongs to the prompt: it is not trained, and `prompt(..., thinking=False)`
-ends with it. Thinking that the template keeps is trained.
+An assistant turn is trained from where its generation prompt ends through its end token, with its weight (1 if it
+has none), unless it carries `"train": false`. `turns.py` finds those characters, `align.py` their tokens, so that the
+tokens of `prompt` are always the first tokens of `encode`. An empty thinking block that the template's prompt for
+answers without thinking writes (Qwen3 with `enable_thinking` off) belongs to the prompt: it is not trained, and
+`prompt(..., thinking=False)` ends with it. Thinking that the template keeps is trained.
 
 Text in a message that spells a control token is tokenised as text. BOS comes once: the template writes it or, where
 the tokenizer puts one before any text and the template does not, it is added here.
@@ -49,7 +49,7 @@ Kind = Literal["encoder", "decoder"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Encoded:
-    """Tokens with their weights (0 or 1), and how many tokens, and trained tokens, truncation took.
+    """Tokens with their weights (0 for what is not learned), and how many tokens, and trained tokens, truncation took.
 
     `typed_from`: as in `Piece`.
     """
@@ -153,8 +153,9 @@ class Renderer:
         turns = self._turns_for(tools)
         ids, ranges = self._tokens(turns.lay_out(_checked(messages), tools), turns)
         weights = np.zeros(len(ids), np.float32)
-        for start, stop in ranges:
-            weights[start:stop] = 1
+        learned = [m for m in messages if m["role"] == "assistant" and m.get("train") is not False]
+        for message, (start, stop) in zip(learned, ranges, strict=True):
+            weights[start:stop] = message.get("weight", 1)
         return self._cut(ids, weights)
 
     def prompt(self, messages: Messages, tools: Tools = None, thinking: bool | None = None) -> NDArray[np.int32]:
@@ -182,13 +183,8 @@ class Renderer:
         """
         ids = self._aligner.read(text)
         if (special or self.kind) == "encoder":
-            around = len(self._before) + len(self._after)
-            if self.sequence_length is not None and self.sequence_length <= around:
-                raise self._no_room(around)
-            room = len(ids) if self.sequence_length is None else self.sequence_length - around
-            cut = max(len(ids) - room, 0)
-            ids = [*self._before, *ids[:room], *self._after]
-            return Encoded(np.array(ids, np.int32), np.ones(len(ids), np.float32), cut, cut)
+            first = self._stretches(ids)[0]
+            return self._framed(first, len(ids) - len(first))
         return self._cut(*self._document(ids))
 
     def stretches(self, text: str, stride: int | None = None) -> list[NDArray[np.int32]]:
@@ -239,10 +235,13 @@ class Renderer:
         return list(windows), len(first_ids) - of_first
 
     def windows(self, text: str) -> list[Encoded]:
-        """A document as `text` reads one for a decoder, in windows of the sequence length instead of cut.
+        """A document as `text` reads one, in windows of the sequence length instead of cut.
 
-        A window begins with the last token of the one before, which is shown there and not learned again.
+        encoder: windows follow each other, the tokenizer's own tokens around each. decoder: a window begins with the
+        last token of the one before, which is shown there and not learned again.
         """
+        if self.kind == "encoder":
+            return [self._framed(ids) for ids in self._stretches(self._aligner.read(text))]
         ids, weights = self._document(self._aligner.read(text))
         length = len(ids) if self.sequence_length is None else max(2, self.sequence_length)
         found = [Encoded(np.array(ids[:length], np.int32), weights[:length])]
@@ -274,6 +273,19 @@ class Renderer:
             found.append(Words(np.array([*before, *ids[start:stop], *after], np.int32), places))
             start = stop
         return found
+
+    def _stretches(self, ids: list[int]) -> list[list[int]]:
+        """The tokens in stretches that have room between the tokenizer's own, one at least."""
+        around = len(self._before) + len(self._after)
+        if self.sequence_length is not None and self.sequence_length <= around:
+            raise self._no_room(around)
+        room = max(1, len(ids) if self.sequence_length is None else self.sequence_length - around)
+        return [ids[start : start + room] for start in range(0, max(1, len(ids)), room)]
+
+    def _framed(self, ids: list[int], cut: int = 0) -> Encoded:
+        """A stretch of tokens with the tokenizer's own around it."""
+        ids = [*self._before, *ids, *self._after]
+        return Encoded(np.array(ids, np.int32), np.ones(len(ids), np.float32), cut, cut)
 
     def _document(self, ids: list[int]) -> tuple[list[int], NDArray[np.float32]]:
         """With BOS if the tokenizer puts one and with EOS at the end, neither twice; only BOS has weight 0."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -64,7 +65,8 @@ def _turns(fields: Fields, name: str, read: ReadTurn) -> list[Message]:
         if not isinstance(item, dict):
             raise fields.wrong(at, f"a turn must be an object, this is {shown(item)}", "write each turn as an object")
         turn = cast("dict[str, Any]", item)
-        found.append(read(fields, at, turn) | _train(fields, at, turn))
+        message = read(fields, at, turn)
+        found.append(message | _weight(fields, at, turn, message["role"]))
     return found
 
 
@@ -136,14 +138,20 @@ def _sharegpt(fields: Fields, at: str, turn: Mapping[str, Any]) -> Message:
     return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]}
 
 
-def _train(fields: Fields, at: str, turn: Mapping[str, Any]) -> Message:
-    """`train: false`, or OpenAI's `weight: 0`: this turn is context and not to be learned."""
+def _weight(fields: Fields, at: str, turn: Mapping[str, Any], role: str) -> Message:
+    """How much the turn counts in the loss; `train: false` or a weight of 0: it is context and not to be learned."""
     train, weight = turn.get("train"), turn.get("weight")
     if train is not None and not isinstance(train, bool):
         raise fields.wrong(at, f"train must be true or false, this is {shown(train)}", "mend the turn")
-    if weight is not None and weight not in (0, 1):
-        raise fields.wrong(at, f"weight must be 0 or 1, this is {shown(weight)}", "mend the turn")
-    return {"train": False} if train is False or weight == 0 else {}
+    if train is False or weight == 0:
+        return {"train": False}
+    if weight is None or weight == 1:
+        return {}
+    if not isinstance(weight, int | float) or not 0 < weight < math.inf:
+        raise fields.wrong(at, f"weight must be a number of at least 0, this is {shown(weight)}", "mend the turn")
+    if role != "assistant":
+        raise fields.wrong(at, f"a weight on a turn of the {role}, which is not learned", "leave it out")
+    return {"weight": float(weight)}
 
 
 def _filled(fields: Fields, at: str, key: str, text: str) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 from tunesmith.errors import InputError
+from tunesmith.types import Row
 
 
 class Fields:
@@ -168,3 +169,18 @@ def absent_column(column: str, present: Iterable[str], where: str, mapped_as: st
 def shown(value: Any) -> str:
     """A value for an error message: its kind, and a little of it."""
     return f"{type(value).__name__} {value!r:.40}"
+
+
+def number_of(row: Row, column: str, asked_by: str, above: float = -math.inf) -> float:
+    """The number in a column that a row keeps beside its value; InputError for what is none, or not above `above`."""
+    text = row.tags[column]
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not above < number < math.inf:
+        least = "a number" if above == -math.inf else f"a number above {above:g}"
+        raise InputError(
+            f"{row.where}: {column}: {asked_by} must be {least}, this is {text!r}", "mend the row, or leave it out"
+        )
+    return number

@@ -39,15 +39,17 @@ class Given:
 
 
 def given(
-    data: Data, memory: Memory | None, tags: Sequence[str] = ()
+    data: Data, memory: Memory | None, tags: Sequence[str] = (), training_tags: Sequence[str] = ()
 ) -> tuple[list[Given], Given | None, dict[str, Given]]:
     """The recipe's training sets, validation file and test sets by name.
 
     Rows in memory stand for the path of their split: "train", "validation", and any other name is a
-    test set's. `tags` are columns that rows to be measured keep, and so those that validation rows are drawn of.
+    test set's. `tags` are columns that rows to be measured keep, and so those that validation rows are drawn of;
+    `training_tags` are kept by training rows.
     """
     held = dict(memory or {})
     of_train = tuple(tags) if isinstance(data.validation, float) and "validation" not in held else ()
+    of_train = tuple(dict.fromkeys((*of_train, *training_tags)))
 
     def one(split: str, path: str, rows: Sequence[Mapping[str, Any]] | None = None) -> Given:
         kept = of_train if split == "train" else tuple(tags)

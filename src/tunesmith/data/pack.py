@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -141,7 +142,8 @@ def place(batch: Batch, device: torch.device) -> Batch:
     def to(tensor: Tensor) -> Tensor:
         return tensor.to(device, non_blocking=True)
 
-    return Batch(
+    return replace(
+        batch,
         streams={
             name: Stream(
                 to(s.input_ids_BT),
@@ -155,8 +157,6 @@ def place(batch: Batch, device: torch.device) -> Batch:
         weight_BT=to(batch.weight_BT),
         unit_U=to(batch.unit_U),
         example_U=to(batch.example_U),
-        segments=batch.segments,
-        examples=batch.examples,
         columns={name: to(value) for name, value in batch.columns.items()},
         extra={name: to(value) for name, value in batch.extra.items()},
     )

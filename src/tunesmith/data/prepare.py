@@ -19,6 +19,7 @@ from tunesmith.data.checks import Keys
 from tunesmith.data.corpus import Corpus, open_corpus
 from tunesmith.data.ingest import Given, Memory, Progress, code_version, digest, given, ingest
 from tunesmith.data.pool import Pool
+from tunesmith.data.source import EasyFirst
 from tunesmith.data.split import draw, split
 from tunesmith.data.store import TokenStore, Writer
 from tunesmith.data.tokenise import tokenise
@@ -35,7 +36,7 @@ class Prepared:
     """The stores of a run.
 
     Train example i belongs to training set `sources[i]` and is seen `repeats[i]` times an epoch; `keys[i]` is of what
-    its row shows the model. `corpus`: what is searched, where one was given.
+    its row shows the model. `corpus`: what is searched, where one was given; `easy_first`: an order of train, likewise.
     """
 
     train: TokenStore
@@ -46,6 +47,7 @@ class Prepared:
     keys: Keys
     audit: Audit
     corpus: Corpus | None = None
+    easy_first: EasyFirst | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,12 +102,13 @@ def prepare(
     memory: Memory | None = None,
     progress: Progress | None = None,
     tags: Sequence[str] = (),
+    training_tags: Sequence[str] = (),
 ) -> Prepared:
     """Stores for every split of `data`, whose relative paths start at `base`; `cache` keeps what was made before.
 
     `memory` holds rows by split, "train", "validation" or a test set's name, in place of paths.
     `progress` is called with what is being done, how many rows are, and of how many (None: unknown).
-    `tags` are columns that held-out rows keep for their evaluation.
+    `tags` are columns that held-out rows keep for their evaluation, `training_tags` those that training rows keep.
     Rows of train that are held out too are dropped. An objective that searches is given the corpus first.
     `objective.fit` sees the final train rows, once,
     before any example is made. InputError: bad data. RefusedError: data that would spoil the run and
@@ -115,7 +118,7 @@ def prepare(
     corpus = open_corpus(data.corpus, base, cache, tell) if data.corpus is not None else None
     if corpus is not None and isinstance(objective, Searches):
         objective.search_in(corpus)
-    sources = given(data, memory, tags)
+    sources = given(data, memory, tags, training_tags)
     splits = _split(data, sources, base, objective, seed, cache, tell)
     objective.fit(splits.train.rows())
     maker = _Maker(objective, renderer, seed, cache, workers, tell)

@@ -23,7 +23,8 @@ def example(messages: Messages, tools: Tools, renderer: Renderer) -> Example:
     for index, message in enumerate(messages):
         if message["role"] == "assistant" and message.get("train", True):
             shown, said = asked(messages[:index], tools, renderer), _answer(message, renderer)
-            pieces += [Piece(shown.input_ids), Piece(said.input_ids, said.weights, stream="decoder")]
+            weights = said.weights * np.float32(message.get("weight", 1))
+            pieces += [Piece(shown.input_ids), Piece(said.input_ids, weights, stream="decoder")]
             cut += shown.cut + said.cut
             cut_trained += said.cut_trained
     return Example(tuple(pieces), cut=cut, cut_trained=cut_trained)

@@ -1,4 +1,4 @@
-"""Training data as optimizer steps: a seeded permutation for each epoch, and a cursor of three integers."""
+"""Training data as optimizer steps: a seeded order for each epoch, and a cursor of three integers."""
 
 from __future__ import annotations
 
@@ -72,7 +72,19 @@ class Batching:
     micro_batch_tokens: int
 
 
-def epoch_order(repeats_N: NDArray[np.float64], epoch: int, seed: int) -> NDArray[np.int64]:
+@dataclass(frozen=True, slots=True)
+class EasyFirst:
+    """The order of the first `epochs`: from the least hard example up (Bengio et al. 2009; for sequences by length
+    Amodei et al. 2016, arXiv 1512.02595, section 3.3). Those equally hard are in a random order, as all are later.
+    """
+
+    hardness_N: NDArray[np.float64]
+    epochs: int
+
+
+def epoch_order(
+    repeats_N: NDArray[np.float64], epoch: int, seed: int, easy_first: EasyFirst | None = None
+) -> NDArray[np.int64]:
     """Examples of one epoch in order. An example of weight w comes floor or ceil of w times.
 
     Over k epochs it comes k * w times up to one, because its fraction starts at a phase of its own.
@@ -80,21 +92,35 @@ def epoch_order(repeats_N: NDArray[np.float64], epoch: int, seed: int) -> NDArra
     phase_N = np.random.Generator(np.random.Philox(key=[seed, 2**32])).random(len(repeats_N))
     times_N = np.floor(phase_N + repeats_N * (epoch + 1)) - np.floor(phase_N + repeats_N * epoch)
     order = np.repeat(np.arange(len(repeats_N)), times_N.astype(np.int64))
-    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(order)
+    order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(order)
+    if easy_first is None or epoch >= easy_first.epochs:
+        return order
+    return order[np.argsort(easy_first.hardness_N[order], kind="stable")]
 
 
 def epoch_steps(
-    lengths_N: NDArray[np.int64], repeats_N: NDArray[np.float64], batching: Batching, epoch: int, seed: int
+    lengths_N: NDArray[np.int64],
+    repeats_N: NDArray[np.float64],
+    batching: Batching,
+    epoch: int,
+    seed: int,
+    easy_first: EasyFirst | None = None,
 ) -> list[NDArray[np.int64]]:
     """The examples of each step of one epoch; the last step may be smaller."""
-    order = epoch_order(repeats_N, epoch, seed)
+    order = epoch_order(repeats_N, epoch, seed, easy_first)
     if batching.batch_tokens is None:
         size = batching.batch_size or 1
         return [order[i : i + size] for i in range(0, len(order), size)]
     return [order[a:b] for a, b in _spans(lengths_N[order], None, batching.batch_tokens)]
 
 
-def count_steps(lengths_N: NDArray[np.int64], repeats_N: NDArray[np.float64], batching: Batching, seed: int) -> int:
+def count_steps(
+    lengths_N: NDArray[np.int64],
+    repeats_N: NDArray[np.float64],
+    batching: Batching,
+    seed: int,
+    easy_first: EasyFirst | None = None,
+) -> int:
     """Steps of the whole run, exactly. Raises InputError where no example would ever come, or for endless counting."""
     if not repeats_N.any():
         raise InputError("there is no training row of a weight above 0", "give rows to train on, or a higher weight")
@@ -109,7 +135,7 @@ def count_steps(lengths_N: NDArray[np.int64], repeats_N: NDArray[np.float64], ba
             f"{epochs:,.0f} epochs of weighted rows, or of steps by tokens, are too many to be counted",
             "set train.max_steps instead of train.epochs",
         )
-    counts = [len(epoch_steps(lengths_N, repeats_N, batching, e, seed)) for e in range(counted)]
+    counts = [len(epoch_steps(lengths_N, repeats_N, batching, e, seed, easy_first)) for e in range(counted)]
     counts *= math.ceil(epochs) // counted
     partial = epochs - math.floor(epochs)
     if partial:
@@ -132,7 +158,7 @@ def _spans(lengths: NDArray[np.int64], size: int | None, tokens: int) -> Iterato
 def first_batches(
     examples: Examples, repeats_N: NDArray[np.float64], seed: int, tokens: int, *, packed: bool, pad_id: int
 ) -> Iterator[Batch]:
-    """What a run sees first, up to so many tokens (one example at least), laid out without padding."""
+    """What a run in random order sees first, up to so many tokens (one example at least), laid out without padding."""
     order = epoch_order(repeats_N, 0, seed)
     count = int((np.cumsum(examples.lengths[order]) <= tokens).sum())
     chosen = ExampleList([examples.example(int(i)) for i in order[: max(1, count)]])
@@ -155,6 +181,7 @@ class DataSource:
         packed: bool,
         pad_id: int,
         repeats_N: NDArray[np.float64] | None = None,
+        easy_first: EasyFirst | None = None,
         columns: Mapping[str, NDArray[np.generic]] | None = None,
         annotator: Annotator | None = None,
         workers: int = 1,
@@ -165,11 +192,12 @@ class DataSource:
         self._packed = packed
         self._pad_id = pad_id
         self._repeats_N = np.ones(len(examples.lengths)) if repeats_N is None else repeats_N
+        self._easy_first = easy_first
         self._columns = dict(columns or {})
         self._annotator = annotator
         self._workers = workers
         self._at = {"step": 0, "epoch": 0, "position": 0}
-        self.total_steps = count_steps(examples.lengths, self._repeats_N, batching, seed)
+        self.total_steps = count_steps(examples.lengths, self._repeats_N, batching, seed, easy_first)
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Goes on behind the step whose state this was."""
@@ -193,7 +221,9 @@ class DataSource:
         """For each step to come: the state after it, the epoch it ends in, and its examples."""
         number, epoch, position = self._at["step"], self._at["epoch"], self._at["position"]
         while number < self.total_steps:
-            chosen = epoch_steps(self._examples.lengths, self._repeats_N, self._batching, epoch, self._seed)
+            chosen = epoch_steps(
+                self._examples.lengths, self._repeats_N, self._batching, epoch, self._seed, self._easy_first
+            )
             for index in range(position, len(chosen)):
                 number += 1
                 yield (
@@ -209,7 +239,7 @@ class DataSource:
         spans = _spans(
             self._examples.lengths[chosen], self._batching.micro_batch_size, self._batching.micro_batch_tokens
         )
-        made = [batch for a, b in spans for batch in self._batches(chosen[a:b].tolist())]
+        made = [replace(batch, step=state["step"]) for a, b in spans for batch in self._batches(chosen[a:b].tolist())]
         return Step(state["step"], made, state, epoch)
 
     def _batches(self, indices: Sequence[int]) -> Iterator[Batch]:

@@ -29,6 +29,7 @@ _THINK_TAG = re.compile("(<think>|</think>)")
 # The names that templates know the switch by. A template that knows neither ignores both.
 QUIET: Mapping[str, Any] = {"enable_thinking": False, "thinking": False}
 LOUD: Mapping[str, Any] = {"enable_thinking": True, "thinking": True}
+OURS = ("train", "weight")  # what a message says of its loss, and no template sees
 _REMEDY = 'set "train": false on that turn, or give a template with data.template'
 _HEED = "make the template heed add_generation_prompt"
 
@@ -296,7 +297,7 @@ class Turns:
         Raises InputError if the template fails, or if what a trained turn must produce cannot be told exactly. (The
         history of a prompt need not be told apart: then it has no spans.)
         """
-        plain = [{k: v for k, v in m.items() if k != "train" and v is not None} for m in messages]
+        plain = [{k: v for k, v in m.items() if k not in OURS and v is not None} for m in messages]
         turns = [i for i, m in enumerate(messages) if m.get("role") == "assistant" and m.get("train") is not False]
         asked = {} if thinking is None else LOUD if thinking else QUIET
         anywhere, in_json, ends = self._patterns

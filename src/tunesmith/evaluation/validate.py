@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tunesmith.data.pack import place
 from tunesmith.data.source import ExampleList, Examples, batches
 from tunesmith.models.policy import Policy
-from tunesmith.protocols import Coupled, Objective
+from tunesmith.protocols import Annotator, Coupled, Objective
 from tunesmith.types import Step, Terms
 
 GROUP = 1024  # examples that a coupled loss is taken over: as many whatever runs through the model at once
@@ -55,7 +55,8 @@ def _terms(
     lay_out = partial(batches, tokens=tokens, packed=policy.packed, pad_id=policy.tokens.pad)
     if not isinstance(objective, Coupled):
         for batch in lay_out(examples, columns=columns):
-            yield objective.terms(policy, place(batch, policy.device))
+            seen = objective.annotate(policy, batch) if isinstance(objective, Annotator) else batch
+            yield objective.terms(policy, place(seen, policy.device))
         return
     for start in range(0, len(examples.lengths), GROUP):
         group = range(start, min(start + GROUP, len(examples.lengths)))

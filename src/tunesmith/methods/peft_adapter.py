@@ -161,8 +161,8 @@ def _first_sentence(error: Exception) -> str:
 
 
 def task_type(policy: Policy) -> str:
-    """PEFT's word for what the model does."""
-    if policy.model.get_output_embeddings() is None:
+    """PEFT's word for what the model does; it has none for filling masks."""
+    if policy.kind == "encoder" or policy.model.get_output_embeddings() is None:
         return "FEATURE_EXTRACTION"
     return "SEQ_2_SEQ_LM" if policy.kind == "encoder-decoder" else "CAUSAL_LM"
 

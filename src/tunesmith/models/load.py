@@ -99,16 +99,16 @@ def load_backbone(
 ) -> nn.Module:
     """The model with its weights, in evaluation mode, every parameter from the checkpoint.
 
-    "lm" has the language-model head, "pooled" ends at the last hidden states (a pooler that nothing
-    would use is not built). `in_nf4`: linear layers are held in 4 bits, and the device never has all of them
-    whole. Raises RefusedError when the checkpoint lacks weights of the model or has them in other shapes, InputError
-    for a head the model cannot have, ResourceError for memory.
+    "lm" has the language-model head (of an encoder: the one that fills masks), "pooled" ends at the last hidden
+    states (a pooler that nothing would use is not built). `in_nf4`: linear layers are held in 4 bits, and the device
+    never has all of them whole. Raises RefusedError when the checkpoint lacks weights of the model or has them in
+    other shapes, InputError for a model that is none of text, ResourceError for memory.
     """
     import torch
 
     check_folder(local.folder)
     config = safe_config(local.folder)
-    auto, extra = _builder(config, kind_of_head, local)
+    auto, extra = _builder(config, kind_of_head)
     try:
         with compat.quiet_transformers():
             model, report = auto.from_pretrained(
@@ -141,7 +141,7 @@ def meta_model(local: LocalModel, head: Head) -> MetaModel:
     import torch
 
     config = safe_config(local.folder)
-    auto, extra = _builder(config, head, local)
+    auto, extra = _builder(config, head)
     with compat.quiet_transformers(), torch.device("meta"):
         module = auto.from_config(config, dtype=torch.float32, **extra)
     text = config.get_text_config()
@@ -194,20 +194,20 @@ def decoder_start(local: LocalModel) -> int | None:
     return int(start)
 
 
-def _builder(config: PreTrainedConfig, head: Head, local: LocalModel) -> tuple[Any, dict[str, Any]]:
+def _builder(config: PreTrainedConfig, head: Head) -> tuple[Any, dict[str, Any]]:
     """The Auto class for the head, and arguments of its constructor."""
-    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
     kind = kind_of(config)
     if head == "pooled":
         built = inspect.signature(compat.backbone_class(config).__init__).parameters
         return AutoModel, {"add_pooling_layer": False} if "add_pooling_layer" in built else {}
-    if kind == "encoder":
-        raise InputError(
-            f"{local.name} is an encoder and does not generate text",
-            "use a decoder, or an objective that reads pooled vectors (classify)",
-        )
-    return (AutoModelForSeq2SeqLM if kind == "encoder-decoder" else AutoModelForCausalLM), {}
+    with_head = {
+        "decoder": AutoModelForCausalLM,
+        "encoder": AutoModelForMaskedLM,
+        "encoder-decoder": AutoModelForSeq2SeqLM,
+    }
+    return with_head[kind], {}
 
 
 def _checked_attention(name: str) -> str:
@@ -231,7 +231,7 @@ def _judge(report: dict[str, Any], local: LocalModel) -> None:
         raise RefusedError(
             f"the checkpoint in {local.folder} lacks {len(missing)} weights of the model, which would be random: "
             f"{', '.join(missing[:5])}",
-            "fetch the model again, or use a checkpoint of this architecture",
+            "fetch the model again, or use a checkpoint that has them",
         )
     unexpected = sorted(str(key) for key in report.get("unexpected_keys") or ())
     if surprising := [key for key in unexpected if not _COMPUTED.search(key) and not _OTHER_HEAD.match(key)]:

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunesmith.errors import RefusedError
 from tunesmith.kernels import attention, shared_prefix
 from tunesmith.losses.linear_cross_entropy import linear_logprobs
 from tunesmith.losses.linear_reduce import linear_logits, linear_reduce
 from tunesmith.models.heads import Head, pool
+from tunesmith.models.projection import before, check, projection
 from tunesmith.models.sample import generate
 from tunesmith.models.virtual import Virtual, VirtualKeys, VirtualTokens, before_all, before_each, behind
 from tunesmith.types import Batch, Completion, ModelKind, SampleSpec, Scores, Segment, Stream, Want
@@ -37,12 +37,16 @@ def _no_text(text: str) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """The token ids that a policy needs to know: what ends an answer, pads a row, was added, and those of a text."""
+    """The token ids that a policy needs to know: what ends an answer, pads a row, was added, and those of a text.
+
+    `mask` stands where a word is hidden; None where the tokenizer has no such token.
+    """
 
     end: tuple[int, ...]
     pad: int
     added: tuple[int, ...] = ()
     encode: Callable[[str], list[int]] = _no_text
+    mask: int | None = None
 
 
 class Policy(nn.Module):
@@ -80,6 +84,7 @@ class Policy(nn.Module):
         self.as_base: Callable[[], AbstractContextManager[None]] = nullcontext
         self.virtual: Virtual | None = None
         self._virtual_off = False
+        self._noise = 0.0
         self.heads = nn.ModuleDict()
         self._position_offset = int(self.config.pad_token_id) + 1 if self.config.model_type in OFFSET_POSITIONS else 0
         attention.register()
@@ -119,6 +124,18 @@ class Policy(nn.Module):
         finally:
             self._virtual_off = before
 
+    @contextmanager
+    def noisy(self, alpha: float) -> Generator[None]:
+        """Inside, while it trains, embeddings of texts carry noise: uniform in +-alpha / sqrt(L D) for a text of L.
+
+        (NEFTune: Jain et al. 2023, arXiv 2310.05914, algorithm 1.)
+        """
+        self._noise = alpha
+        try:
+            yield
+        finally:
+            self._noise = 0.0
+
     def precision(self) -> AbstractContextManager[Any]:
         """The context every forward runs in."""
         return nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
@@ -142,7 +159,7 @@ class Policy(nn.Module):
 
     def logits(self, hidden_UD: Tensor) -> Tensor:
         """The model's logits of last hidden states, in float32: [U, V]."""
-        return linear_logits(hidden_UD, **self._projection())
+        return linear_logits(before(self.model, self.kind, hidden_UD), **self._projection())
 
     def sample(self, prompts: Sequence[Sequence[int]], spec: SampleSpec) -> list[Completion]:
         """Completions of `prompts`, in their order; end tokens are cut off."""
@@ -158,54 +175,35 @@ class Policy(nn.Module):
         """Compares this class's log-probabilities with the model's own logits on a few tokens.
 
         Raises RefusedError where they differ: a scale or cap between the last hidden state and
-        the logits that `OutputProjection` does not know would silently train a wrong loss.
+        the logits that `projection` does not know would silently train a wrong loss.
         """
-        ids = torch.tensor([[t % self.config.get_text_config().vocab_size for t in (3, 14, 15, 92, 65, 35)]]).to(
-            self.device
-        )
         training = self.training
         self.eval()
         self._attention("sdpa")
-        with torch.no_grad():
-            inputs = {"decoder_input_ids": ids} if self.kind == "encoder-decoder" else {}
-            logits_TV = self.model(input_ids=ids, use_cache=False, **inputs).logits[0].float()
-            hidden_TD = self._forward(input_ids=ids, **inputs)[0]
-            projection = self._projection()
-            ours_T, _ = linear_logprobs(hidden_TD, projection["weight_VD"], ids[0], **_without(projection, "weight_VD"))
-            theirs_T = logits_TV.log_softmax(-1).gather(-1, ids[0][:, None])[:, 0]
+        check(self.model, self.kind, self._forward, self._no_cache)
         self._attention(self._implementation)
         self.train(training)
-        if not logits_TV.isfinite().all():
-            raise RefusedError(
-                f"the logits of {type(self.model).__name__} are not finite numbers: its weights are damaged",
-                "fetch the model again",
-            )
-        error = float((ours_T - theirs_T).abs().max())
-        if not error < (1e-3 if hidden_TD.dtype == torch.float32 else 0.2):
-            raise RefusedError(
-                f"{type(self.model).__name__} turns hidden states into logits in a way tunesmith does not know "
-                f"(log-probabilities differ by {error:.3g})",
-                "choose another base model, and report this one",
-            )
 
     def _score_units(self, batch: Batch, want: Want, hidden_BTD: Tensor, scores: Scores) -> None:
         unit_U = batch.unit_U
         hidden_UD = hidden_BTD.flatten(0, 1).index_select(0, unit_U)
         scores.weight_U = batch.weight_BT.flatten()[unit_U]
         scores.example_U = batch.example_U
-        if want.logprobs or want.entropy:
-            projection = self._projection()
-            scores.logprob_U, scores.entropy_U = linear_logprobs(
-                hidden_UD,
-                projection["weight_VD"],
-                batch.target_BT.flatten()[unit_U],
-                entropy=want.entropy,
-                **_without(projection, "weight_VD"),
-            )
-        if want.reduce is not None:
-            scores.reduced_UK = linear_reduce(hidden_UD, want.reduce, **self._projection())
         if want.values:
             scores.value_U = self.heads["value"](hidden_UD)[:, 0]
+        if not (want.logprobs or want.entropy or want.reduce is not None):
+            return
+        hidden_UD, projected = before(self.model, self.kind, hidden_UD), self._projection()
+        if want.logprobs or want.entropy:
+            scores.logprob_U, scores.entropy_U = linear_logprobs(
+                hidden_UD,
+                projected["weight_VD"],
+                batch.target_BT.flatten()[unit_U],
+                entropy=want.entropy,
+                **_without(projected, "weight_VD"),
+            )
+        if want.reduce is not None:
+            scores.reduced_UK = linear_reduce(hidden_UD, want.reduce, **projected)
 
     def _hidden(self, batch: Batch) -> Tensor:
         """Last hidden states [B, T, D] of the decoder stream if there is one, else of the input."""
@@ -235,11 +233,11 @@ class Policy(nn.Module):
     ) -> tuple[dict[str, Any], Restore]:
         """Rows of one segment each under a mask; an encoder-decoder counts its positions itself."""
         ids_BT, position_BT, mask_BT = stream.input_ids_BT, stream.position_ids_BT, _inside(stream)
-        inputs: dict[str, Any] = {"input_ids": ids_BT, **self._types(stream)}
+        inputs: dict[str, Any] = {**self._read(stream, segments), **self._types(stream)}
         restore = _as_it_is
         if virtual_PD is not None:
             layout = before_each(stream, segments, len(virtual_PD))
-            inputs = {"inputs_embeds": layout.lay_out(virtual_PD, self.embedded(ids_BT))}
+            inputs = {"inputs_embeds": layout.lay_out(virtual_PD, self._embeddings(stream, segments))}
             position_BT, mask_BT = layout.position_BK, layout.inside_BK.long()
             restore = partial(layout.restore, text_BT=ids_BT)
         if self.kind != "encoder-decoder":
@@ -257,7 +255,8 @@ class Policy(nn.Module):
             if isinstance(self._virtual, VirtualKeys):
                 position_BT, bounds = position_BT + self._virtual.count, behind(bounds, self._virtual.count)
                 bounds.before = self._virtual.by_module(self.model)
-            inputs = {"input_ids": ids_BT, "position_ids": position_BT, **self._types(stream)}
+            read = self._read(stream, batch.segments)
+            inputs = {**read, "position_ids": position_BT, **self._types(stream)}
             if shared is None:
                 return inputs, bounds, _as_it_is
             return {name: shared.shorten(value) for name, value in inputs.items()}, bounds, shared.restore
@@ -267,7 +266,7 @@ class Policy(nn.Module):
             else before_each(stream, batch.segments, len(virtual_PD))
         )
         inputs = {
-            "inputs_embeds": layout.lay_out(virtual_PD, self.embedded(ids_BT)),
+            "inputs_embeds": layout.lay_out(virtual_PD, self._embeddings(stream, batch.segments)),
             "position_ids": layout.position_BK + self._position_offset,
         }
         return inputs, layout.bounds, partial(layout.restore, text_BT=ids_BT)
@@ -289,6 +288,21 @@ class Policy(nn.Module):
         """Embeddings of tokens, in the shape of their ids and one more dimension: [B, T, D]."""
         return self.model.get_input_embeddings()(ids_BT)
 
+    def _read(self, stream: Stream, segments: Sequence[Segment]) -> dict[str, Tensor]:
+        """What the model reads of a stream: its tokens, or their embeddings where these carry noise."""
+        if self._noise and self.training:
+            return {"inputs_embeds": self._embeddings(stream, segments)}
+        return {"input_ids": stream.input_ids_BT}
+
+    def _embeddings(self, stream: Stream, segments: Sequence[Segment]) -> Tensor:
+        embedded_BTD = self.embedded(stream.input_ids_BT)
+        if not (self._noise and self.training):
+            return embedded_BTD
+        length_S = torch.tensor([segment.length for segment in segments]).to(embedded_BTD.device, non_blocking=True)
+        length_BT1 = length_S[stream.segment_ids_BT.clamp(min=0)][..., None]
+        uniform_BTD = 2 * torch.rand_like(embedded_BTD) - 1
+        return embedded_BTD + uniform_BTD * self._noise / (length_BT1 * embedded_BTD.shape[-1]).sqrt()
+
     @property
     def _is_held(self) -> bool:
         """Whether attention is ours: for rows of several segments, and for keys that stand before each of them."""
@@ -300,7 +314,7 @@ class Policy(nn.Module):
 
     def _may_share(self, batch: Batch) -> bool:
         """Whether what all segments begin with may run once: see `shared_prefix`, which looks at tokens alone."""
-        alike = not batch.extra and batch.streams["input"].type_ids_BT is None
+        alike = not batch.extra and not (self._noise and self.training) and batch.streams["input"].type_ids_BT is None
         if not (self.packed and self.share_prefixes and self.kind == "decoder" and alike):
             return False
         if self._serves is None:  # a walk over every module: 9 ms of a large model
@@ -311,8 +325,11 @@ class Policy(nn.Module):
         """Last hidden states below the output projection: [B, T, D]."""
         if self.kind == "encoder-decoder":
             return self._encode_decode(**inputs)
-        cache = {"use_cache": False} if self.kind == "decoder" else {}
-        return self._backbone()(**inputs, **cache).last_hidden_state
+        return self._backbone()(**inputs, **self._no_cache).last_hidden_state
+
+    @property
+    def _no_cache(self) -> dict[str, bool]:
+        return {} if self.kind == "encoder" else {"use_cache": False}
 
     def _encode_decode(
         self,
@@ -337,22 +354,7 @@ class Policy(nn.Module):
         return self.model if self.model.get_output_embeddings() is None else self.model.base_model
 
     def _projection(self) -> dict[str, Any]:
-        """What `linear_logprobs` needs to turn hidden states into the model's log-probabilities."""
-        output = self.model.get_output_embeddings()
-        config = self.config.get_text_config()
-        scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
-            getattr(config, "logits_scaling", None) or 1.0
-        )
-        if self.kind == "encoder-decoder" and getattr(config, "tie_word_embeddings", False):
-            scale *= (
-                config.d_model**-0.5 if getattr(config, "scale_decoder_outputs", config.model_type == "t5") else 1.0
-            )
-        return {
-            "weight_VD": output.weight,
-            "bias_V": getattr(output, "bias", None),
-            "scale": scale,
-            "softcap": getattr(config, "final_logit_softcapping", None),
-        }
+        return projection(self.model, self.kind)
 
     def _context(self) -> int | None:
         """Positions that the model knows; None where they are relative, or the prompt has a side of its own."""

@@ -21,12 +21,43 @@ from tunesmith.errors import InputError
 from tunesmith.losses.divergence import Kind, coarse, divergence, most_probable, with_rest
 from tunesmith.models.policy import Policy
 from tunesmith.objectives import OBJECTIVES
-from tunesmith.objectives.sft import Sft
+from tunesmith.objectives.sft import Learned, Sft, counted
 from tunesmith.recipe import Above0, Positive
 from tunesmith.types import Batch, Part, Terms, Want
 
 if TYPE_CHECKING:
     from tunesmith.data.store import TokenStore
+
+
+class Held(Learned):
+    """How the student is held to its teacher."""
+
+    divergence: Kind = Field(
+        "forward_kl",
+        description="what is made small: forward_kl covers all that the teacher finds likely, reverse_kl keeps to "
+        "what is likeliest, jsd lies between them",
+    )
+    beta: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="the teacher's share in the mixture of jsd; 0.5 by default"
+    )
+    temperature: Above0 = Field(1.0, description="above 1 the teacher's less likely tokens count for more")
+    teacher_share: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.5, description="what the teacher counts in the loss; the rows' own answers count the rest"
+    )
+    top_k: Positive | None = Field(
+        None,
+        description="keep only so many of the teacher's tokens, which are computed once before training; all of "
+        "them, in every step, if left out",
+    )
+    hidden: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="weight of the angle between the last hidden states of both, which must be equally wide"
+    )
+
+    @model_validator(mode="after")
+    def _only_of_jsd(self) -> Held:
+        if self.beta is not None and self.divergence != "jsd":
+            raise ValueError(f"beta is the mixture of jsd, and divergence is {self.divergence}; leave it out")
+        return self
 
 
 @OBJECTIVES.register("distill")
@@ -46,35 +77,7 @@ class Distill(Sft):
         teacher=True,
     )
 
-    class Options(Sft.Options):
-        """How the student is held to its teacher."""
-
-        divergence: Kind = Field(
-            "forward_kl",
-            description="what is made small: forward_kl covers all that the teacher finds likely, reverse_kl keeps to "
-            "what is likeliest, jsd lies between them",
-        )
-        beta: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-            None, description="the teacher's share in the mixture of jsd; 0.5 by default"
-        )
-        temperature: Above0 = Field(1.0, description="above 1 the teacher's less likely tokens count for more")
-        teacher_share: Annotated[float, Field(gt=0, le=1)] = Field(
-            0.5, description="what the teacher counts in the loss; the rows' own answers count the rest"
-        )
-        top_k: Positive | None = Field(
-            None,
-            description="keep only so many of the teacher's tokens, which are computed once before training; all of "
-            "them, in every step, if left out",
-        )
-        hidden: Annotated[float, Field(ge=0)] = Field(
-            0.0, description="weight of the angle between the last hidden states of both, which must be equally wide"
-        )
-
-        @model_validator(mode="after")
-        def _only_of_jsd(self) -> Distill.Options:
-            if self.beta is not None and self.divergence != "jsd":
-                raise ValueError(f"beta is the mixture of jsd, and divergence is {self.divergence}; leave it out")
-            return self
+    Options: ClassVar[type[Any]] = Held
 
     def __init__(self, options: Any) -> None:
         super().__init__(options)
@@ -120,21 +123,20 @@ class Distill(Sft):
                 parts.append(self._from_teacher(self._logits(teacher_UE[rows]), logits_RV))
             return torch.stack(parts, dim=-1)
 
-        scores = policy.score(batch, Want(reduce=reduce, hidden=bool(self.options.hidden)))
+        with policy.noisy(self.options.neftune_alpha):
+            scores = policy.score(batch, Want(reduce=reduce, hidden=bool(self.options.hidden)))
         assert scores.reduced_UK is not None
         assert scores.weight_U is not None
         assert scores.example_U is not None
+        weight_U, example_U = counted(batch) if policy.training else scores.weight_U, scores.example_U
         found = {"nll": scores.reduced_UK[:, 0], "divergence": scores.reduced_UK[:, 1]}
         if scores.hidden_BTD is not None:
             assert teacher_UE is not None
             own_UD = scores.hidden_BTD.flatten(0, 1)[batch.unit_U]
             found["hidden"] = 1 - F.cosine_similarity(own_UD.float(), teacher_UE.float(), dim=-1)
-        sums = {name: float((loss_U.detach() * scores.weight_U).sum()) for name, loss_U in found.items()}
-        total = float(scores.weight_U.sum())
-        parts = {
-            name: Part(weight * found[name], scores.weight_U, scores.example_U)
-            for name, weight in self._weights.items()
-        }
+        sums = {name: float((loss_U.detach() * weight_U).sum()) for name, loss_U in found.items()}
+        total = float(weight_U.sum())
+        parts = {name: Part(weight * found[name], weight_U, example_U) for name, weight in self._weights.items()}
         return Terms(parts, {f"{name}_per_token": (value, total) for name, value in sums.items()})
 
     @property

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from tunesmith.declared import ObjectiveNeeds
 from tunesmith.objectives import OBJECTIVES
-from tunesmith.objectives.sft import Sft
+from tunesmith.objectives.sft import Likelihood, Sft
 from tunesmith.types import WINDOW, Example, Piece, Row
 
 if TYPE_CHECKING:
@@ -32,8 +32,7 @@ class Pretrain(Sft):
         metrics=("loss", "perplexity", "bits_per_byte"),
     )
 
-    class Options(Sft.Options):
-        """pretrain has no options."""
+    Options: ClassVar[type[Any]] = Likelihood
 
     def fit(self, rows: Iterable[Row]) -> None:
         del rows
@@ -46,4 +45,5 @@ class Pretrain(Sft):
 
     def example(self, row: Row, renderer: Renderer) -> Example:
         windows = renderer.windows(row.value["text"])
-        return Example(tuple(Piece(window.input_ids, window.weights, WINDOW) for window in windows))
+        pieces = tuple(Piece(window.input_ids, window.weights, WINDOW) for window in windows)
+        return Example(pieces, self.columns(row))

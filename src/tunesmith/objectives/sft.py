@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
+from torch import Tensor
 
 from tunesmith.data import sides
+from tunesmith.data.fields import number_of
 from tunesmith.data.pack import place
 from tunesmith.data.source import ExampleList, batches
 from tunesmith.declared import HeadSpec, ObjectiveNeeds
 from tunesmith.errors import InputError, placed
 from tunesmith.models.policy import Policy
 from tunesmith.objectives import OBJECTIVES
+from tunesmith.protocols import Annotator
 from tunesmith.recipe import Strict
 from tunesmith.types import Batch, Completion, Example, Part, Piece, Prediction, Row, SampleSpec, Step, Terms, Want
 
@@ -24,11 +29,34 @@ if TYPE_CHECKING:
 
 
 LOOKED_AT = 1000  # rows of training that tell how its questions are asked
+WEIGHT = "weight"  # the column of an example whose loss counts so many times
+
+
+class Likelihood(Strict):
+    """What the likelihood of text may be changed by."""
+
+    weight_column: str | None = Field(
+        None, description="a column of numbers above 0: how many times the loss of each training row counts"
+    )
+    neftune_alpha: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="noise on the embeddings of training texts against learning by rote; 5 is usual, 0 is none"
+    )
+
+
+class Learned(Likelihood):
+    """What of a conversation is learned, and how much it counts."""
+
+    learn: Literal["answers", "last", "all"] = Field(
+        "answers", description="of conversations: all that the assistant says, its last answer alone, or every token"
+    )
 
 
 @OBJECTIVES.register("sft")
 class Sft:
-    """loss = - sum_t w_t log p(x_t | x_<t) / sum_t w_t, over the tokens that the model must produce."""
+    """loss = - sum_t w_t log p(x_t | x_<t) / sum_t w_t, over the tokens that the model must produce.
+
+    w_t is the weight of the token's turn times that of its row. `neftune_alpha`: Jain et al. 2023, arXiv 2310.05914.
+    """
 
     needs: ClassVar[ObjectiveNeeds] = ObjectiveNeeds(
         summary="learn to answer as the rows do, from conversations, prompts with completions, or plain text",
@@ -51,11 +79,10 @@ class Sft:
         ),
     )
 
-    class Options(Strict):
-        """sft has no options."""
+    Options: ClassVar[type[Any]] = Learned
 
     def __init__(self, options: Any) -> None:
-        self.options = options
+        self.options: Any = self.Options() if options is None else options
         self.system: str | None = None
         self.without_thinking = False
 
@@ -79,11 +106,31 @@ class Sft:
     def example(self, row: Row, renderer: Renderer) -> Example:
         if renderer.start is not None:
             return self._two_sided(row, renderer)
+        weights = None
         if "messages" in row.value:
-            encoded = renderer.encode(row.value["messages"], row.value.get("tools"))
+            encoded = renderer.encode(self._learned(row.value["messages"]), row.value.get("tools"))
+            if self.options.learn == "all":
+                weights = np.ones(len(encoded.input_ids), np.float32)
+                weights[0] = 0  # nothing foretells it
         else:
             encoded = renderer.text(row.value["text"])
-        return Example((Piece(encoded.input_ids, encoded.weights),), cut=encoded.cut, cut_trained=encoded.cut_trained)
+        piece = Piece(encoded.input_ids, encoded.weights if weights is None else weights)
+        return Example((piece,), self.columns(row), encoded.cut, encoded.cut_trained)
+
+    def columns(self, row: Row) -> dict[str, float]:
+        """How many times the row's loss counts, where training rows say it; InputError for what is no such number."""
+        name = self.options.weight_column
+        if name is None or name not in row.tags:
+            return {}
+        return {WEIGHT: number_of(row, name, "objective.weight_column", above=0)}
+
+    def _learned(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The conversation, its earlier answers marked as not to be learned where only the last one is."""
+        if self.options.learn != "last":
+            return messages
+        return [{**said, "train": False} if said["role"] == "assistant" else said for said in messages[:-1]] + (
+            messages[-1:]
+        )
 
     def _two_sided(self, row: Row, renderer: Renderer) -> Example:
         if "messages" not in row.value:
@@ -91,13 +138,18 @@ class Sft:
                 "an encoder-decoder learns to answer, and a row of plain text asks nothing",
                 "give rows with a prompt and a completion",
             )
-        return sides.example(row.value["messages"], row.value.get("tools"), renderer)
+        made = sides.example(self._learned(row.value["messages"]), row.value.get("tools"), renderer)
+        return replace(made, columns=self.columns(row))
 
     def normalisers(self, step: Step) -> dict[str, float]:
-        return {"nll": sum(float(batch.weight_BT.sum()) for batch in step.batches)}
+        return {"nll": sum(float(counted(batch).sum()) for batch in step.batches)}
 
     def terms(self, policy: Policy, batch: Batch) -> Terms:
-        return Terms({"nll": self.likelihood(policy, batch)})
+        with policy.noisy(self.options.neftune_alpha):
+            part = self.likelihood(policy, batch)
+        if policy.training:
+            part.weight_U = counted(batch)
+        return Terms({"nll": part})
 
     def likelihood(self, policy: Policy, batch: Batch) -> Part:
         """The negative log-likelihood of every trained token, in nats."""
@@ -158,7 +210,8 @@ class Sft:
         policy.eval()
         with torch.no_grad():
             for batch in batches(examples, tokens, packed=policy.packed, pad_id=policy.tokens.pad):
-                part = self.likelihood(policy, place(batch, policy.device))
+                seen = self.annotate(policy, batch) if isinstance(self, Annotator) else batch
+                part = self.likelihood(policy, place(seen, policy.device))
                 sums_N = torch.zeros(len(batch.examples), dtype=torch.float64)
                 counts_N = torch.zeros(len(batch.examples), dtype=torch.float64)
                 sums_N.index_add_(0, part.example_U.cpu(), (part.loss_U * part.weight_U).double().cpu())
@@ -171,6 +224,12 @@ class Sft:
             if "text" in rows[index].value:
                 own["bytes"] = float(len(rows[index].value["text"].encode()))
         return found
+
+
+def counted(batch: Batch) -> Tensor:
+    """The weights of a training batch's units, times those of their rows where these have any: [U]."""
+    weight_U, rows = batch.weight_BT.flatten()[batch.unit_U], batch.columns.get(WEIGHT)
+    return weight_U if rows is None else weight_U * rows[batch.example_U]
 
 
 def _said(completion: Completion, renderer: Renderer) -> str:

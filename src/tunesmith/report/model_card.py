@@ -42,6 +42,7 @@ TASKS = {
     ("pooled", "pair"): "text-classification",
 }
 FINDS, RANKS = "sentence-similarity", "text-ranking"
+FILLS = "fill-mask"
 QUESTIONS = {"span": "question-answering", "choices": "multiple-choice"}  # by the kind of rows
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _LOCAL = re.compile(r"[/\\]|\.\w{1,8}$")
@@ -58,7 +59,8 @@ def model_card(summary: Summary, library: Library, merged: str | None = None) ->
     learned = plan["meaning"]["objective"][2] or {}
     needs = OBJECTIVES.get(objective).needs
     head, asked = str(needs.head), next(iter(needs.formats & QUESTIONS.keys()), None)
-    task = _task(needs, asked)
+    masked = head == "lm" and plan["base"]["kind"] == "encoder"
+    task = _task(needs, asked, masked)
     entry = _entry(str(plan["base"]["name"]))
     adapter = library != "transformers"
     data = ModelCardData(
@@ -81,6 +83,8 @@ def model_card(summary: Summary, library: Library, merged: str | None = None) ->
             "train": plan["meaning"]["train"],
             "files": train_files(plan),
             "head": head,
+            "masked": masked,
+            "two_sided": plan["base"]["kind"] == "encoder-decoder",
             "library": library,
             "merged": merged,
             "plugged": adapter_hub.is_plugged(str(plan["base"]["model_type"])),
@@ -110,13 +114,13 @@ def model_card(summary: Summary, library: Library, merged: str | None = None) ->
     return str(ModelCard(f"---\n{data.to_yaml(line_break=chr(10))}\n---\n\n{body}", ignore_metadata_errors=False))
 
 
-def _task(needs: ObjectiveNeeds, asked: str | None) -> str:
-    """What the hub calls it."""
-    if asked is not None:
+def _task(needs: ObjectiveNeeds, asked: str | None, masked: bool) -> str:
+    """The hub's word for what the model does."""
+    if asked:
         return QUESTIONS[asked]
     if needs.searches:
         return RANKS if needs.rereads else FINDS
-    return TASKS[needs.head if needs.writes else "pooled", needs.vectors]
+    return FILLS if masked else TASKS[needs.head if needs.writes else "pooled", needs.vectors]
 
 
 def _behind(method: str, options: Mapping[str, Any]) -> str:
