@@ -134,3 +134,10 @@ class _Tokens:
         if lead >= 0 and self.starts[lead] >= floor:
             return self.aligner.remembered(self.text[self.starts[lead] : place]) == self.ids[lead:count]
         return self.aligner.piece(self.text[floor:place], floor == 0)[0] == self.ids[lead + 1 : count]
+
+
+def with_processor(bare: Tokenizer, backend: Tokenizer) -> str:
+    """The tokenizer as JSON, without the truncation and padding that an earlier call may have left on it."""
+    whole = Tokenizer.from_str(bare.to_str())
+    whole.post_processor = backend.post_processor
+    return whole.to_str()

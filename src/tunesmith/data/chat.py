@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from tunesmith.data.align import Aligner
+from tunesmith.data.align import Aligner, with_processor
 from tunesmith.data.template import Messages, Tools, templates_of
 from tunesmith.data.turns import Rendering, Turns
 from tunesmith.data.two_texts import Frame, Window, frame_of, kept
@@ -103,7 +103,7 @@ class Renderer:
         self.sequence_length, self.start = sequence_length, start
         self._special_tokens = tokenizer.special_tokens_map
         self._aligner = Aligner(backend)
-        self._json = _with_processor(self._aligner.backend, backend)
+        self._json = with_processor(self._aligner.backend, backend)
         # What the tokenizer itself puts around a text, read off a text of one letter.
         letter, whole = self._aligner.read("a"), Tokenizer.from_str(self._json).encode("a").ids
         at = next((i for i in range(len(whole)) if whole[i : i + len(letter)] == letter), 0)
@@ -383,13 +383,6 @@ class Renderer:
         length = len(ids) if self.sequence_length is None else self.sequence_length
         cut_trained = int(np.count_nonzero(weights[length:]))
         return Encoded(np.array(ids[:length], np.int32), weights[:length], max(len(ids) - length, 0), cut_trained)
-
-
-def _with_processor(bare: Tokenizer, backend: Tokenizer) -> str:
-    """The tokenizer as JSON, without the truncation and padding that an earlier call may have left on it."""
-    whole = Tokenizer.from_str(bare.to_str())
-    whole.post_processor = backend.post_processor
-    return whole.to_str()
 
 
 def _checked(messages: Messages) -> Messages:
