@@ -103,15 +103,18 @@ def model_card(summary: Summary, library: Library, merged: str | None = None) ->
             "unanswerable": learned.get("unanswerable"),
             "hidden": plan["meaning"]["objective"][1].get("hidden"),
             "windows": _windows(plan["meaning"]["objective"][1]),
-            "threshold": (plan["meaning"]["objective"][1].get("threshold") or THRESHOLD)
-            if learned.get("multi_label")
-            else None,
+            "threshold": _threshold(plan["meaning"]["objective"][1], learned),
             "base": _base(summary, entry),
             "converted": _is_converted(summary, entry),
             "weakest": _weakest(summary),
         },
     )
     return str(ModelCard(f"---\n{data.to_yaml(line_break=chr(10))}\n---\n\n{body}", ignore_metadata_errors=False))
+
+
+def _threshold(options: Mapping[str, Any], learned: Mapping[str, Any]) -> float | None:
+    """From which probability on a label is given, where a text may have several."""
+    return (options.get("threshold") or THRESHOLD) if learned.get("multi_label") else None
 
 
 def _task(needs: ObjectiveNeeds, asked: str | None, masked: bool) -> str:
