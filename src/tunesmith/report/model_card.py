@@ -56,11 +56,10 @@ def model_card(summary: Summary, library: Library, merged: str | None = None) ->
     """
     plan = summary.plan
     objective, method = str(plan["meaning"]["objective"][0]), str(plan["meaning"]["method"][0])
-    learned = plan["meaning"]["objective"][2] or {}
+    options, learned = plan["meaning"]["objective"][1], plan["meaning"]["objective"][2] or {}
     needs = OBJECTIVES.get(objective).needs
     head, asked = str(needs.head), next(iter(needs.formats & QUESTIONS.keys()), None)
-    masked = head == "lm" and plan["base"]["kind"] == "encoder"
-    task = _task(needs, asked, masked)
+    task = _task(needs, asked, str(plan["base"]["kind"]))
     entry = _entry(str(plan["base"]["name"]))
     adapter = library != "transformers"
     data = ModelCardData(
@@ -83,27 +82,27 @@ def model_card(summary: Summary, library: Library, merged: str | None = None) ->
             "train": plan["meaning"]["train"],
             "files": train_files(plan),
             "head": head,
-            "masked": masked,
+            "masked": task == FILLS,
             "two_sided": plan["base"]["kind"] == "encoder-decoder",
             "library": library,
             "merged": merged,
             "plugged": adapter_hub.is_plugged(str(plan["base"]["model_type"])),
             "tokens": plan["meaning"]["method"][1].get("tokens"),
             "behind": _behind(method, plan["meaning"]["method"][1]),
-            "score": plan["meaning"]["objective"][1].get("score") or "sum",
+            "score": options.get("score") or "sum",
             "chat": set(plan["audit"]["train"]["formats"]) != {"text"},
             "labels": learned.get("labels"),
             "finds": task == FINDS,
             "ranks": task == RANKS,
-            "two": _compared(plan["meaning"]["objective"][1]) if needs.vectors == "pair" else None,
+            "two": _compared(options) if needs.vectors == "pair" else None,
             "tags": learned.get("tags"),
             "asked": asked,
             "layer": "rank" if task == RANKS else asked or _layer(needs.vectors, learned),
-            "longest": plan["meaning"]["objective"][1].get("max_answer_tokens") or LONGEST_ANSWER,
+            "longest": options.get("max_answer_tokens") or LONGEST_ANSWER,
             "unanswerable": learned.get("unanswerable"),
-            "hidden": plan["meaning"]["objective"][1].get("hidden"),
-            "windows": _windows(plan["meaning"]["objective"][1]),
-            "threshold": _threshold(plan["meaning"]["objective"][1], learned),
+            "hidden": options.get("hidden"),
+            "windows": _windows(options),
+            "threshold": _threshold(options, learned),
             "base": _base(summary, entry),
             "converted": _is_converted(summary, entry),
             "weakest": _weakest(summary),
@@ -117,13 +116,15 @@ def _threshold(options: Mapping[str, Any], learned: Mapping[str, Any]) -> float 
     return (options.get("threshold") or THRESHOLD) if learned.get("multi_label") else None
 
 
-def _task(needs: ObjectiveNeeds, asked: str | None, masked: bool) -> str:
+def _task(needs: ObjectiveNeeds, asked: str | None, kind: str) -> str:
     """The hub's word for what the model does."""
     if asked:
         return QUESTIONS[asked]
     if needs.searches:
         return RANKS if needs.rereads else FINDS
-    return FILLS if masked else TASKS[needs.head if needs.writes else "pooled", needs.vectors]
+    if needs.head == "lm" and kind == "encoder":
+        return FILLS
+    return TASKS[needs.head if needs.writes else "pooled", needs.vectors]
 
 
 def _behind(method: str, options: Mapping[str, Any]) -> str:
