@@ -36,7 +36,7 @@ class ClassifyLm:
     """loss = - sum_i log softmax_k(s_ik)[label_i] / N, s_ik = sum_t log p(y_kt | prompt_i, y_k<t) over k's tokens.
 
     The end of the answer is one of the tokens, so a label that another one begins with has its due. With the mean over
-    tokens in place of the sum it is L_LN of Liu et al. 2022 (arXiv 2205.05638), section 3.2. The labels compete, as in
+    tokens in place of the sum it is L_LN of Liu et al. 2022 (arXiv 2205.05638). The labels compete, as in
     Schick and Schuetze 2021 (arXiv 2001.07676): the likelihood of the right one alone would leave the others as
     probable as they are, and spend itself on what all labels have in common.
     """

@@ -62,7 +62,7 @@ class LongTexts(PooledOptions):
 def read_text(text: str, renderer: Renderer, options: LongTexts) -> tuple[tuple[Piece, ...], int]:
     """What the model reads of a text, and how many tokens were cut.
 
-    The mean over the windows of a long text is that of Sun et al. 2019 (arXiv 1905.05583), section 5.3.1.
+    The mean over the windows of a long text is that of Sun et al. 2019 (arXiv 1905.05583), on long texts.
     """
     if options.long == "windows":
         return tuple(Piece(ids) for ids in renderer.stretches(text, options.stride)), 0

@@ -36,7 +36,7 @@ class Rerank:
 
     The cross-encoder of Nogueira and Cho 2019 (arXiv 1901.04085). p are the passages that answer query i, n wrong ones
     drawn from the first that the base's vectors find, which it will have to tell apart: localized contrastive
-    estimation (Gao et al. 2021, arXiv 2101.08751, equation 5).
+    estimation (Gao et al. 2021, arXiv 2101.08751).
     """
 
     needs: ClassVar[ObjectiveNeeds] = ObjectiveNeeds(
