@@ -109,7 +109,7 @@ _ROWS = (
         "smollm2-135m-instruct",
         "the base, asked the same",
         ("rouge_l", "rouge_1"),
-        note="An answer is measured by the nearest of the row's two to four summaries.",
+        note="An answer is measured by the nearest of the row's two to four summaries, and has 60 tokens at most.",
     ),
     Task(
         "nist_sp800_53",
