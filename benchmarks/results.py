@@ -7,8 +7,8 @@ a row that is there is not measured again unless --again or --only asks, a run t
 that is finished and of the same recipe is read as it stands (delete its folder to train again). docs/results.md is
 written from that file. The data sets must lie where the examples look for them: ../shared/data beside the checkout.
 
-On two cores all rows take about three hours: half of that is distillation (three trainings), a quarter of an hour each
-are SciTLDR, NIST and GoEmotions; the others take minutes.
+On two cores all rows take two to three hours: a good hour of that is distillation (three trainings), a quarter of an
+hour each are SciTLDR and NIST; the others take minutes.
 """
 
 from __future__ import annotations
