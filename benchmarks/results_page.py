@@ -71,8 +71,8 @@ _ROWS = (
         "all-minilm-l6-v2",
         "the tag that each word has most often in training",
         ("entity_f1",),
-        note="Posts of one thread or of one author may be among the rows; the data do not say which. The rate was lowered "
-        "once, after a run at 4e-4 in bf16 whose loss never fell below that of finding nothing.",
+        note="Posts of one thread or of one author may be among the rows; the data do not say which. The rate was "
+        "lowered once, after a run at 4e-4 in bf16 whose loss never fell below that of finding nothing.",
     ),
     Task(
         "xquad",
