@@ -248,7 +248,7 @@ def _micro_batch(
         fits = f"fits into {free / memory.GIB:.1f} GiB free"
         defaults.append(Default("train.micro_batch_size", f"up to {tokens} tokens", fits))
     else:
-        tokens = 1 << 40
+        tokens = size * longest  # as many examples whatever their lengths, and a bound on passes without gradient
     return size, tokens, min(tokens, usual, _tokens_of_a_micro_batch(meaning, size, longest))
 
 

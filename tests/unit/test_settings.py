@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from tunesmith import api
 from tunesmith.engine.memory import Shape
 from tunesmith.engine.precision import Speed
 from tunesmith.settings import Default, Epoch, _precision, predict
@@ -72,3 +74,18 @@ def test_the_precision_is_told_with_what_decided_it(fp32: float, bf16: float, ta
     told: list[Default] = []
     assert _precision(facts, Speed("cpu", fp32, bf16), told) == taken
     assert [(d.value, d.why) for d in told] == [(taken, reason)]
+
+
+def test_what_is_only_measured_runs_in_pieces_too(tiny_llama: Path) -> None:
+    """train.micro_batch_size bounds training's micro-batches by their examples, and validation by as many tokens."""
+    rows = [{"prompt": f"{i}?", "completion": "x" * (i % 9 + 1)} for i in range(40)]
+    recipe = {
+        "model": str(tiny_llama),
+        "data": {"validation": 0.2},
+        "objective": "sft",
+        "method": "lora",
+        "train": {"micro_batch_size": 3, "batch_size": 8},
+    }
+    planned = api.plan(recipe, data={"train": rows})
+    assert planned.placement.micro_batch_size == 3
+    assert planned.placement.micro_batch_tokens <= 3 * 40  # no row is longer
