@@ -206,7 +206,10 @@ def test_unknown_columns_are_told_how_to_be_mapped() -> None:
         ({"messages": [{**USER, "tool_calls": [{}]}]}, "messages[0]: tool_calls must be a list of objects in an assis"),
         ({"messages": [{**ANSWER, "function_call": {"name": "f"}}]}, "messages[0]: function_call is the old spelling"),
         ({"messages": [{**ANSWER, "train": "no"}]}, "messages[0]: train must be true or false, this is str 'no'"),
-        ({"messages": [{**ANSWER, "weight": 2}]}, "messages[0]: weight must be 0 or 1, this is int 2"),
+        (
+            {"messages": [{**ANSWER, "weight": -1}]},
+            "messages[0]: weight must be a number of at least 0, this is int -1",
+        ),
         ({"messages": [USER], "tools": "x"}, "tools: not JSON"),
         ({"messages": [USER], "tools": [1]}, "tools: must be a list of objects"),
         ({"conversations": [{"from": "narrator", "value": "a"}]}, "conversations[0]: unknown role 'narrator'"),

@@ -336,11 +336,13 @@ def test_the_lock_is_given_back_also_when_the_run_fails(tmp_path: Path) -> None:
 def test_only_a_run_is_opened(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"has no manifest\.json"):
         RunDir.open(tmp_path)
-    rundir.write_json(tmp_path / "manifest.json", {})
-    assert RunDir.open(tmp_path).model == tmp_path / "model"
+    run = tmp_path / "run"
+    run.mkdir()
+    rundir.write_json(run / "manifest.json", {})
+    assert RunDir.open(run).model == run / "model"
     with pytest.raises(InputError) as caught:
-        RunDir.open(tmp_path.parent)
-    assert caught.value.remedy == f"give one in it, such as {tmp_path}"
+        RunDir.open(tmp_path)
+    assert caught.value.remedy == f"give one in it, such as {run}"
 
 
 def test_a_run_stopped_before_its_manifest_gives_way_to_a_new_one(tmp_path: Path) -> None:
