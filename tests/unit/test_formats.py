@@ -208,7 +208,7 @@ def test_unknown_columns_are_told_how_to_be_mapped() -> None:
         ({"messages": [{**ANSWER, "train": "no"}]}, "messages[0]: train must be true or false, this is str 'no'"),
         (
             {"messages": [{**ANSWER, "weight": -1}]},
-            "messages[0]: weight must be a number of at least 0, this is int -1",
+            "messages[0]: weight must be a number of at least 0",
         ),
         ({"messages": [USER], "tools": "x"}, "tools: not JSON"),
         ({"messages": [USER], "tools": [1]}, "tools: must be a list of objects"),
