@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -47,6 +47,7 @@ def test_a_label_behind_the_prompt_is_the_conversation(name: str, text: str) -> 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(["chatml", "llama3", "mistral"]), st.text("ab é😀", max_size=60), st.integers(50, 120))
+@example("chatml", "b  ", 50)
 def test_of_a_long_text_the_end_is_cut_and_no_more_than_must_be(name: str, text: str, length: int) -> None:
     whole, renderer = Renderer(tokenizer_of(name)), Renderer(tokenizer_of(name), sequence_length=length)
     longest = max(len(ids_T) for ids_T in endings(whole, LABELS))
@@ -115,8 +116,8 @@ def test_the_loss_is_the_softmax_over_each_label_alone(
     policy = Policy(model, "decoder", Tokens((1,), 0), packed=packed).eval()
     policy.share_prefixes = share
     plain, wanted, right = AutoModelForCausalLM.from_pretrained(tiny_llama).eval(), [], 0
-    for (_, label), example in zip(drawn, examples, strict=True):
-        prompt_T, *answers = (piece.input_ids_T.tolist() for piece in example.pieces)
+    for (_, label), made in zip(drawn, examples, strict=True):
+        prompt_T, *answers = (piece.input_ids_T.tolist() for piece in made.pieces)
         scores: list[torch.Tensor] = []
         for own in answers:
             logits_TV = plain(input_ids=torch.tensor([prompt_T + own])).logits[0].detach()

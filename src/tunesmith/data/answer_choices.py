@@ -39,9 +39,9 @@ def beginning(around: tuple[str, str], text: str, answers: tuple[str, ...], rend
         missing = 0 if renderer.sequence_length is None else count + longest - renderer.sequence_length
         if missing <= 0:
             return encoded.input_ids[:count], len(ids) - kept
-        if missing > kept:
-            raise _no_room(renderer, missing - kept)
-        kept -= missing
+        if not kept:
+            raise _no_room(renderer, missing)
+        kept = max(0, kept - missing)  # what is left may take more tokens beside its neighbours than it did
         shown = renderer.decode(ids[:kept]).rstrip("\ufffd")  # half of a character
 
 
