@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig
 
 from tunesmith import api
+from tunesmith.cli import main
 from tunesmith.errors import InputError, RefusedError
 from tunesmith.models.fetch import resolve
 from tunesmith.shrinking import shrink
@@ -111,3 +112,9 @@ def test_a_base_that_is_not_one_stack_is_refused(deep: Path, tmp_path: Path, mon
     monkeypatch.setattr("tunesmith.shrinking.stacks", lambda model: {})
     with pytest.raises(InputError, match="is not one stack of 7 layers"):
         shrink(str(deep), 2, tmp_path / "small")
+
+
+@pytest.mark.parametrize("layers", ["two", "0,,4", "-1"])
+def test_layers_are_numbers(layers: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["shrink", "smollm2-135m-instruct", "--layers", layers, "--to", "small"]) == 2
+    assert "numbers with commas between them" in capsys.readouterr().err
