@@ -17,7 +17,8 @@ from scipy import optimize, special
 from tunesmith.evaluation.calibration import BINS, Ece
 from tunesmith.evaluation.class_metrics import RocAuc, areas
 from tunesmith.evaluation.json_metrics import FieldAccuracy
-from tunesmith.evaluation.metrics import Accuracy, FloatArray, Loss, MacroF1, Perplexity, RowMetric
+from tunesmith.evaluation.likelihood_metrics import Loss, Perplexity
+from tunesmith.evaluation.metrics import Accuracy, FloatArray, MacroF1, RowMetric
 from tunesmith.evaluation.text_metrics import TokenF1
 
 Rng = np.random.Generator

@@ -9,6 +9,7 @@ from pathlib import Path
 import api_page
 import data_page
 import error_page
+import metric_page
 import recipe_page
 from pages import filled
 
@@ -23,6 +24,7 @@ def _with(name: str, parts: Mapping[str, Callable[[], str]]) -> Callable[[], str
 PAGES: Mapping[str, Callable[[], str]] = {
     "recipes.md": recipe_page.make,
     "errors.md": error_page.make,
+    "metrics.md": metric_page.make,
     "data.md": _with("data.md", data_page.PARTS),
     "api.md": _with("api.md", api_page.PARTS),
 }

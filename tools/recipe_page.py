@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, cast, get_args
+from collections.abc import Iterable, Iterator
+from typing import Any, get_args
 
 from pages import code, page, table
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from tunesmith.evaluation import METRICS
-from tunesmith.evaluation.metrics import RowMetric
 from tunesmith.methods import METHODS
 from tunesmith.objectives import OBJECTIVES
 from tunesmith.recipe import Recipe
@@ -143,24 +142,6 @@ def _list(names: Iterable[str]) -> str:
     return ", ".join(code(name) for name in names)
 
 
-def _metrics() -> str:
-    usual: Mapping[str, list[str]] = {
-        name: [o for o in builtin(OBJECTIVES) if name in OBJECTIVES.get(o).needs.metrics] for name in METRICS
-    }
-    rows: list[list[str]] = []
-    for name in builtin(METRICS):
-        metric = cast("type[RowMetric]", METRICS.get(name))
-        low, high = (f"{bound:g}".replace("inf", "∞") for bound in metric.bounds)
-        better = "higher" if metric.higher_is_better else "lower"
-        rows.append([code(name), first_lines(metric), f"{low} to {high}", better, _list(usual[name])])
-    said = (
-        "For `evaluate.metrics`, `train.early_stopping.metric` and `tunesmith evaluate --metrics`. Each comes with its "
-        "95% interval and the number of rows. A metric that not all rows can have (of JSON, of probabilities) is left "
-        "out where they cannot, unless the recipe names it."
-    )
-    return f"{said}\n\n{table(['metric', 'is', 'range', 'better', 'measured by default for'], rows)}"
-
-
 def _spellings() -> str:
     known = sorted(spellings().items())
     renamed = [[code(theirs), code(ours), note] for theirs, (ours, note) in known if ours]
@@ -175,7 +156,7 @@ def make() -> str:
         "Keys": _keys(),
         "Objectives": _objectives(),
         "Methods": _methods(),
-        "Metrics": _metrics(),
+        "Metrics": f"For `evaluate.metrics`: {_list(builtin(METRICS))}. [metrics.md](metrics.md) says what each is.",
         "Trackers": f"For `report_to`: {_list(builtin(TRACKERS))}. docs/tracking.md says what each is sent.",
         "Words of other tools": _spellings(),
     }

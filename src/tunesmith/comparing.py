@@ -26,7 +26,8 @@ from tunesmith.errors import InputError
 from tunesmith.evaluation import METRICS
 from tunesmith.evaluation.answers import MAJORITY
 from tunesmith.evaluation.intervals import IntArray, interval
-from tunesmith.evaluation.metrics import FloatArray, Loss, RowMetric, WithoutFloor, build, lacking, statistics
+from tunesmith.evaluation.likelihood_metrics import Loss
+from tunesmith.evaluation.metrics import FloatArray, RowMetric, WithoutFloor, build, lacking, statistics
 from tunesmith.evaluation.paired import LEVEL, Effect, Pairing, effect, holm, hypothesis, side_by_side
 from tunesmith.evaluation.run import metric_names, records_to_json
 from tunesmith.plugins import load_plugins

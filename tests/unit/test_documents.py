@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from recipe_page import builtin, first_lines, sections
 
 from tunesmith.evaluation import METRICS
+from tunesmith.evaluation.metrics import About
 from tunesmith.methods import METHODS
 from tunesmith.objectives import OBJECTIVES
 from tunesmith.recipe import Recipe
@@ -37,6 +38,14 @@ def test_every_key_is_described_beside_its_type(where: str, model: type[BaseMode
 def test_every_variant_says_what_it_is() -> None:
     for registry in (METHODS, OBJECTIVES, METRICS):
         assert all(first_lines(registry.get(name)) for name in builtin(registry))
+
+
+@pytest.mark.parametrize("name", builtin(METRICS))
+def test_every_metric_says_itself_where_it_is_from_and_what_it_is_for(name: str) -> None:
+    """Not the metric that it derives from."""
+    about = vars(METRICS.get(name)).get("about")
+    assert isinstance(about, About), "give the class its own `about`"
+    assert all((about.source, about.library, about.use))
 
 
 def examples() -> Iterator[tuple[str, Any]]:

@@ -8,7 +8,8 @@ import math
 import pytest
 
 from tunesmith.errors import InputError
-from tunesmith.evaluation.metrics import Loss, build
+from tunesmith.evaluation.likelihood_metrics import Loss
+from tunesmith.evaluation.metrics import build
 from tunesmith.evaluation.run import measure, metric_names, records_to_json
 from tunesmith.objectives.classify import majority
 from tunesmith.types import Prediction, Row

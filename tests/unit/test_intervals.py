@@ -16,7 +16,8 @@ from tunesmith.evaluation.calibration import Ece
 from tunesmith.evaluation.class_metrics import RocAuc
 from tunesmith.evaluation.intervals import influence, interval, paired_rate, square_and_add, wilson
 from tunesmith.evaluation.json_metrics import FieldAccuracy
-from tunesmith.evaluation.metrics import Accuracy, FloatArray, Loss, MacroF1, Perplexity, RowMetric, lacking
+from tunesmith.evaluation.likelihood_metrics import Loss, Perplexity
+from tunesmith.evaluation.metrics import Accuracy, FloatArray, MacroF1, RowMetric, lacking
 
 LETTERS = "abcdefghijklmnopqrst"
 Draw = Callable[[int, np.random.Generator], FloatArray]

@@ -11,7 +11,8 @@ import pytest
 from tunesmith.errors import InputError
 from tunesmith.evaluation import METRICS
 from tunesmith.evaluation.json_metrics import FieldAccuracy, JsonValid, SchemaValid, parse_object, same
-from tunesmith.evaluation.metrics import ExactMatch, Loss, MacroF1, Perplexity, RowMetric, build, statistics
+from tunesmith.evaluation.likelihood_metrics import Loss, Perplexity
+from tunesmith.evaluation.metrics import ExactMatch, MacroF1, RowMetric, build, statistics
 from tunesmith.types import Prediction
 
 

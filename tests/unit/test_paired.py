@@ -18,7 +18,8 @@ from tunesmith.evaluation.calibration import BINS, Ece
 from tunesmith.evaluation.class_metrics import RocAuc, areas
 from tunesmith.evaluation.intervals import degrees_of_freedom, influence, paired_rate, square_and_add, wilson
 from tunesmith.evaluation.json_metrics import FieldAccuracy
-from tunesmith.evaluation.metrics import Accuracy, ExactMatch, FloatArray, Loss, MacroF1, Perplexity
+from tunesmith.evaluation.likelihood_metrics import Loss, Perplexity
+from tunesmith.evaluation.metrics import Accuracy, ExactMatch, FloatArray, MacroF1
 from tunesmith.evaluation.paired import Effect, compare, holm, hypothesis, mcnemar, side_by_side
 from tunesmith.evaluation.run import measure
 from tunesmith.types import Prediction

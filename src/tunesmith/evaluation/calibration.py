@@ -14,7 +14,7 @@ from scipy import optimize, special
 
 from tunesmith.errors import InputError
 from tunesmith.evaluation import METRICS
-from tunesmith.evaluation.metrics import Bounds, FloatArray, MetricKind, quotient, reference_of
+from tunesmith.evaluation.metrics import About, Bounds, FloatArray, MetricKind, quotient, reference_of
 from tunesmith.types import Prediction
 
 BINS = 15
@@ -36,6 +36,11 @@ class Ece:
     """
 
     name: ClassVar[str] = "ece"
+    about: ClassVar[About] = About(
+        "Guo et al. 2017, arXiv 1706.04599",
+        "own",
+        "whether a probability of 0.8 is right in 8 of 10 rows: before thresholds are set on it",
+    )
     higher_is_better: ClassVar[bool] = False
     kind: ClassVar[MetricKind] = "general"
     bounds: ClassVar[Bounds] = (0.0, 1.0)

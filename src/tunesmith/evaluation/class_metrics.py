@@ -17,6 +17,7 @@ from tunesmith.evaluation.calibration import have_probabilities, probabilities, 
 from tunesmith.evaluation.intervals import IntArray, interval
 from tunesmith.evaluation.metrics import (
     LEAST_WORTH,
+    About,
     Accuracy,
     Bounds,
     FloatArray,
@@ -37,6 +38,11 @@ class MicroF1:
     """
 
     name: ClassVar[str] = "micro_f1"
+    about: ClassVar[About] = About(
+        "Sokolova and Lapalme 2009, Inf. Process. Manag. 45(4)",
+        "own, as scikit-learn's f1_score(average='micro')",
+        "several labels a row, each given label counting the same; frequent labels decide it",
+    )
     higher_is_better: ClassVar[bool] = True
     kind: ClassVar[MetricKind] = "general"
     bounds: ClassVar[Bounds] = (0.0, 1.0)
@@ -67,6 +73,11 @@ class RocAuc:
     """
 
     name: ClassVar[str] = "roc_auc"
+    about: ClassVar[About] = About(
+        "Fawcett 2006, Pattern Recognit. Lett. 27(8)",
+        "own, as scikit-learn's roc_auc_score",
+        "how well scores order rows, whatever the threshold; with a rare class look at average_precision too",
+    )
     higher_is_better: ClassVar[bool] = True
     kind: ClassVar[MetricKind] = "general"
     bounds: ClassVar[Bounds] = (0.0, 1.0)

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from tunesmith.evaluation import METRICS
-from tunesmith.evaluation.metrics import Bounds, FloatArray, MetricKind, has_references, quotient, reference_of
+from tunesmith.evaluation.metrics import About, Bounds, FloatArray, MetricKind, has_references, quotient, reference_of
 from tunesmith.types import Prediction
 
 OUTSIDE = "O"
@@ -53,6 +53,11 @@ class EntityF1:
     """
 
     name: ClassVar[str] = "entity_f1"
+    about: ClassVar[About] = About(
+        "Tjong Kim Sang and De Meulder 2003, cs/0306050",
+        "own, as seqeval's definition",
+        "named entities: a find counts only with its whole extent and its type",
+    )
     higher_is_better: ClassVar[bool] = True
     kind: ClassVar[MetricKind] = "general"
     bounds: ClassVar[Bounds] = (0.0, 1.0)
@@ -80,6 +85,11 @@ class EntityPrecision(EntityF1):
     """The share of predicted entities that are true ones; 0 where none is predicted."""
 
     name: ClassVar[str] = "entity_precision"
+    about: ClassVar[About] = About(
+        "Tjong Kim Sang and De Meulder 2003, cs/0306050",
+        "own, as seqeval's definition",
+        "named entities, where false finds are what costs",
+    )
 
     def aggregate(self, sums: FloatArray) -> FloatArray:
         return _share(sums[..., 0], sums[..., 1])
@@ -90,6 +100,11 @@ class EntityRecall(EntityF1):
     """The share of the true entities that are predicted."""
 
     name: ClassVar[str] = "entity_recall"
+    about: ClassVar[About] = About(
+        "Tjong Kim Sang and De Meulder 2003, cs/0306050",
+        "own, as seqeval's definition",
+        "named entities, where those missed are what costs",
+    )
 
     def aggregate(self, sums: FloatArray) -> FloatArray:
         return _share(sums[..., 0], sums[..., 2])
@@ -100,6 +115,11 @@ class TagAccuracy:
     """The share of words whose tag is the reference's; a word that the output has no tag for is wrong."""
 
     name: ClassVar[str] = "tag_accuracy"
+    about: ClassVar[About] = About(
+        "the share of right tags",
+        "own",
+        "parts of speech and other tags that are no entities; of entities it flatters, as most words are outside",
+    )
     higher_is_better: ClassVar[bool] = True
     kind: ClassVar[MetricKind] = "ratio"
     bounds: ClassVar[Bounds] = (0.0, 1.0)

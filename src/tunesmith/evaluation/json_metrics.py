@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NoReturn, cast
 
 from tunesmith.errors import InputError
 from tunesmith.evaluation import METRICS
-from tunesmith.evaluation.metrics import Bounds, FloatArray, MetricKind, quotient, reference_of
+from tunesmith.evaluation.metrics import About, Bounds, FloatArray, MetricKind, quotient, reference_of
 from tunesmith.types import Prediction
 
 
@@ -81,6 +81,7 @@ class JsonValid:
     """The whole output parses as one strict JSON object; white space around it is allowed, a code fence is not."""
 
     name: ClassVar[str] = "json_valid"
+    about: ClassVar[About] = About("RFC 8259", "own, on Python's json", "answers that a program reads: whether it can")
     higher_is_better: ClassVar[bool] = True
     kind: ClassVar[MetricKind] = "rate"
     bounds: ClassVar[Bounds] = (0.0, 1.0)
@@ -105,6 +106,11 @@ class SchemaValid:
     """
 
     name: ClassVar[str] = "schema_valid"
+    about: ClassVar[About] = About(
+        "own",
+        "own",
+        "answers that a program reads, where no field may be missing or of another type",
+    )
     higher_is_better: ClassVar[bool] = True
     kind: ClassVar[MetricKind] = "rate"
     bounds: ClassVar[Bounds] = (0.0, 1.0)
@@ -131,6 +137,11 @@ class FieldAccuracy:
     """
 
     name: ClassVar[str] = "field_accuracy"
+    about: ClassVar[About] = About(
+        "own",
+        "own",
+        "extraction into fields: how much of the record is right, where exact_match asks for all of it",
+    )
     higher_is_better: ClassVar[bool] = True
     kind: ClassVar[MetricKind] = "mean"
     bounds: ClassVar[Bounds] = (0.0, 1.0)

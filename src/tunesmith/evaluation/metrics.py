@@ -7,6 +7,7 @@ same table. Shape letters: N rows, K statistics, L labels; "..." are resamples, 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -23,6 +24,16 @@ FloatArray = NDArray[np.float64]
 LEAST_WORTH = 10
 LEAST_WORTH_COMPARED = 12  # with 3 rows of a class and 47 of the other a difference holds 84%
 ABSENT = 0.05  # the share of classes that may have no row
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What docs/metrics.md tells beside a metric's docstring: its source, what computes it (and what it is checked by),
+    and when to use it."""
+
+    source: str
+    library: str
+    use: str
 
 
 class RowMetric(Protocol):
@@ -160,10 +171,6 @@ def has_references(predictions: Sequence[Prediction]) -> bool:
     return any(p.reference is not None for p in predictions)
 
 
-def has_likelihoods(predictions: Sequence[Prediction]) -> bool:
-    return all("nll" in p.scores and "tokens" in p.scores for p in predictions)
-
-
 def quotient(sums: FloatArray) -> FloatArray:
     """First statistic by the second; NaN where the second is 0."""
     denominator = sums[..., 1]
@@ -190,6 +197,11 @@ class ExactMatch(_Rate):
     """
 
     name: ClassVar[str] = "exact_match"
+    about: ClassVar[About] = About(
+        "Rajpurkar et al. 2016, arXiv 1606.05250, without their normalisation",
+        "own: a comparison of texts",
+        "answers that are right to the letter or wrong: codes, numbers, labels in words",
+    )
 
     applies = staticmethod(has_references)
 
@@ -204,6 +216,11 @@ class Accuracy(_Rate):
     """The label is the reference's, character by character; of several labels, all are and no other is given."""
 
     name: ClassVar[str] = "accuracy"
+    about: ClassVar[About] = About(
+        "the share of right answers",
+        "own, as scikit-learn's accuracy_score",
+        "one label a row, classes of like size and like weight; beside macro_f1 where they are not",
+    )
 
     @staticmethod
     def applies(predictions: Sequence[Prediction]) -> bool:
@@ -224,6 +241,11 @@ class MacroF1:
     """
 
     name: ClassVar[str] = "macro_f1"
+    about: ClassVar[About] = About(
+        "Sokolova and Lapalme 2009, Inf. Process. Manag. 45(4)",
+        "own, as scikit-learn's f1_score(average='macro')",
+        "classes of unlike size that matter alike: a rare one counts as much as a frequent one",
+    )
     higher_is_better: ClassVar[bool] = True
     kind: ClassVar[MetricKind] = "general"
     bounds: ClassVar[Bounds] = (0.0, 1.0)
@@ -286,63 +308,3 @@ class MacroF1:
         actual_L = sums_K[2 * len(self.labels) :]
         held_L = actual_L[actual_L > 0]
         return float(len(held_L) ** 2 / (1 / held_L).sum())
-
-
-@METRICS.register("loss")
-class Loss:
-    """Nats per trained token over all rows: the sum of `nll` by the sum of `tokens`."""
-
-    name: ClassVar[str] = "loss"
-    applies = staticmethod(has_likelihoods)
-    higher_is_better: ClassVar[bool] = False
-    kind: ClassVar[MetricKind] = "ratio"
-    bounds: ClassVar[Bounds] = (0.0, float("inf"))
-
-    def __init__(self, labels: Sequence[str] = ()) -> None:
-        del labels
-
-    def statistics(self, prediction: Prediction) -> tuple[float, ...]:
-        missing = [key for key in ("nll", "tokens") if key not in prediction.scores]
-        if missing:
-            raise InputError(
-                f"{self.name} needs the score {missing[0]!r}, and {prediction.where} has none",
-                f"leave {self.name} out of evaluate.metrics: this objective's predictions carry no likelihood",
-            )
-        return (float(prediction.scores["nll"]), float(prediction.scores["tokens"]))
-
-    def aggregate(self, sums: FloatArray) -> FloatArray:
-        return quotient(sums)
-
-
-@METRICS.register("bits_per_byte")
-class BitsPerByte(Loss):
-    """Bits that a byte of UTF-8 text costs: unlike the loss, the same unit whatever the tokenizer."""
-
-    name: ClassVar[str] = "bits_per_byte"
-
-    @staticmethod
-    def applies(predictions: Sequence[Prediction]) -> bool:
-        return all("bytes" in prediction.scores for prediction in predictions)
-
-    def statistics(self, prediction: Prediction) -> tuple[float, ...]:
-        nats, _ = super().statistics(prediction)
-        if "bytes" not in prediction.scores:
-            raise InputError(
-                f"{self.name} needs the bytes of a text, and {prediction.where} is none",
-                f"leave {self.name} out of evaluate.metrics, or measure plain text",
-            )
-        return (nats / np.log(2), float(prediction.scores["bytes"]))
-
-
-@METRICS.register("perplexity")
-class Perplexity(Loss):
-    """exp of the loss."""
-
-    name: ClassVar[str] = "perplexity"
-    tested_as: ClassVar[str] = "loss"
-    bounds: ClassVar[Bounds] = (1.0, float("inf"))
-
-    def aggregate(self, sums: FloatArray) -> FloatArray:
-        # Above 709 nats exp overflows to infinity, which is then refused as any other non-finite value.
-        with np.errstate(over="ignore"):
-            return np.exp(super().aggregate(sums))

@@ -10,7 +10,7 @@ from scipy.stats import rankdata
 
 from tunesmith.errors import InputError
 from tunesmith.evaluation import METRICS
-from tunesmith.evaluation.metrics import Bounds, FloatArray, MetricKind, quotient
+from tunesmith.evaluation.metrics import About, Bounds, FloatArray, MetricKind, quotient
 from tunesmith.types import Prediction
 
 
@@ -34,6 +34,11 @@ class MeanAbsoluteError:
     """Mean of |predicted - expected|, in the unit of the scores."""
 
     name: ClassVar[str] = "mae"
+    about: ClassVar[About] = About(
+        "the mean of absolute errors",
+        "own, as scikit-learn's mean_absolute_error",
+        "numbers, in their own unit; each point of error costs the same",
+    )
     higher_is_better: ClassVar[bool] = False
     kind: ClassVar[MetricKind] = "ratio"
     bounds: ClassVar[Bounds] = (0.0, float("inf"))
@@ -54,6 +59,11 @@ class RootMeanSquaredError(MeanAbsoluteError):
     """Root of the mean of (predicted - expected)^2, in the unit of the scores: large errors count more."""
 
     name: ClassVar[str] = "rmse"
+    about: ClassVar[About] = About(
+        "the root of the mean of squared errors",
+        "own, as scikit-learn's root_mean_squared_error",
+        "numbers, in their own unit; where one large error is worse than several small ones",
+    )
 
     def statistics(self, prediction: Prediction) -> tuple[float, ...]:
         predicted, expected = numbers(prediction, self.name)
@@ -68,6 +78,11 @@ class Pearson:
     """Pearson's correlation of predicted and expected numbers; 0 where either does not vary."""
 
     name: ClassVar[str] = "pearson"
+    about: ClassVar[About] = About(
+        "Pearson 1895, Proc. R. Soc. 58",
+        "own, as scipy's pearsonr",
+        "numbers whose scale is arbitrary: whether they rise and fall together in a line",
+    )
     applies = staticmethod(has_numbers)
     higher_is_better: ClassVar[bool] = True
     kind: ClassVar[MetricKind] = "general"
@@ -98,6 +113,11 @@ class Spearman:
     """
 
     name: ClassVar[str] = "spearman"
+    about: ClassVar[About] = About(
+        "Spearman 1904, Am. J. Psychol. 15(1)",
+        "scipy's rankdata; spearmanr",
+        "similarity and other scores of which only the order matters",
+    )
     applies = staticmethod(has_numbers)
     higher_is_better: ClassVar[bool] = True
     kind: ClassVar[MetricKind] = "general"

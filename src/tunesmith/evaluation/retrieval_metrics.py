@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from tunesmith.errors import InputError
 from tunesmith.evaluation import METRICS
-from tunesmith.evaluation.metrics import Bounds, FloatArray, MetricKind, quotient
+from tunesmith.evaluation.metrics import About, Bounds, FloatArray, MetricKind, quotient
 from tunesmith.types import Prediction
 
 
@@ -29,6 +29,11 @@ class MeanReciprocalRank:
     """Mean over queries of 1 / rank of the first passage that answers, among all that are searched; ties against it."""
 
     name: ClassVar[str] = "mrr"
+    about: ClassVar[About] = About(
+        "Voorhees 1999, The TREC-8 Question Answering Track Report",
+        "own",
+        "search where the first right passage is all that is wanted",
+    )
     higher_is_better: ClassVar[bool] = True
     kind: ClassVar[MetricKind] = "mean"
     bounds: ClassVar[Bounds] = (0.0, 1.0)
@@ -50,6 +55,11 @@ class RecallAt10(MeanReciprocalRank):
     """Mean over queries of the share of its passages that are among the first 10 of all that are searched."""
 
     name: ClassVar[str] = "recall_at_10"
+    about: ClassVar[About] = About(
+        "the share found among the first ten",
+        "own",
+        "search whose finds something else reads on: a re-ranker, a language model",
+    )
 
     def statistics(self, prediction: Prediction) -> tuple[float, ...]:
         return (_score(prediction, "recall_at_10", self.name), 1.0)

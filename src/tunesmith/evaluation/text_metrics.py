@@ -14,7 +14,7 @@ import numpy as np
 
 from tunesmith.evaluation import METRICS
 from tunesmith.evaluation.json_metrics import asks_for_objects
-from tunesmith.evaluation.metrics import Bounds, FloatArray, MetricKind, has_references, quotient, reference_of
+from tunesmith.evaluation.metrics import About, Bounds, FloatArray, MetricKind, has_references, quotient, reference_of
 from tunesmith.types import Prediction
 
 if TYPE_CHECKING:
@@ -61,6 +61,11 @@ class TokenF1(_Share):
     """
 
     name: ClassVar[str] = "token_f1"
+    about: ClassVar[About] = About(
+        "Rajpurkar et al. 2016, arXiv 1606.05250",
+        "own",
+        "short answers in free words, where some of the words being right is worth something",
+    )
 
     def share(self, output: str, reference: str) -> float:
         said, expected = _squad_words(output), _squad_words(reference)
@@ -78,6 +83,11 @@ class SpanF1(TokenF1):
     """
 
     name: ClassVar[str] = "span_f1"
+    about: ClassVar[About] = About(
+        "Rajpurkar et al. 2018, arXiv 1806.03822",
+        "own",
+        "answers cut out of a text, in part right",
+    )
 
 
 @METRICS.register("span_exact_match")
@@ -85,6 +95,11 @@ class SpanExactMatch(_Share):
     """An extracted answer equals a right one in lower case, without ASCII punctuation and the articles a, an, the."""
 
     name: ClassVar[str] = "span_exact_match"
+    about: ClassVar[About] = About(
+        "Rajpurkar et al. 2016, arXiv 1606.05250",
+        "own",
+        "answers cut out of a text, right or wrong",
+    )
     kind: ClassVar[MetricKind] = "rate"
 
     def share(self, output: str, reference: str) -> float:
@@ -109,6 +124,11 @@ class Rouge1(_Rouge):
     """ROUGE-1 (Lin 2004): F1 of the words that output and reference share. Words of any script, in lower case."""
 
     name: ClassVar[str] = "rouge_1"
+    about: ClassVar[About] = About(
+        "Lin 2004, ROUGE: A Package for Automatic Evaluation of Summaries",
+        "rouge-score",
+        "summaries: which words of the reference are there",
+    )
     kind_of_rouge: ClassVar[str] = "rouge1"
 
 
@@ -117,6 +137,11 @@ class Rouge2(_Rouge):
     """ROUGE-2 (Lin 2004): F1 of the pairs of neighbouring words that output and reference share."""
 
     name: ClassVar[str] = "rouge_2"
+    about: ClassVar[About] = About(
+        "Lin 2004, ROUGE: A Package for Automatic Evaluation of Summaries",
+        "rouge-score",
+        "summaries: whether the reference's phrases are there",
+    )
     kind_of_rouge: ClassVar[str] = "rouge2"
 
 
@@ -125,6 +150,11 @@ class RougeL(_Rouge):
     """ROUGE-L (Lin 2004): F1 of the longest sequence of words that both have in the same order, gaps allowed."""
 
     name: ClassVar[str] = "rouge_l"
+    about: ClassVar[About] = About(
+        "Lin 2004, ROUGE: A Package for Automatic Evaluation of Summaries",
+        "rouge-score",
+        "summaries and answers of a sentence or two, word order included",
+    )
     kind_of_rouge: ClassVar[str] = "rougeL"
 
 
@@ -136,6 +166,11 @@ class Chrf(_Share):
     """
 
     name: ClassVar[str] = "chrf"
+    about: ClassVar[About] = About(
+        "Popović 2015, chrF: character n-gram F-score",
+        "sacrebleu",
+        "translation and free text of any script; kinder than BLEU to inflected words and short answers",
+    )
 
     def share(self, output: str, reference: str) -> float:
         return float(_chrf().sentence_score(output, [reference]).score) / 100
@@ -150,6 +185,11 @@ class Bleu:
     """
 
     name: ClassVar[str] = "bleu"
+    about: ClassVar[About] = About(
+        "Papineni et al. 2002, BLEU: a Method for Automatic Evaluation",
+        "sacrebleu's counts per row; corpus_bleu",
+        "translation, over many rows, to compare with published numbers",
+    )
     higher_is_better: ClassVar[bool] = True
     kind: ClassVar[MetricKind] = "general"
     bounds: ClassVar[Bounds] = (0.0, 1.0)
