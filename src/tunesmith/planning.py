@@ -13,6 +13,7 @@ import torch
 
 from tunesmith import beneath, extent, rules, settings, teachers
 from tunesmith.beneath import Beneath
+from tunesmith.data.balance import balanced
 from tunesmith.data.curriculum import easy_first
 from tunesmith.data.prepare import Prepared, prepare
 from tunesmith.defaults import all_defaults
@@ -192,7 +193,11 @@ def _prepared(
         recipe.evaluate.tags,
         recipe.training_tags,
     )
-    return replace(found, easy_first=easy_first(recipe.train.curriculum, found.train))
+    found = replace(found, easy_first=easy_first(recipe.train.curriculum, found.train))
+    if recipe.train.balance is None:
+        return found
+    repeats, times = balanced(recipe.train.balance, found.train, found.repeats)
+    return replace(found, repeats=repeats, times=times)
 
 
 def _silent(what: str, done: int, of: int | None) -> None:
@@ -378,6 +383,10 @@ def _warnings(recipe: Recipe, prepared: Prepared) -> list[str]:
         found.append(f"there is no test set (data.test): the result is judged on {judged}")
     if prepared.audit.duplicates:
         found.append(f"{prepared.audit.duplicates} rows of train repeat an earlier one")
+    if prepared.times:
+        most, least = (pick(prepared.times.items(), key=lambda one: one[1]) for pick in (max, min))
+        told = (f"{times:.3g} times in an epoch where {name!r} is" for name, times in (most, least))
+        found.append(f"train.balance: a row is seen {', and '.join(told)}")
     return found
 
 

@@ -156,6 +156,25 @@ class Curriculum(Strict):
     epochs: Positive = key(1, "so many epochs are in that order, and those behind them in a random one", 3)
 
 
+BY_LABEL = "label"
+
+
+class Balance(Strict):
+    """Rows of rare classes seen more often, those of frequent ones less. A column alone is short for `by` it."""
+
+    by: Text = key(BY_LABEL, "what the classes are: `label`, or the name of a column", "language")
+    strength: Annotated[float, Field(gt=0, le=1)] = key(
+        1.0, "1: all classes come equally often; 0.5: as often as the square roots of their numbers of rows", 0.5
+    )
+
+
+def _as_balance(value: Any) -> Any:
+    return {"by": value} if isinstance(value, str) else value
+
+
+Balanced = Annotated[Balance, BeforeValidator(_as_balance, json_schema_input_type=str | Balance)]
+
+
 class Train(Strict):
     """How long and how fast."""
 
@@ -200,6 +219,12 @@ class Train(Strict):
     save_every: Positive | None = key(None, "steps between two checkpoints", 100, "a tenth of the run")
     evaluate_every: Positive | None = key(
         None, "steps between two measurements of the validation rows", 50, "a fifth of the run"
+    )
+    balance: Balanced | None = key(
+        None,
+        "how often rows of each class come; an epoch has as many rows as without it",
+        "label",
+        "each row once in an epoch",
     )
     curriculum: Curriculum | None = key(
         None, "an order of the training rows in place of a random one", {"by": "length"}, "a random one in every epoch"
@@ -304,5 +329,6 @@ class Recipe(Strict):
     def training_tags(self) -> list[str]:
         """The columns that training rows must keep."""
         order = self.train.curriculum.by if self.train.curriculum else BY_LENGTH
-        named = [self.objective.options.get("weight_column"), None if order == BY_LENGTH else order]
-        return [column for column in named if column]
+        classes = self.train.balance.by if self.train.balance else BY_LABEL
+        named = [self.objective.options.get("weight_column"), order, classes]
+        return [column for column in named if column not in (None, BY_LENGTH, BY_LABEL)]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from tunesmith.evaluation.baselines import BASELINES
 from tunesmith.facts import Facts
+from tunesmith.recipe import BY_LABEL
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +153,16 @@ RULES: tuple[Rule, ...] = (
         lambda f: f.recipe.train.evaluate_every is not None and f.recipe.data.validation is None,
         "train.evaluate_every needs a validation set to evaluate on",
         "set data.validation to a file or a fraction such as 0.1",
+    ),
+    Rule(
+        ("train.balance", "objective.class_weights"),
+        lambda f: (
+            f.recipe.train.balance is not None
+            and f.recipe.train.balance.by == BY_LABEL
+            and f.recipe.objective.options.get("class_weights") == "balanced"
+        ),
+        "train.balance shows rare labels more often, and objective.class_weights counts them more once again",
+        "keep one of the two",
     ),
     Rule(
         ("train.recompute", "method"),

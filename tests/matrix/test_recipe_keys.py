@@ -49,8 +49,10 @@ LABELLED = {
     "data.format": "text+label",
     "objective": {"name": "classify"},
 }
+UNEVEN = {**LABELLED, "data.train": [{"path": "both.jsonl", "limit": 11}]}
 IN_WINDOWS = {**LABELLED, "train.sequence_length": 8, "objective": {"name": "classify", "long": "windows"}}
 ANSWERING = {**LABELLED, "objective": {"name": "classify_lm"}}
+UNSURE = {**LABELLED, "objective": {"name": "classify_lm", "score": "mean"}}  # by sums the tiny model is certain
 LISTED = {**LABELLED, "data.format": "text+labels"}
 SCORED = {**LABELLED, "data.format": "text+score", "objective": {"name": "regress"}}
 TAGGED = {**LABELLED, "data.format": "tokens+tags", "objective": {"name": "tag"}}
@@ -192,8 +194,16 @@ CHANGES: dict[str, Change] = {
     "objective.span.stride": Change(3, ASKED),
     "objective.span.max_answer_tokens": Change(2, {**ASKED, "data.validation": 0.3}),
     "objective.span.hidden": Change(8, ASKED),
+    **{
+        f"objective.{name}.{key}": Change(value, beside)
+        for name, beside in (("classify", LABELLED), ("classify_lm", UNSURE), ("tag", TAGGED), ("pair", PAIRED))
+        for key, value in (("class_weights", {"red": 5.0}), ("focal_gamma", 2.0), ("label_smoothing", 0.1))
+    },
     "adapters": Change(["first"]),
     "teacher": Change("first", TAUGHT),
+    "train.balance": Change("label", UNEVEN),
+    "train.balance.by": Change("worth", {"train.balance": {"by": "of"}}),
+    "train.balance.strength": Change(0.5, {**UNEVEN, "train.balance": {"by": "label"}}),
     "train.curriculum": Change({"by": "length"}),
     "train.curriculum.by": Change("worth", {"train.curriculum": {"by": "length"}}),
     "train.curriculum.descending": Change(True, {"train.curriculum": {"by": "worth"}}),

@@ -237,5 +237,8 @@ def test_what_cannot_be_compared(tiny_bert: Path) -> None:
     asked = {"name": "pair", "encode": "together", "compare": "cosine"}
     with pytest.raises(InputError, match=r"objective\.compare does nothing where both texts are one piece"):
         api.plan(_recipe(tiny_bert, asked), data={"train": _rows(12)})
+    smoothed = {"name": "pair", "label_smoothing": 0.1}
+    with pytest.raises(InputError, match=r"objective\.label_smoothing is about labels, and the training rows have sc"):
+        api.plan(_recipe(tiny_bert, smoothed), data={"train": _rows(12, score=True)})
     with pytest.raises(InputError, match=r"has rows of 'text_a\+text_b\+score'"):
         api.plan(_recipe(tiny_bert), data={"train": _rows(12), "test": _rows(4, 1, score=True)})

@@ -13,6 +13,7 @@ from pydantic import ConfigDict, Field, ValidationError
 
 from tunesmith.errors import InputError
 from tunesmith.methods import METHODS
+from tunesmith.objectives import OBJECTIVES
 from tunesmith.recipe import Choice, Data, Evaluate, Place, Recipe, Strict, Train, TrainingSet
 from tunesmith.recipe_file import (
     Origin,
@@ -295,6 +296,7 @@ def test_free_names_are_not_keys(tmp_path: Path) -> None:
 def test_spellings_lead_to_keys_that_exist() -> None:
     keys = set(key_paths(Recipe.model_json_schema()))
     options = {f"method.{option}" for option in METHODS.get("lora").Options.model_fields}
+    options |= {f"objective.{option}" for option in OBJECTIVES.get("classify").Options.model_fields}
     wrong = {key: target for key, (target, _) in spellings().items() if target and target not in keys | options}
     assert not wrong
     assert not set(spellings()) & keys, "a key of the recipe needs no translation"

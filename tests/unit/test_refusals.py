@@ -76,6 +76,9 @@ RULES: dict[str, Callable[[], Facts]] = {
     "train.head_learning_rate: classify by head trains no head": lambda: facts(
         "head", "classify", train={"head_learning_rate": 1e-3}
     ),
+    "train.balance shows rare labels more often": lambda: facts(
+        "head", {"name": "classify", "class_weights": "balanced"}, train={"balance": "label"}
+    ),
     "data.template is given, and classify": lambda: facts(objective="classify", data={"template": "chat.jinja"}),
     "lora trains a pooled head, and sft needs a lm head": lambda: of_method(heads=frozenset({"pooled"})),
     "method.untie is given, and nothing that lora": lambda: replace(

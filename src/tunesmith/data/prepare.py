@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -36,7 +36,8 @@ class Prepared:
     """The stores of a run.
 
     Train example i belongs to training set `sources[i]` and is seen `repeats[i]` times an epoch; `keys[i]` is of what
-    its row shows the model. `corpus`: what is searched, where one was given; `easy_first`: an order of train, likewise.
+    its row shows the model. `corpus`: what is searched, where one was given; `easy_first`: an order of train, likewise;
+    `times`: how much more often rows of each class are seen where the recipe balances them.
     """
 
     train: TokenStore
@@ -48,6 +49,7 @@ class Prepared:
     audit: Audit
     corpus: Corpus | None = None
     easy_first: EasyFirst | None = None
+    times: Mapping[str, float] = field(default_factory=dict[str, float])
 
 
 @dataclass(frozen=True, slots=True)

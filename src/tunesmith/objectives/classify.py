@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from tunesmith.data.rows import labels_of
 from tunesmith.declared import HeadSpec, ObjectiveNeeds
 from tunesmith.errors import InputError
+from tunesmith.losses.class_cross_entropy import PLAIN, Emphasis, one_of
 from tunesmith.models.policy import Policy
 from tunesmith.objectives import OBJECTIVES
+from tunesmith.objectives.imbalance import Imbalance
 from tunesmith.objectives.label_sets import SMALLEST, LabelSets
 from tunesmith.objectives.pooled import LongTexts, read_all, read_text, text_outputs
 from tunesmith.types import Batch, Example, LabelCounts, Part, Prediction, Row, SampleSpec, Step, Terms
@@ -51,7 +53,8 @@ class Classify:
     """loss = sum_i l(head(pooled_i), labels_i) / N; the label set is that of the training rows.
 
     l = - log softmax(logits)[label] where rows have a `label`. Where they have a list of `labels`, it is the mean over
-    labels of the binary cross-entropy of sigmoid(logit) (Nam et al. 2014, arXiv 1312.5419).
+    labels of the binary cross-entropy of sigmoid(logit) (Nam et al. 2014, arXiv 1312.5419). With weights, focus or
+    smoothing it is that of `losses.class_cross_entropy`.
     """
 
     needs: ClassVar[ObjectiveNeeds] = ObjectiveNeeds(
@@ -64,8 +67,8 @@ class Classify:
         baseline="majority",
     )
 
-    class Options(LongTexts):
-        """How a text becomes the vector that its labels are read from, and when they are given."""
+    class Options(LongTexts, Imbalance):
+        """How a text becomes the vector that its labels are read from, when they are given, and how much they count."""
 
         threshold: Annotated[float, Field(gt=0, lt=1)] | None = Field(
             None,
@@ -76,6 +79,7 @@ class Classify:
         self.options = options
         self.labels: list[str] = []
         self._multi_label = False
+        self.emphasis = PLAIN
 
     def fit(self, rows: Iterable[Row]) -> None:
         """The label set, in code-point order, and whether rows have lists of them.
@@ -83,12 +87,15 @@ class Classify:
         Raises InputError where there is nothing to tell apart: fewer than two labels, or the same list everywhere.
         """
         self.options.check()
-        answers: set[tuple[str, ...]] = set()
+        answers = Counter[tuple[str, ...]]()
         multi_label = False
         for row in rows:
             multi_label = multi_label or "labels" in row.value
-            answers.add(tuple(sorted(labels_of(row.value))))
-        labels = sorted({label for answer in answers for label in answer})
+            answers[tuple(sorted(labels_of(row.value)))] += 1
+        counts = Counter[str]()
+        for answer, times in answers.items():
+            counts.update(dict.fromkeys(answer, times))
+        labels = sorted(counts)
         if len(answers) < 2:
             raise InputError(
                 f"the training rows hold one {'list of labels' if multi_label else 'label'} "
@@ -101,6 +108,7 @@ class Classify:
                 "leave it out, or give rows with a list of `labels`",
             )
         self.labels, self._multi_label = labels, multi_label
+        self.emphasis = self.options.emphasis(labels, counts, answers.total() if multi_label else None)
 
     def describe(self) -> dict[str, Any]:
         return {"labels": self.labels, **({"multi_label": True} if self._multi_label else {})}
@@ -140,8 +148,8 @@ class Classify:
     @property
     def answers(self) -> Answers:
         if self._multi_label:
-            return LabelSets(self.labels, self.options.threshold or THRESHOLD)
-        return OneLabel(self.labels)
+            return LabelSets(self.labels, self.options.threshold or THRESHOLD, self.emphasis)
+        return OneLabel(self.labels, self.emphasis)
 
 
 class OneLabel:
@@ -149,8 +157,8 @@ class OneLabel:
 
     loss: ClassVar[str] = "cross_entropy"
 
-    def __init__(self, labels: Sequence[str]) -> None:
-        self.labels = labels
+    def __init__(self, labels: Sequence[str], emphasis: Emphasis = PLAIN) -> None:
+        self.labels, self._emphasis = labels, emphasis
 
     def columns(self, row: Row) -> dict[str, int]:
         if "labels" in row.value:
@@ -163,7 +171,7 @@ class OneLabel:
 
     def losses(self, logits_NV: Tensor, columns: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
         label_N = columns["label"]
-        found_N = F.cross_entropy(logits_NV, label_N, reduction="none", ignore_index=UNKNOWN)
+        found_N = one_of(logits_NV, label_N, self._emphasis, ignore=UNKNOWN)
         loss_N = torch.where(label_N == UNKNOWN, NEVER, found_N)
         right = float((logits_NV.argmax(-1) == label_N).sum())
         return loss_N, {"accuracy": (right, float(len(loss_N)))}

@@ -14,11 +14,12 @@ from tunesmith.data.answer_choices import Ids, beginning, endings
 from tunesmith.data.pack import collate, place
 from tunesmith.declared import HeadSpec, ObjectiveNeeds
 from tunesmith.errors import InputError
+from tunesmith.losses.class_cross_entropy import PLAIN
 from tunesmith.models.policy import Policy
 from tunesmith.objectives import OBJECTIVES
 from tunesmith.objectives.classify import Classify, OneLabel
+from tunesmith.objectives.imbalance import Imbalance
 from tunesmith.objectives.pooled import read_each
-from tunesmith.recipe import Strict
 from tunesmith.types import Batch, Example, LabelCounts, Part, Piece, Prediction, Row, SampleSpec, Step, Terms, Want
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ class ClassifyLm:
     The end of the answer is one of the tokens, so a label that another one begins with has its due. With the mean over
     tokens in place of the sum it is L_LN of Liu et al. 2022 (arXiv 2205.05638). The labels compete, as in
     Schick and Schuetze 2021 (arXiv 2001.07676): the likelihood of the right one alone would leave the others as
-    probable as they are, and spend itself on what all labels have in common.
+    probable as they are, and spend itself on what all labels have in common. Weights, focus and smoothing of labels
+    are those of `losses.class_cross_entropy`.
     """
 
     needs: ClassVar[ObjectiveNeeds] = ObjectiveNeeds(
@@ -53,8 +55,8 @@ class ClassifyLm:
         branches=True,
     )
 
-    class Options(Strict):
-        """What the model is asked, and how a label's tokens become its score."""
+    class Options(Imbalance):
+        """What the model is asked, how a label's tokens become its score, and how much each label counts."""
 
         prompt: str | None = Field(
             None,
@@ -72,13 +74,14 @@ class ClassifyLm:
         self.options = options
         self.labels: list[str] = []
         self._around: tuple[str, str] = ("", "")
+        self._emphasis = PLAIN
 
     def fit(self, rows: Iterable[Row]) -> None:
         """The label set, in code-point order, and the prompt.
 
         Raises InputError for lists of labels, for one label alone, and for a prompt that does not ask of a text.
         """
-        known = Classify(Classify.Options.model_validate({}))
+        known = Classify(Classify.Options.model_validate(self.options.model_dump(include=set(Imbalance.model_fields))))
         known.fit(rows)
         if "multi_label" in known.describe():
             raise InputError(
@@ -92,7 +95,7 @@ class ClassifyLm:
                 f"write it once, where the text of the row goes: {UNLISTED.splitlines()[2]!r}",
             )
         before, after = (part.replace(LABELS, ", ".join(known.labels)) for part in asked.split(TEXT))
-        self.labels, self._around = known.labels, (before, after)
+        self.labels, self._around, self._emphasis = known.labels, (before, after), known.emphasis
 
     def describe(self) -> dict[str, Any]:
         return {"labels": self.labels, "prompt": list(self._around)}
@@ -141,7 +144,7 @@ class ClassifyLm:
 
     @property
     def _answers(self) -> OneLabel:
-        return OneLabel(self.labels)
+        return OneLabel(self.labels, self._emphasis)
 
 
 def _behind_prompts(policy: Policy, batch: Batch) -> Batch:

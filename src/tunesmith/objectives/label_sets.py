@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith.data.rows import labels_of
+from tunesmith.losses.class_cross_entropy import PLAIN, Emphasis, any_of
 from tunesmith.types import LabelCounts, Prediction, Row
 
 # Stands for the probability of a label that training never saw, here as in the classifier's own predictions.
@@ -28,8 +29,8 @@ class LabelSets:
 
     loss: ClassVar[str] = "binary_cross_entropy"
 
-    def __init__(self, labels: Sequence[str], threshold: float) -> None:
-        self.labels, self.threshold = labels, threshold
+    def __init__(self, labels: Sequence[str], threshold: float, emphasis: Emphasis = PLAIN) -> None:
+        self.labels, self.threshold, self._emphasis = labels, threshold, emphasis
         self._place = {label: place for place, label in enumerate(labels)}
         self._columns = [f"labels_{number}" for number in range(-(-len(labels) // WORD))]
 
@@ -41,7 +42,7 @@ class LabelSets:
 
     def losses(self, logits_NV: Tensor, columns: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, tuple[float, float]]]:
         actual_NV = self.targets(columns)
-        loss_N = F.binary_cross_entropy_with_logits(logits_NV, actual_NV.to(logits_NV), reduction="none").mean(-1)
+        loss_N = any_of(logits_NV, actual_NV, self._emphasis)
         said_NV = logits_NV.sigmoid() >= self.threshold
         right, hits = (said_NV == actual_NV).all(-1).sum(), (said_NV & actual_NV).sum()
         return loss_N, {

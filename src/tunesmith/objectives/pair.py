@@ -18,6 +18,7 @@ from tunesmith.models.heads import Head
 from tunesmith.models.policy import Policy
 from tunesmith.objectives import OBJECTIVES
 from tunesmith.objectives.classify import Classify
+from tunesmith.objectives.imbalance import Imbalance
 from tunesmith.objectives.pooled import PooledOptions, read_each
 from tunesmith.objectives.regress import Regress
 from tunesmith.types import Batch, Example, LabelCounts, Part, Piece, Prediction, Row, SampleSpec, Step, Terms, Want
@@ -36,7 +37,7 @@ class Pair:
 
     z is the cosine of both vectors u and v, or (u, v, |u - v|, u * v) (Reimers and Gurevych 2019, arXiv 1908.10084,
     section 3, and Conneau et al. 2017, arXiv 1705.02364, section 3.1), or one vector of both texts in one piece. A head
-    of the cosine begins as it fits the base's vectors.
+    of the cosine begins as it fits the base's vectors. Weights, focus and smoothing of labels are those of `classify`.
     """
 
     needs: ClassVar[ObjectiveNeeds] = ObjectiveNeeds(
@@ -51,8 +52,8 @@ class Pair:
         asks=(TEXTS,),
     )
 
-    class Options(PooledOptions):
-        """How two texts become what the head reads."""
+    class Options(PooledOptions, Imbalance):
+        """How two texts become what the head reads, and how much each label counts."""
 
         encode: Literal["apart", "together"] = Field(
             "apart", description="each text by itself, or both in one piece, which sees more and costs a pass a pair"
@@ -65,7 +66,7 @@ class Pair:
 
     def __init__(self, options: Any) -> None:
         self.options = options
-        self._of: Classify | Regress = _classify()
+        self._of: Classify | Regress = _classify(options)
 
     def fit(self, rows: Iterable[Row]) -> None:
         """The labels, or the mean and deviation of the scores."""
@@ -76,13 +77,17 @@ class Pair:
         held = list(rows)
         if "score" in held[0].value and isinstance(self._of, Classify):
             self._of = _regress()
+        if isinstance(self._of, Regress) and (given := self.options.model_fields_set & set(Imbalance.model_fields)):
+            raise InputError(
+                f"objective.{min(given)} is about labels, and the training rows have scores", "leave it out"
+            )
         self._of.fit(held)
 
     def describe(self) -> dict[str, Any]:
         return self._of.describe()
 
     def adopt(self, description: Mapping[str, Any]) -> None:
-        self._of = _classify() if "labels" in description else _regress()
+        self._of = _classify(self.options) if "labels" in description else _regress()
         self._of.adopt(description)
 
     def heads(self) -> list[HeadSpec]:
@@ -208,8 +213,8 @@ def logistic(number_N: FloatArray, class_N: NDArray[np.int64], classes: int) -> 
     return weight_V, bias_V
 
 
-def _classify() -> Classify:
-    return Classify(Classify.Options.model_validate({}))
+def _classify(options: Imbalance) -> Classify:
+    return Classify(Classify.Options.model_validate(options.model_dump(include=set(Imbalance.model_fields))))
 
 
 def _regress() -> Regress:

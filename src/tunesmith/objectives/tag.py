@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
@@ -16,9 +15,11 @@ from tunesmith.data.pack import place
 from tunesmith.data.source import ExampleList, batches
 from tunesmith.declared import HeadSpec, ObjectiveNeeds
 from tunesmith.errors import InputError
+from tunesmith.losses.class_cross_entropy import PLAIN, one_of
 from tunesmith.models.policy import Policy
 from tunesmith.objectives import OBJECTIVES
-from tunesmith.recipe import Positive, Strict
+from tunesmith.objectives.imbalance import Imbalance
+from tunesmith.recipe import Positive
 from tunesmith.types import (
     WINDOW,
     Batch,
@@ -44,6 +45,7 @@ class Tag:
 
     As in Devlin et al. 2019 (arXiv 1810.04805), section 5.3. A text longer than train.sequence_length is read in
     windows that begin with a word. A word of which the tokenizer leaves no token is given the most frequent tag.
+    Weights, focus and smoothing of tags are those of `losses.class_cross_entropy`.
     """
 
     needs: ClassVar[ObjectiveNeeds] = ObjectiveNeeds(
@@ -60,8 +62,8 @@ class Tag:
         asks=(("text",), ("tokens",)),
     )
 
-    class Options(Strict):
-        """How a tag is read from a token's hidden state."""
+    class Options(Imbalance):
+        """How a tag is read from a token's hidden state, and how much each tag counts."""
 
         hidden: Positive | None = Field(None, description="width of a hidden layer in the head; a linear head without")
 
@@ -71,6 +73,7 @@ class Tag:
         self.usual = ""
         self.words: dict[str, str] = {}
         self._goes_on = False
+        self._emphasis = PLAIN
 
     def fit(self, rows: Iterable[Row]) -> None:
         """The tag set, in code-point order, and each word's most frequent tag where that is not the most frequent one.
@@ -91,6 +94,7 @@ class Tag:
                     f"the training rows have the tag {new[0]!r}, which the earlier run's head does not know",
                     "train on the same tags, or name the base itself as model",
                 )
+            self._emphasis = self.options.emphasis(self.tags, total)
             return
         self.tags = sorted(total)
         if len(self.tags) < 2:
@@ -101,6 +105,7 @@ class Tag:
         self.usual = _most_frequent(total)
         found = {word: _most_frequent(counts) for word, counts in sorted(of_word.items())}
         self.words = {word: tag for word, tag in found.items() if tag != self.usual}
+        self._emphasis = self.options.emphasis(self.tags, total)
 
     def describe(self) -> dict[str, Any]:
         return {"tags": self.tags, "usual": self.usual, "words": self.words}
@@ -125,7 +130,7 @@ class Tag:
     def terms(self, policy: Policy, batch: Batch) -> Terms:
         logits_UV = _logits(policy, batch)
         tag_U = batch.target_BT.flatten()[batch.unit_U]
-        loss_U = F.cross_entropy(logits_UV, tag_U, reduction="none")
+        loss_U = one_of(logits_UV, tag_U, self._emphasis)
         right = float((logits_UV.argmax(-1) == tag_U).sum())
         part = Part(loss_U, torch.ones_like(loss_U), batch.example_U)
         return Terms({"cross_entropy": part}, {"tag_accuracy": (right, float(len(loss_U)))})
