@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from scipy import optimize, special
 
 from tunesmith.evaluation.calibration import BINS, Ece
-from tunesmith.evaluation.class_metrics import RocAuc, areas
+from tunesmith.evaluation.class_metrics import AveragePrecision, RocAuc
+from tunesmith.evaluation.count_metrics import BalancedAccuracy, MacroPrecision, MatthewsCorrelation
 from tunesmith.evaluation.json_metrics import FieldAccuracy
 from tunesmith.evaluation.likelihood_metrics import Loss, Perplexity
-from tunesmith.evaluation.metrics import Accuracy, FloatArray, MacroF1, RowMetric
+from tunesmith.evaluation.metrics import Accuracy, ClassCounts, FloatArray, MacroF1, RowMetric
 from tunesmith.evaluation.text_metrics import TokenF1
 
 Rng = np.random.Generator
@@ -147,12 +148,13 @@ def table(metric: RowMetric, actual_N: NDArray[np.int64], shares_NL: FloatArray)
     labels = shares_NL.shape[1]
     said_N, confidence_N = shares_NL.argmax(axis=1), shares_NL.max(axis=1)
     if isinstance(metric, RocAuc):
-        return areas(actual_N, shares_NL)
+        apart_N = actual_N != np.bincount(actual_N).argmax()
+        return metric.ranked(np.eye(labels)[actual_N].astype(bool), shares_NL, apart_N)
     if isinstance(metric, Ece):
         place_N = np.clip(np.ceil(confidence_N * BINS).astype(int) - 1, 0, BINS - 1)
         gaps_NB = np.eye(BINS)[place_N] * (confidence_N - (said_N == actual_N))[:, None]
         return np.column_stack([gaps_NB, np.ones(len(gaps_NB))])
-    if isinstance(metric, MacroF1):
+    if isinstance(metric, ClassCounts):
         one_hot = np.eye(labels)
         return np.hstack([one_hot[said_N] * (said_N == actual_N)[:, None], one_hot[said_N], one_hot[actual_N]])
     if isinstance(metric, Loss):
@@ -225,6 +227,10 @@ POPULATIONS: tuple[Population, ...] = (
     Population("ECE, calibrated", Ece(), classified(Ece(), FIVE_WAY), 0.0, truth=0.0),
     Population("ECE, both too bold", Ece(), classified(Ece(), BOLD), 0.0),
     Population("ECE, one bold, one timid", Ece(), opposed, 0.06),
+    Population("balanced accuracy, 10%", BalancedAccuracy("ab"), classified(BalancedAccuracy("ab"), RARE), 0.5),
+    Population("macro precision, 20", MacroPrecision(LETTERS), classified(MacroPrecision(LETTERS), MANY_WAY), 0.3),
+    Population("MCC, 5 classes", MatthewsCorrelation("abcde"), classified(MatthewsCorrelation("abcde"), FIVE_WAY), 0.4),
+    Population("average precision, 10%", AveragePrecision("ab"), classified(AveragePrecision("ab"), RARE), 0.5),
 )
 # Metrics of one family: a classifier's, all over the same rows.
 FAMILY: tuple[RowMetric, ...] = (Accuracy(), MacroF1("abcde"), RocAuc("abcde"), Ece(), Loss())

@@ -14,7 +14,7 @@ from tunesmith.evaluation import METRICS
 from tunesmith.evaluation.calibration import reliability
 from tunesmith.evaluation.class_metrics import by_class, confusion, details
 from tunesmith.evaluation.intervals import interval, wilson
-from tunesmith.evaluation.metrics import applicable, build, statistics
+from tunesmith.evaluation.metrics import applicable, build, lacking, statistics
 from tunesmith.types import Prediction
 
 LABELS = ["a", "b", "c"]
@@ -234,3 +234,39 @@ def test_sets_of_one_label_each_are_measured_as_labels() -> None:
 def test_ece_of_label_sets_is_refused() -> None:
     with pytest.raises(InputError, match="ece needs one label a row, and row 0 may have several"):
         value("ece", sets(3, 1, LABELS))
+
+
+def test_average_precision_of_label_sets_is_scikit_learns() -> None:
+    predictions = sets(200, 8, LABELS)
+    truth = np.array([[label in p.expected for label in LABELS] for p in predictions])
+    shares = np.array([list((p.probabilities or {}).values()) for p in predictions])
+    expected = sk.average_precision_score(truth, shares, average="macro")
+    assert value("average_precision", predictions) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_a_rows_influence_on_average_precision_is_that_of_its_weight(ties: bool) -> None:
+    """By scikit-learn's weights of rows, one of them moved a little; a class of P rows counts P / (P - 1) as much."""
+    predictions = answers(60, 3, ties=ties)
+    shares = np.array([[p.probabilities[label] for label in LABELS] for p in predictions])  # type: ignore[index]
+    area, influence = np.zeros(len(LABELS)), np.zeros(60)
+    for at, label in enumerate(LABELS):
+        truth = np.array([p.reference == label for p in predictions])
+        area[at] = sk.average_precision_score(truth, shares[:, at])
+        for row in range(60):
+            moved = [
+                sk.average_precision_score(truth, shares[:, at], sample_weight=1 + step * (np.arange(60) == row))
+                for step in (-1e-4, 1e-4)
+            ]
+            pull = (moved[1] - moved[0]) / 2e-4
+            influence[row] += pull * np.sqrt(truth.sum() / (truth.sum() - 1)) / len(LABELS)
+    metric = METRICS.get("average_precision")(LABELS)
+    assert statistics(metric, predictions)[:, 0] == pytest.approx(area.mean() + 60 * influence, abs=1e-5)
+
+
+def test_average_precision_asks_for_ten_rows_of_every_class() -> None:
+    predictions = answers(12, 2)
+    metric = METRICS.get("average_precision")(LABELS)
+    fewest = min(sum(p.reference == label for p in predictions) for label in LABELS)
+    assert lacking(metric, statistics(metric, predictions)) == f"no interval: a class with {fewest} rows; 10 are needed"
+    assert lacking(metric, statistics(metric, answers(90, 2))) is None

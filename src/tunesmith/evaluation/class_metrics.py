@@ -94,7 +94,7 @@ class RocAuc:
         return (float("nan"), 1.0, float("nan"))
 
     def joint_statistics(self, predictions: Sequence[Prediction]) -> FloatArray:
-        """As `areas`. InputError where all rows are of one class, or one has no probabilities."""
+        """As `ranked` gives them. InputError where all rows are of one class, or one has no probabilities."""
         references, answer_N = np.unique([reference_of(p, self.name) for p in predictions], return_inverse=True)
         if len(references) < 2:
             raise InputError(
@@ -103,7 +103,11 @@ class RocAuc:
             )
         shares_NL = [[probabilities(p, self.name).get(label, 0.0) for label in self.labels] for p in predictions]
         apart_N = answer_N != np.bincount(answer_N).argmax()
-        return areas(_having([p.expected for p in predictions], self.labels), np.array(shares_NL), apart_N)
+        return self.ranked(_having([p.expected for p in predictions], self.labels), np.array(shares_NL), apart_N)
+
+    @staticmethod
+    def ranked(actual_NL: Truths, scores_NL: FloatArray, apart_N: Truths) -> FloatArray:
+        return areas(actual_NL, scores_NL, apart_N)
 
     def aggregate(self, sums: FloatArray) -> FloatArray:
         return quotient(sums)
@@ -117,6 +121,57 @@ class RocAuc:
     def worth(self, sums_K: FloatArray) -> float:
         """Where all rows are ranked right, what is known of the smaller side is all that is known."""
         return float(sums_K[2])
+
+
+@METRICS.register("average_precision")
+class AveragePrecision(RocAuc):
+    """Area under the curve of precision over recall, by its steps: the mean over classes of each against the rest.
+
+    Precision at each row of the class, taken from the most probable down, equal probabilities together. A row's
+    statistic is the area plus the row's influence on it (the infinitesimal jackknife). Classes that all rows have, or
+    none, are left out. There is no interval where a class has fewer than ten rows.
+    """
+
+    name: ClassVar[str] = "average_precision"
+    about: ClassVar[About] = About(
+        "Davis and Goadrich 2006, The Relationship Between Precision-Recall and ROC Curves",
+        "own, as scikit-learn's average_precision_score",
+        "rare classes: how pure the top of the ranking is; guessing gets the class's share of rows",
+    )
+
+    @staticmethod
+    def ranked(actual_NL: Truths, scores_NL: FloatArray, apart_N: Truths) -> FloatArray:
+        return average_precisions(actual_NL, scores_NL)
+
+    def lacks(self, statistics_NK: FloatArray, compared: bool) -> str | None:
+        rows = int(statistics_NK[:, 2].sum())
+        return None if rows >= LEAST_WORTH else f"a class with {rows} row{'s' * (rows != 1)}; {LEAST_WORTH} are needed"
+
+
+def average_precisions(actual_NL: Truths, scores_NL: FloatArray) -> FloatArray:
+    """[N, 3]: the mean area with the row's influence on it, 1, and whether the row is of the rarest class."""
+    count, rows_L = len(actual_NL), actual_NL.sum(axis=0)
+    labels_L = np.flatnonzero((rows_L > 0) & (rows_L < count))
+    value, influence_N = 0.0, np.zeros(count)
+    for label in labels_L:
+        positive_N = actual_NL[:, label].astype(np.float64)
+        _, place_N, rows_D = np.unique(-scores_NL[:, label], return_inverse=True, return_counts=True)
+        hits_D = np.bincount(place_N, weights=positive_N)
+        held_D, found_D = np.cumsum(rows_D), np.cumsum(hits_D)  # of all rows, and of the class, down to each score
+        precision_D, own = found_D / held_D, rows_L[label]
+        area = float((hits_D * precision_D).sum() / own)
+        # What a row that joins at each score adds to the precision at its own and at all lower ones, and what it takes.
+        adds_D, takes_D = (_onwards(hits_D * at_D) for at_D in (1 / held_D, precision_D / held_D))
+        value += area / len(labels_L)
+        pull_N = (positive_N * (precision_D - area + adds_D)[place_N] - takes_D[place_N]) / own
+        influence_N += pull_N * np.sqrt(own / max(own - 1, 1)) / len(labels_L)
+    rarest_N = actual_NL[:, labels_L[rows_L[labels_L].argmin()]]
+    return np.column_stack([value + count * influence_N, np.ones(count), rarest_N.astype(np.float64)])
+
+
+def _onwards(values_D: FloatArray) -> FloatArray:
+    """Of each place the sum from there to the end."""
+    return np.cumsum(values_D[::-1])[::-1]
 
 
 def areas(actual_NL: Truths, scores_NL: FloatArray, apart_N: Truths) -> FloatArray:

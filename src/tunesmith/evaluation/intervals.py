@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from scipy import optimize, special
 
 from tunesmith.errors import InputError, RefusedError
-from tunesmith.evaluation.metrics import Biased, FloatArray, Joint, MetricKind, RowMetric, Weighed, lacking, quotient
+from tunesmith.evaluation.metrics import FloatArray, Joint, Limited, MetricKind, RowMetric, Weighed, lacking, quotient
 
 # Cells of one block of resampling counts: 2,000,000 rows drawn need about 48 MB, whatever N and R.
 BLOCK = 2_000_000
@@ -105,7 +105,7 @@ def _ratio_limits(
 def _general_limits(
     metric: RowMetric, statistics_NK: FloatArray, seed: int, level: float, resamples: int
 ) -> Limits | None:
-    if isinstance(metric, Biased):
+    if isinstance(metric, Limited):
         return metric.limits(statistics_NK, seed, level)
     if metric.bounds == (0.0, 1.0):
         return as_of_a_rate(metric, statistics_NK, level)

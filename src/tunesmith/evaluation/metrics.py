@@ -6,6 +6,7 @@ same table. Shape letters: N rows, K statistics, L labels; "..." are resamples, 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol, runtime_checkable
@@ -68,16 +69,21 @@ class Joint(Protocol):
 
 
 @runtime_checkable
-class Biased(Protocol):
+class Limited(Protocol):
+    """A metric that knows its interval better than its kind does."""
+
+    def limits(self, statistics_NK: FloatArray, seed: int, level: float) -> tuple[float, float] | None:
+        """The interval of the true value; None where rows have no spread."""
+        ...
+
+
+@runtime_checkable
+class Biased(Limited, Protocol):
     """A metric that few rows push away from its true value and that is not smooth: it knows how to judge itself."""
 
     def contrast(self, before_NK: FloatArray, after_NK: FloatArray) -> tuple[float, float, float]:
         """The difference on the same rows without what is owed to there being no more of them, its standard error, and
         by how much it may lie too high even so."""
-        ...
-
-    def limits(self, statistics_NK: FloatArray, seed: int, level: float) -> tuple[float, float] | None:
-        """The interval of the true value; None where rows have no spread."""
         ...
 
 
@@ -231,25 +237,18 @@ class Accuracy(_Rate):
         return (float(prediction.output == reference_of(prediction, self.name)), 1.0)
 
 
-@METRICS.register("macro_f1")
-class MacroF1:
-    """Mean over classes of F1 = 2 TP / (predicted + actual), each class counting the same.
+class ClassCounts(ABC):
+    """A metric of how often each class was right, predicted and true. A row may have several labels, or none.
 
-    Classes that neither references nor predictions hold are left out, so on predictions from the label set
-    it is scikit-learn's f1_score(average="macro"). A row may have several labels, or none. Statistics: L hits,
-    L predicted, L actual.
+    Statistics: L hits, L predicted, L actual.
     """
 
-    name: ClassVar[str] = "macro_f1"
-    about: ClassVar[About] = About(
-        "Sokolova and Lapalme 2009, Inf. Process. Manag. 45(4)",
-        "own, as scikit-learn's f1_score(average='macro')",
-        "classes of unlike size that matter alike: a rare one counts as much as a frequent one",
-    )
+    name: ClassVar[str]
     higher_is_better: ClassVar[bool] = True
     kind: ClassVar[MetricKind] = "general"
     bounds: ClassVar[Bounds] = (0.0, 1.0)
-    majority_is_no_floor: ClassVar[bool] = True
+    least: ClassVar[tuple[int, int]] = (LEAST_WORTH, LEAST_WORTH_COMPARED)  # for an interval, for a comparison
+    counted: ClassVar[tuple[int, str]] = (2, "a row")  # which of the three says how certain a class is, and in words
 
     def __init__(self, labels: Sequence[str]) -> None:
         self.labels = tuple(labels)
@@ -277,34 +276,56 @@ class MacroF1:
             row[actual] = row[count + actual]
         return tuple(row)
 
-    def aggregate(self, sums: FloatArray) -> FloatArray:
+    def counts(self, sums: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """Hits, predicted and actual of each class: [..., L] each."""
         hits, predicted, actual = np.moveaxis(sums.reshape(*sums.shape[:-1], 3, len(self.labels)), -2, 0)
-        held = predicted + actual
-        f1 = np.divide(2 * hits, held, out=np.zeros_like(held), where=held > 0)
-        classes = (held > 0).sum(axis=-1).astype(np.float64)
-        return np.divide(f1.sum(axis=-1), classes, out=np.full(classes.shape, np.nan), where=classes > 0)
+        return hits, predicted, actual
+
+    @abstractmethod
+    def aggregate(self, sums: FloatArray) -> FloatArray: ...
 
     def lacks(self, statistics_NK: FloatArray, compared: bool) -> str | None:
-        actual_L = statistics_NK.sum(axis=0)[2 * len(self.labels) :]
-        absent = [label for label, rows in zip(self.labels, actual_L, strict=True) if not rows]
+        told_L = self.counts(statistics_NK.sum(axis=0))[self.counted[0]]
+        absent = [label for label, told in zip(self.labels, told_L, strict=True) if not told]
         if len(absent) > ABSENT * len(self.labels):
             others = f" and {len(absent) - 1} more of {len(self.labels)}" if len(absent) > 1 else ""
-            return f"class {absent[0]!r}{others} without a row to judge by"
+            return f"class {absent[0]!r}{others} without {self.counted[1]} to judge by"
         worth = self.worth(statistics_NK.sum(axis=0))
-        needed = LEAST_WORTH_COMPARED if compared else LEAST_WORTH
+        needed = self.least[compared]
         if worth < needed:
-            rarest, rows = (
-                self.labels[int(np.where(actual_L > 0, actual_L, np.inf).argmin())],
-                actual_L[actual_L > 0].min(),
-            )
+            rarest, told = self.labels[int(np.where(told_L > 0, told_L, np.inf).argmin())], told_L[told_L > 0].min()
             return (
-                f"class {rarest!r} has {rows:.0f} row{'s' * int(rows != 1)}, "
+                f"class {rarest!r} has {told:.0f} {self.counted[1].split()[1]}{'s' * int(told != 1)}, "
                 f"so all rows are worth {worth:.1f}; {needed} are needed{' to compare' * compared}"
             )
         return None
 
     def worth(self, sums_K: FloatArray) -> float:
         """A mean over classes is as uncertain as its rarest: the number of classes times the harmonic mean of rows."""
-        actual_L = sums_K[2 * len(self.labels) :]
-        held_L = actual_L[actual_L > 0]
+        told_L = self.counts(sums_K)[self.counted[0]]
+        held_L = told_L[told_L > 0]
         return float(len(held_L) ** 2 / (1 / held_L).sum())
+
+
+@METRICS.register("macro_f1")
+class MacroF1(ClassCounts):
+    """Mean over classes of F1 = 2 TP / (predicted + actual), each class counting the same.
+
+    Classes that neither references nor predictions hold are left out, so on predictions from the label set
+    it is scikit-learn's f1_score(average="macro"). A row may have several labels, or none.
+    """
+
+    name: ClassVar[str] = "macro_f1"
+    about: ClassVar[About] = About(
+        "Sokolova and Lapalme 2009, Inf. Process. Manag. 45(4)",
+        "own, as scikit-learn's f1_score(average='macro')",
+        "classes of unlike size that matter alike: a rare one counts as much as a frequent one",
+    )
+    majority_is_no_floor: ClassVar[bool] = True
+
+    def aggregate(self, sums: FloatArray) -> FloatArray:
+        hits, predicted, actual = self.counts(sums)
+        held = predicted + actual
+        f1 = np.divide(2 * hits, held, out=np.zeros_like(held), where=held > 0)
+        classes = (held > 0).sum(axis=-1).astype(np.float64)
+        return np.divide(f1.sum(axis=-1), classes, out=np.full(classes.shape, np.nan), where=classes > 0)
