@@ -307,7 +307,8 @@ class LabelCounts:
 class Metric:
     """A number with its 95% interval over n rows; a record of evaluation.json.
 
-    Where the rows cannot carry an interval, its limits are NaN (null in the file) and `reason` says why.
+    Where the rows cannot carry an interval, its limits are NaN (null in the file) and `reason` says why. `signature`:
+    how another library computed it, in that library's words.
     """
 
     model: str
@@ -319,3 +320,4 @@ class Metric:
     n: int
     group: str = "all"
     reason: str | None = None
+    signature: str | None = None

@@ -77,5 +77,6 @@ def test_records_are_json_even_where_a_limit_is_infinite() -> None:
             "n": 1,
             "group": "all",
             "reason": None,
+            "signature": None,
         }
     ]

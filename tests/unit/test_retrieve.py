@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from sklearn.metrics import ndcg_score
 
 from tunesmith import api, cli
 from tunesmith.data.formats import convert, detect
@@ -91,7 +92,7 @@ def test_ranks_and_metrics_are_those_of_a_slow_search(
     ]
     objective = Drawn(drawn[queries], drawn[passages])
     found = objective.predict(None, rows, None, SampleSpec(1))  # type: ignore[arg-type]
-    reciprocal, recalled = 0.0, 0.0
+    reciprocal, recalled, gained = 0.0, 0.0, 0.0
     for q, (own, prediction) in enumerate(zip(answers, found, strict=True)):
         scores = [float(drawn[queries][q] @ drawn[passages][p]) for p in range(passages)]
         against = [scores[p] for p in range(passages) if p not in own]
@@ -99,6 +100,10 @@ def test_ranks_and_metrics_are_those_of_a_slow_search(
         ranks = [1 + sum(other >= score for other in against) + before for before, score in enumerate(ordered)]
         reciprocal += 1 / min(ranks)
         recalled += sum(rank <= 10 for rank in ranks) / len(own)
+        relevant, ordering = np.zeros((2, 1, passages + 1))  # scikit-learn asks for two passages or more
+        relevant[0, np.array(ranks) - 1] = 1
+        ordering[0] = -np.arange(passages + 1)
+        gained += ndcg_score(relevant, ordering, k=10)
         wrong = sum(np.exp(score / 0.5) for score in against)
         nll = np.mean([-np.log(np.exp(s / 0.5) / (np.exp(s / 0.5) + wrong)) for s in ordered])
         assert prediction.scores["nll"] == pytest.approx(nll, rel=1e-6, abs=1e-9)
@@ -106,12 +111,12 @@ def test_ranks_and_metrics_are_those_of_a_slow_search(
         assert prediction.scores["score"] == max(scores)
         assert scores[int(prediction.output)] == max(scores)
         assert set((prediction.reference or "").split("\n")) == {str(p) for p in own}
-    for name, total in (("mrr", reciprocal), ("recall_at_10", recalled)):
+    for name, total in (("mrr", reciprocal), ("recall_at_10", recalled), ("ndcg_at_10", gained)):
         metric = METRICS.get(name)([])
         assert float(metric.aggregate(statistics(metric, found).sum(0))) == pytest.approx(total / queries)
 
 
-@pytest.mark.parametrize("name", ["mrr", "recall_at_10"])
+@pytest.mark.parametrize("name", ["mrr", "recall_at_10", "ndcg_at_10"])
 def test_only_what_is_ranked_has_a_rank(name: str) -> None:
     metric = METRICS.get(name)([])
     assert not metric.applies([Prediction("a", "a", "f:1")])

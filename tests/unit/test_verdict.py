@@ -60,7 +60,7 @@ def test_a_metric_without_a_test_is_passed_over_or_told_as_one_that_cannot_tell(
     silent = {**effect("macro_f1", 0.2, None, None, 0.0), "p": None, "reason": why}
     (alone,) = tables(pair("macro_f1", 0.5, 0.7), [silent])
     assert (alone.lines[0].standing, alone.lines[0].corrected) == ("cannot tell", "cannot tell")
-    assert alone.lines[0].reasons == [f"difference: {why}"]
+    assert alone.lines[0].notes == [f"difference: {why}"]
     told = judged(pair("macro_f1", 0.5, 0.7), [silent])
     assert (told.standing, told.tone) == ("Cannot tell", "caution")
     assert told.sentence == (

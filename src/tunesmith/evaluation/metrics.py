@@ -110,6 +110,13 @@ def lacking(metric: RowMetric, statistics_NK: FloatArray, compared: bool = False
 
 
 @runtime_checkable
+class Signed(Protocol):
+    """A metric that another library computes, or that has settings: what others need to get the same number."""
+
+    def signature(self) -> str: ...
+
+
+@runtime_checkable
 class Renamed(Protocol):
     """A metric that is equal for two models when another is, so that both are one hypothesis."""
 

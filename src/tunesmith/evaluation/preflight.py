@@ -39,5 +39,5 @@ def _unanswered(row: Row) -> Prediction:
     reference = str(last["content"]) if last.get("role") == "assistant" else None
     own = {"bytes": float(len(row.value["text"].encode()))} if "text" in row.value else {}
     if {"positives", "positive_ids"} & row.value.keys():
-        own, reference = {"rank": 1.0, "recall_at_10": 1.0}, ""
+        own, reference = {"rank": 1.0, "recall_at_10": 1.0, "ndcg_at_10": 1.0}, ""
     return Prediction("", reference, row.where, {"nll": 1.0, "tokens": 1.0, **own})

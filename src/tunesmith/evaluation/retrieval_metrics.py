@@ -11,10 +11,6 @@ from tunesmith.evaluation.metrics import About, Bounds, FloatArray, MetricKind, 
 from tunesmith.types import Prediction
 
 
-def has_ranks(predictions: Sequence[Prediction]) -> bool:
-    return all("rank" in prediction.scores for prediction in predictions)
-
-
 def _score(prediction: Prediction, score: str, name: str) -> float:
     if score not in prediction.scores:
         raise InputError(
@@ -38,13 +34,17 @@ class MeanReciprocalRank:
     kind: ClassVar[MetricKind] = "mean"
     bounds: ClassVar[Bounds] = (0.0, 1.0)
 
-    applies = staticmethod(has_ranks)
+    score: ClassVar[str] = "rank"  # of a prediction, which its statistic is made of
+
+    @classmethod
+    def applies(cls, predictions: Sequence[Prediction]) -> bool:
+        return all(cls.score in prediction.scores for prediction in predictions)
 
     def __init__(self, labels: Sequence[str] = ()) -> None:
         del labels
 
     def statistics(self, prediction: Prediction) -> tuple[float, ...]:
-        return (1.0 / _score(prediction, "rank", self.name), 1.0)
+        return (1.0 / _score(prediction, self.score, self.name), 1.0)
 
     def aggregate(self, sums: FloatArray) -> FloatArray:
         return quotient(sums)
@@ -61,5 +61,21 @@ class RecallAt10(MeanReciprocalRank):
         "search whose finds something else reads on: a re-ranker, a language model",
     )
 
+    score: ClassVar[str] = "recall_at_10"
+
     def statistics(self, prediction: Prediction) -> tuple[float, ...]:
-        return (_score(prediction, "recall_at_10", self.name), 1.0)
+        return (_score(prediction, self.score, self.name), 1.0)
+
+
+@METRICS.register("ndcg_at_10")
+class NdcgAt10(RecallAt10):
+    """Mean over queries of nDCG at 10: each passage that answers counts 1 / log2(1 + its rank) if it is among the first
+    10, by the sum were they all first; ties against them."""
+
+    name: ClassVar[str] = "ndcg_at_10"
+    about: ClassVar[About] = About(
+        "Järvelin and Kekäläinen 2002, ACM Trans. Inf. Syst. 20(4)",
+        "own, as scikit-learn's ndcg_score",
+        "search whose whole first page is read, and several passages may answer; what BEIR publishes",
+    )
+    score: ClassVar[str] = "ndcg_at_10"

@@ -10,7 +10,7 @@ from typing import Any
 from tunesmith.errors import InputError
 from tunesmith.evaluation import METRICS
 from tunesmith.evaluation.intervals import IntArray, interval
-from tunesmith.evaluation.metrics import RowMetric, lacking, statistics
+from tunesmith.evaluation.metrics import RowMetric, Signed, lacking, statistics
 from tunesmith.types import Metric, Prediction
 
 
@@ -41,7 +41,8 @@ def measure(
     for metric in metrics:
         table = statistics(metric, predictions)
         limits, why = interval(metric, table, seed, clusters_N=clusters_N), lacking(metric, table)
-        records.append(Metric(model_name, data_name, metric.name, *limits, len(predictions), group, why))
+        signature = metric.signature() if isinstance(metric, Signed) else None
+        records.append(Metric(model_name, data_name, metric.name, *limits, len(predictions), group, why, signature))
     return records
 
 

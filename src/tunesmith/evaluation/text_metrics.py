@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -20,6 +21,7 @@ from tunesmith.types import Prediction
 if TYPE_CHECKING:
     from sacrebleu.metrics.bleu import BLEU
     from sacrebleu.metrics.chrf import CHRF
+    from sacrebleu.metrics.ter import TER
 
 LONGEST_GRAM = 4  # words, of BLEU
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -28,7 +30,7 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+")
 
 
-class _Share(ABC):
+class Share(ABC):
     """A number between 0 and 1 for each row, and their mean over rows; of several references the nearest counts."""
 
     higher_is_better: ClassVar[bool] = True
@@ -53,7 +55,7 @@ class _Share(ABC):
 
 
 @METRICS.register("token_f1")
-class TokenF1(_Share):
+class TokenF1(Share):
     """Mean F1 of the words that output and reference share, as SQuAD counts them (Rajpurkar et al. 2016, 1606.05250).
 
     Lower case, without ASCII punctuation and the articles a, an, the; words are split at white space. Two texts
@@ -91,7 +93,7 @@ class SpanF1(TokenF1):
 
 
 @METRICS.register("span_exact_match")
-class SpanExactMatch(_Share):
+class SpanExactMatch(Share):
     """An extracted answer equals a right one in lower case, without ASCII punctuation and the articles a, an, the."""
 
     name: ClassVar[str] = "span_exact_match"
@@ -110,13 +112,16 @@ def _squad_words(text: str) -> list[str]:
     return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
 
 
-class _Rouge(_Share):
+class _Rouge(Share):
     """Mean F1 over rows by the rouge-score package, without stemming."""
 
     kind_of_rouge: ClassVar[str]
 
     def share(self, output: str, reference: str) -> float:
         return float(_scorer(self.kind_of_rouge).score(reference, output)[self.kind_of_rouge].fmeasure)
+
+    def signature(self) -> str:
+        return f"stem:no|rouge-score:{version('rouge-score')}"
 
 
 @METRICS.register("rouge_1")
@@ -159,7 +164,7 @@ class RougeL(_Rouge):
 
 
 @METRICS.register("chrf")
-class Chrf(_Share):
+class Chrf(Share):
     """chrF2 (Popovic 2015): F of character n-grams to 6, recall counting twice; sacrebleu's sentence score, as a mean.
 
     A fraction, where sacrebleu writes percent.
@@ -174,6 +179,9 @@ class Chrf(_Share):
 
     def share(self, output: str, reference: str) -> float:
         return float(_chrf().sentence_score(output, [reference]).score) / 100
+
+    def signature(self) -> str:
+        return signature_of(_chrf())
 
 
 @METRICS.register("bleu")
@@ -218,6 +226,15 @@ class Bleu:
             mean = np.exp(np.where(counted > 0, np.log(precision), -np.inf).mean(-1))
             brevity = np.where(said < expected, np.exp(1 - expected / said), 1.0)
         return np.where(matched.any(-1), brevity * mean, 0.0)
+
+    def signature(self) -> str:
+        return signature_of(_bleu())
+
+
+def signature_of(metric: BLEU | CHRF | TER) -> str:
+    """sacrebleu's, without the number of references, which is each row's own."""
+    metric.num_refs = -1
+    return str(metric.get_signature()).partition("|")[2]
 
 
 class Words:

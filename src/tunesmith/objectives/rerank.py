@@ -45,7 +45,7 @@ class Rerank:
         formats=frozenset({"retrieval"}),
         kinds=frozenset({"encoder", "decoder"}),
         coupling="example",
-        metrics=("mrr", "recall_at_10"),
+        metrics=("mrr", "recall_at_10", "ndcg_at_10"),
         baseline="vectors",
         vectors="texts",
         searches=True,

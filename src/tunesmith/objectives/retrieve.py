@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 QUERY, POSITIVE, NEGATIVE = "query", "passage", "negative"
 MARGIN = 0.95  # of the right passage's cosine: above it a wrong one may be right
-TOP = 10  # the first passages, of `recall_at_10`
+TOP = 10  # the first passages, of `recall_at_10` and `ndcg_at_10`
 CHUNK = 256  # queries that are compared with all passages at once
 
 
@@ -48,7 +48,7 @@ class Retrieve:
         kinds=frozenset({"encoder", "decoder"}),
         coupling="batch",
         modes=frozenset({"plain", "cached"}),
-        metrics=("mrr", "recall_at_10"),
+        metrics=("mrr", "recall_at_10", "ndcg_at_10"),
         fresh_head=False,
         searches=True,
         asks=(("query",),),
@@ -240,8 +240,19 @@ def ranked(
     score_A, other_P = (score.astype(np.float64) / temperature for score in (own_A, others_P))
     against = np.logaddexp.reduce(other_P) if len(other_P) else -np.inf
     nll = float(np.logaddexp(0.0, against - score_A).mean())
-    scores |= {"rank": float(rank_A[0]), "recall_at_10": float((rank_A <= TOP).mean()), "nll": nll, "tokens": 1.0}
+    found = {"rank": float(rank_A[0]), "recall_at_10": float((rank_A <= TOP).mean()), "ndcg_at_10": ndcg(rank_A)}
+    scores |= {**found, "nll": nll, "tokens": 1.0}
     return Prediction(names[best], "\n".join(names[answer] for answer in answers), row.where, scores)
+
+
+def ndcg(rank_A: NDArray[np.int64]) -> float:
+    """Discounted gain of ranks among the first TOP, by that of the best ranks that so many can have.
+
+    Each counts the same: Järvelin and Kekäläinen 2002, with the discount 1 / log2(1 + rank).
+    """
+    best_A = np.arange(1, len(rank_A) + 1)
+    gain, most = (float((1 / np.log2(1 + ranks[ranks <= TOP])).sum()) for ranks in (rank_A, best_A))
+    return gain / most
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,11 @@ _SPELLED = {
     "pearson": "Pearson",
     "spearman": "Spearman",
     "mrr": "MRR",
+    "ndcg": "nDCG",
+    "mcc": "MCC",
+    "bleu": "BLEU",
+    "ter": "TER",
+    "meteor": "METEOR",
 }
 _NEAR = 0.3  # numbers that differ by less than this share of the largest are drawn without 0, to be told apart
 Standing = Literal["better", "worse", "no better", "cannot tell", ""]
@@ -76,12 +81,13 @@ class Line:
         return self._standing("p_holm" if self.effect is not None and "p_holm" in self.effect else "p")
 
     @property
-    def reasons(self) -> list[str]:
-        """Why a value or the difference has no interval, each once."""
+    def notes(self) -> list[str]:
+        """Why a value or the difference has no interval, each once; and how another library computed the metric."""
         found = {model_title(r["model"]): r.get("reason") for r in (self.before, self.after) if r}
         if self.effect is not None:
             found["difference"] = self.effect.get("reason")
-        return [f"{who}: {why}" for who, why in found.items() if why]
+        signature = self.after.get("signature")
+        return [*(f"{who}: {why}" for who, why in found.items() if why), *([signature] if signature else [])]
 
     def _standing(self, key: str) -> Standing:
         if self.effect is None or self.metric.higher is None:

@@ -32,7 +32,7 @@ def show_results(
     if records:
         paired = "; the difference and its p-value are paired over the same rows" if effects else ""
         console.print(Text(f"\n[low, high]: 95% intervals{paired}\n", style="dim"), soft_wrap=True)
-    for line in reasons(records, effects):
+    for line in [*reasons(records, effects), *signatures(records)]:
         console.print(Text(visible(line), style="dim"), soft_wrap=True)
     for warning in weaknesses(records):
         console.print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
@@ -59,6 +59,11 @@ def reasons(records: Sequence[Mapping[str, Any]], effects: Sequence[Mapping[str,
         for data, group, metric, who, why in parts
         if why
     ]
+
+
+def signatures(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How other libraries computed metrics, a line for each."""
+    return list(dict.fromkeys(f"{r['metric']}: {r['signature']}" for r in records if r.get("signature")))
 
 
 def weaknesses(records: Sequence[Mapping[str, Any]]) -> list[str]:
