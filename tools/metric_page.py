@@ -17,6 +17,31 @@ rows and a paired test of the difference ([statistics](statistics.md)); where ro
 why. *Computed by*: the library that does it, or tunesmith's own code and the library that tests hold it to.
 """
 
+PROGRAMS = """
+## Programs
+
+`pass_at_1`, `pass_at_10` and so on run what the model writes, together with tests that each row holds. For HumanEval's
+rows:
+
+```yaml
+data: {test: humaneval.jsonl, columns: {prompt: prompt, completion: canonical_solution}}
+evaluate:
+  metrics: [pass_at_1, pass_at_10]
+  max_new_tokens: 512
+  code: {tests: test, before: prompt, entry_point: entry_point, samples: 20, temperature: 0.8}
+```
+
+A program is the text of the column `before`, the answer (of one that has fenced code, the first such), the tests, and
+`check(...)` of the entry point. It passes where it comes to its end without an exception.
+
+It is a stranger's program, so it runs where it can do no harm: in namespaces of its own without network, as a user who
+may do nothing, with the system's libraries and this Python read-only, one empty folder of 64 MiB in memory to write to,
+10 seconds, 2 GiB of memory, 32 processes and threads, files of 16 MiB, and without the system calls that have no place
+in it. That takes Linux 5.12 or newer on x86-64 or ARM64, and user namespaces; where any of it is missing (macOS,
+Windows, most containers by default) the plan refuses `evaluate.code` and says what is missing. It keeps programs from
+the machine and from each other. It does not judge a program that finds its own verdict in its process and forges it.
+"""
+
 
 def make() -> str:
     """The whole page."""
@@ -27,4 +52,5 @@ def make() -> str:
         span = f"{low} to {high}, {'higher' if metric.higher_is_better else 'lower'} is better"
         about = metric.about
         rows.append([code(name), first_lines(metric), about.source, about.library, span, about.use])
-    return page("Metrics", INTRODUCTION, table(["metric", "is", "source", "computed by", "range", "use it for"], rows))
+    found = table(["metric", "is", "source", "computed by", "range", "use it for"], rows)
+    return page("Metrics", INTRODUCTION, found, PROGRAMS)

@@ -281,9 +281,8 @@ def evaluate(
     `corpus`: passages to be searched, in place of the run's.
     Without `data`, returns what the run has measured.
     """
-    path = run_of(Path(path))
     load_plugins(plugins)
-    of_what = measurable(path)
+    of_what = measurable(path := run_of(Path(path)))
     run, recipe, counts = of_what.run, of_what.recipe, of_what.label_counts
     if data is None:
         check_measured(path)
@@ -297,7 +296,7 @@ def evaluate(
         rows = questions(data, recipe.data.format, recipe.data.columns, recipe.evaluate.tags)
         check_kinds(rows, loaded.objective.needs, asking=False)
         asked, usual = metrics or recipe.evaluate.metrics or [], loaded.objective.needs.metrics
-        check_metrics(asked, usual, of, rows, unread(loaded.objective, rows, counts))
+        check_metrics(asked, usual, of, rows, unread(loaded.objective, rows, counts), recipe.evaluate.code)
         measuring.check_same_set(run, of, rows)
         found = measuring.measure_rows(
             of,
@@ -310,11 +309,12 @@ def evaluate(
             base,
             counts,
             tell,
+            recipe.evaluate.code,
         )
         in_train = measuring.count_trained_on(run, rows)
         measuring.merge(results, measuring.score(of, rows, found, loaded.objective, recipe, metrics, in_train))
         kept = recipe.evaluate.keep if keep is None else None if keep == "all" else keep
-        measuring.write_predictions(run, of, rows, found, kept)
+        measuring.write_predictions(run, of, rows, found, kept, recipe.evaluate.groups)
         measuring.write_results(run, results)
         if of_what.is_run:
             write.try_report(path)

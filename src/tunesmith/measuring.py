@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from tunesmith.evaluation import answers
 from tunesmith.evaluation.baselines import BASELINES, label_counts, unread
 from tunesmith.evaluation.class_metrics import by_class
 from tunesmith.evaluation.class_metrics import details as class_details
+from tunesmith.evaluation.code_metrics import judged
 from tunesmith.evaluation.intervals import IntArray
 from tunesmith.evaluation.metrics import RowMetric, WithoutFloor, applicable, build
 from tunesmith.evaluation.paired import compare, holm, hypothesis
@@ -24,14 +25,14 @@ from tunesmith.evaluation.run import measure, metric_names, records_to_json
 from tunesmith.events import Listen
 from tunesmith.models.policy import Policy
 from tunesmith.planning import Assets, Plan
-from tunesmith.protocols import Grounded, Method, Objective
+from tunesmith.protocols import Draws, Grounded, Method, Objective
 from tunesmith.rundir import RunDir
 from tunesmith.types import LabelCounts, Metric, Prediction, Row, SampleSpec
 
 if TYPE_CHECKING:
     from tunesmith.data.chat import Renderer
     from tunesmith.data.store import TokenStore
-    from tunesmith.recipe import Recipe
+    from tunesmith.recipe import Code, Recipe
 
 BASE, TUNED = "base", "tuned"
 ALL = "all"
@@ -62,8 +63,9 @@ def measure_run(
             recipe.evaluate.base,
             counts,
             listen,
+            recipe.evaluate.code,
         )
-        write_predictions(run, name, rows, found, recipe.evaluate.keep)
+        write_predictions(run, name, rows, found, recipe.evaluate.keep, recipe.evaluate.groups)
         in_train = count_trained_on(run, rows)
         merge(results, score(name, rows, found, assets.objective, recipe, in_train=in_train))
     write_results(run, results)
@@ -81,14 +83,18 @@ def measure_rows(
     with_base: bool,
     counts: LabelCounts | None,
     listen: Listen,
+    code: Code | None = None,
 ) -> dict[str, list[Prediction]]:
-    """Answers of the tuned model and, if asked for, of what it is compared with, to the same rows."""
+    """Answers of the tuned model and, if asked for, of what it is compared with, to the same rows.
+
+    With `code` they are programs, which are run with their rows' tests.
+    """
     listen("phase", {"name": "evaluating", "what": f"{TUNED} on {name}", "rows": len(rows)})
-    found = {TUNED: objective.predict(policy, rows, renderer, spec)}
+    found = {TUNED: _answers(policy, rows, objective, renderer, spec, code)}
     if with_base and not objective.heads():
         listen("phase", {"name": "evaluating", "what": f"{BASE} on {name}", "rows": len(rows)})
         with method.reference(policy):
-            found = {BASE: objective.predict(policy, rows, renderer, spec), **found}
+            found = {BASE: _answers(policy, rows, objective, renderer, spec, code), **found}
     elif with_base and objective.needs.baseline is not None and isinstance(objective, Grounded):
         baseline = objective.needs.baseline
         listen("phase", {"name": "evaluating", "what": f"{baseline} on {name}", "rows": len(rows)})
@@ -98,6 +104,20 @@ def measure_rows(
         answers = unread(objective, rows, counts)
         found = found if answers is None else {objective.needs.baseline: answers, **found}
     return found
+
+
+def _answers(
+    policy: Policy, rows: Sequence[Row], objective: Objective, renderer: Renderer, spec: SampleSpec, code: Code | None
+) -> list[Prediction]:
+    """One for each row; with `code` each says how many programs were drawn for it, and how many pass."""
+    found = objective.predict(policy, rows, renderer, spec)
+    if code is None:
+        return found
+    drawn = [[prediction.output] for prediction in found]
+    if code.samples > 1:
+        assert isinstance(objective, Draws), "rows that ask for an answer are read by objectives that write one"
+        drawn = objective.draw(policy, rows, renderer, replace(spec, temperature=code.temperature), code.samples)
+    return judged(found, drawn, rows, code)
 
 
 def score(
@@ -193,13 +213,24 @@ def check_same_set(run: RunDir, name: str, rows: Sequence[Row]) -> None:
 
 
 def write_predictions(
-    run: RunDir, name: str, rows: Sequence[Row], found: Mapping[str, Sequence[Prediction]], keep: int | None
+    run: RunDir,
+    name: str,
+    rows: Sequence[Row],
+    found: Mapping[str, Sequence[Prediction]],
+    keep: int | None,
+    groups: Sequence[str] | None = None,
 ) -> None:
-    """The answers to the first `keep` rows (None: to all); those of an earlier pass over the set give way."""
+    """The answers to the first `keep` rows (None: to all); those of an earlier pass over the set give way.
+
+    `groups`: the columns whose tags are kept (None: all).
+    """
+    rows = rows[:keep]
+    if groups is not None:
+        rows = [replace(row, tags={column: row.tags[column] for column in groups}) for row in rows]
     if keep == 0:
         answers.remove(run.path, name)
     else:
-        answers.write(run.path, name, rows[:keep], found)
+        answers.write(run.path, name, rows, found)
 
 
 def _groups(rows: Sequence[Row], by: Sequence[str]) -> Iterator[tuple[str, NDArray[np.int64]]]:

@@ -298,8 +298,8 @@ def _measured(recipe: Recipe, objective: Objective, prepared: Prepared) -> list[
     asked = recipe.evaluate.metrics or []
     found: dict[str, None] = {}
     for name, store in sets.items():
-        rows = _rows(store)
-        found |= dict.fromkeys(check_metrics(asked, usual, name, rows, unread(objective, rows, counts)))
+        rows, code = _rows(store), recipe.evaluate.code
+        found |= dict.fromkeys(check_metrics(asked, usual, name, rows, unread(objective, rows, counts), code))
     return list(found)
 
 

@@ -182,6 +182,17 @@ class Objective(Protocol):
 
 
 @runtime_checkable
+class Draws(Protocol):
+    """An objective whose model writes answers, of which several can be drawn."""
+
+    def draw(
+        self, policy: Policy, rows: Sequence[Row], renderer: Renderer, spec: SampleSpec, count: int
+    ) -> list[list[str]]:
+        """`count` answers to each row, drawn as `spec` says."""
+        ...
+
+
+@runtime_checkable
 class Coupled(Protocol):
     """An objective of coupling "batch": its loss needs the vectors of all micro-batches at once.
 

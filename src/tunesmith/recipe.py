@@ -255,6 +255,29 @@ def _as_list(value: Any) -> Any:
 Names = Annotated[list[Text], BeforeValidator(_as_list, json_schema_input_type=Text | list[Text])]
 
 
+class Code(Strict):
+    """Answers that are programs, run behind what the rows hold, in a sandbox."""
+
+    tests: Annotated[
+        Text,
+        Field(
+            description="a column of Python that runs behind each answer; the answer is right where it comes to its "
+            "end without an exception",
+            examples=["test"],
+        ),
+    ]
+    before: Text | None = key(None, "a column of Python that answers go on from", "prompt", "none")
+    entry_point: Text | None = key(
+        None, "a column that names a function, which `check` of the tests is called with", "entry_point", "none"
+    )
+    samples: Positive = key(1, "answers drawn for each row; 1 is the most probable one", 20)
+    temperature: Above0 = key(0.8, "that several answers are drawn at", 0.2)
+
+    @property
+    def columns(self) -> list[str]:
+        return [column for column in (self.tests, self.before, self.entry_point) if column]
+
+
 class Evaluate(Strict):
     """What is measured on the test sets, or on the validation rows where there is none."""
 
@@ -271,11 +294,17 @@ class Evaluate(Strict):
     cluster: Text | None = key(
         None, "a column whose equal values mark rows of one source, which intervals count as such", "author", "none"
     )
+    code: Code | None = key(None, "how answers that are programs are tested (`pass_at_1`)", {"tests": "test"}, "never")
+
+    @property
+    def groups(self) -> list[str]:
+        """The columns that tell rows apart in the results."""
+        return list(dict.fromkeys([*self.by, *([self.cluster] if self.cluster else [])]))
 
     @property
     def tags(self) -> list[str]:
         """The columns that rows to be measured must keep."""
-        return list(dict.fromkeys([*self.by, *([self.cluster] if self.cluster else [])]))
+        return list(dict.fromkeys([*self.groups, *(self.code.columns if self.code else [])]))
 
 
 class Recipe(Strict):

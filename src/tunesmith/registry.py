@@ -28,6 +28,7 @@ class Registry(Generic[T]):
         self.what = what
         self._package = package
         self._items: dict[str, T] = {}
+        self._numbered: dict[str, Callable[[int], T]] = {}
         self._loaded = False
 
     def register(self, name: str) -> Callable[[Item], Item]:
@@ -41,11 +42,22 @@ class Registry(Generic[T]):
 
         return add
 
+    def register_numbered(self, stem: str) -> Callable[[Callable[[int], T]], Callable[[int], T]]:
+        """Decorator of a function that makes the item for a number: `stem` with a whole number above 0 behind it."""
+
+        def add(make: Callable[[int], T]) -> Callable[[int], T]:
+            self._numbered[stem] = make
+            return make
+
+        return add
+
     def get(self, name: str, place: str = "") -> T:
         """The item called `name`; an unknown name is refused with its place ("recipe.yaml:4: ") and the nearest."""
         self._load()
         if name in self._items:
             return self._items[name]
+        if (made := self._made(name)) is not None:
+            return made
         near = difflib.get_close_matches(name, self._items, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         if (here := self._called_here(name)) is not None:
@@ -59,6 +71,15 @@ class Registry(Generic[T]):
             return None
         known: dict[str, str] = read_yaml(table.read_text(encoding="utf-8"), OTHER_NAMES).value
         return known.get(name.lower().replace("-", "_"))
+
+    def _made(self, name: str) -> T | None:
+        stem = name.rstrip("0123456789")
+        number = name[len(stem) :]
+        return self._numbered[stem](int(number)) if stem in self._numbered and number[:1] not in ("", "0") else None
+
+    def __contains__(self, name: str) -> bool:
+        self._load()
+        return name in self._items or self._made(name) is not None
 
     def __iter__(self) -> Iterator[str]:
         self._load()

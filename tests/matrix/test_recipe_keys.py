@@ -72,6 +72,12 @@ ASKED = {
 }
 LIKELY = {"sft": {"objective": {"name": "sft"}}, "pretrain": TEXTS, "mlm": HIDDEN, "distill": TAUGHT}
 PARTIAL = {"method": {"name": "partial"}}
+# Of a tiny model: no programs, but they are the text of a string, whose letters `judges` counts.
+TESTED = {
+    "evaluate.base": False,
+    "train.max_steps": 1,
+    "evaluate.code": {"tests": "judges", "before": "opens", "samples": 4, "temperature": 5.0},
+}
 
 
 @dataclass(frozen=True)
@@ -240,6 +246,12 @@ CHANGES: dict[str, Change] = {
     "evaluate.by": Change(["remark"]),
     "evaluate.cluster": Change("of"),
     "evaluate.max_new_tokens": Change(2),
+    "evaluate.code": Change(None, TESTED),
+    "evaluate.code.tests": Change("shuts", TESTED),
+    "evaluate.code.before": Change("remark", TESTED),
+    "evaluate.code.entry_point": Change("remark", TESTED),
+    "evaluate.code.samples": Change(5, TESTED),
+    "evaluate.code.temperature": Change(0.01, TESTED),
     "report_to": Change("tensorboard"),
     "seed": Change(18),
     "out": Change("elsewhere"),
@@ -317,6 +329,9 @@ def place(tiny_llama: Path, masked_bert: Path, tmp_path_factory: pytest.TempPath
                 "remark": f"as {i}",
                 "of": i // 2,
                 "worth": i % 5 + 1,
+                "opens": 'x = r"""\\',
+                "shuts": '"""',
+                "judges": '"""\nassert sum(map(ord, x)) % 2',
             }
             for i in range(start, start + count)
         ]

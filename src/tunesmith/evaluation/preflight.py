@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+from tunesmith import sandbox
 from tunesmith.errors import InputError
+from tunesmith.evaluation.code_metrics import PASSED, SAMPLES
 from tunesmith.evaluation.metrics import applicable, build, statistics
+from tunesmith.recipe import Code
 from tunesmith.types import Prediction, Row
 
 SEEN = 100  # rows by which a metric that nobody asked for is judged
 
 
 def check_metrics(
-    asked: Sequence[str], usual: Sequence[str], data: str, rows: Sequence[Row], unread: Sequence[Prediction] | None
+    asked: Sequence[str],
+    usual: Sequence[str],
+    data: str,
+    rows: Sequence[Row],
+    unread: Sequence[Prediction] | None,
+    code: Code | None = None,
 ) -> list[str]:
     """The metrics that will be measured: those `asked` for, else the `usual` ones that the rows can have.
 
     Measures them on answers such as a model will give: `unread`, or an empty text. Raises InputError
     for an unknown metric, for one that such answers or references cannot have, and where some rows of the set
-    called `data` have an answer to compare with and others have none.
+    called `data` have an answer to compare with and others have none; with `code`, where a row asks for no answer, and
+    RefusedError where programs cannot be contained.
     """
     answers = unread or [_unanswered(row) for row in rows]
+    if code is not None:
+        _check_programs(rows)
+        answers = [replace(a, scores={**a.scores, SAMPLES: float(code.samples), PASSED: 0.0}) for a in answers]
     lacking = [answer.where for answer in answers if answer.reference is None]
     if 0 < len(lacking) < len(answers):
         raise InputError(
@@ -32,6 +45,16 @@ def check_metrics(
     for metric in build(names, answers):
         statistics(metric, tried)
     return names
+
+
+def _check_programs(rows: Sequence[Row]) -> None:
+    silent = next((row.where for row in rows if "messages" not in row.value), None)
+    if silent is not None:
+        raise InputError(
+            f"evaluate.code runs answers that a model writes, and {silent} asks for none",
+            "leave evaluate.code out, or give rows with a prompt and choose the objective sft",
+        )
+    sandbox.check()
 
 
 def _unanswered(row: Row) -> Prediction:

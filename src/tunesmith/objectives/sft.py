@@ -74,6 +74,7 @@ class Sft:
             "rouge_l",
             "bleu",
             "chrf",
+            "pass_at_1",
             "loss",
             "perplexity",
         ),
@@ -176,6 +177,14 @@ class Sft:
             )
             for index, row in enumerate(rows)
         ]
+
+    def draw(
+        self, policy: Policy, rows: Sequence[Row], renderer: Renderer, spec: SampleSpec, count: int
+    ) -> list[list[str]]:
+        """`count` answers to each row's conversation."""
+        prompts = [self.prompt(row, renderer) for row in rows for _ in range(count)]
+        said = iter([_said(completion, renderer) for completion in policy.sample(prompts, spec)])
+        return [list(islice(said, count)) for _ in rows]
 
     def prompt(self, row: Row, renderer: Renderer) -> list[int]:
         """The tokens that an answer to the row's conversation follows: those that training saw before such an answer.
