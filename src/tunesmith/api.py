@@ -301,15 +301,13 @@ def evaluate(
         found = measuring.measure_rows(
             of,
             rows,
-            loaded.policy,
-            loaded.objective,
-            loaded.method,
-            loaded.renderer,
+            *(loaded.policy, loaded.objective, loaded.method, loaded.renderer),
             SampleSpec(int(loaded.card["max_new_tokens"])),
             base,
             counts,
             tell,
             recipe.evaluate.code,
+            asked,
         )
         in_train = measuring.count_trained_on(run, rows)
         measuring.merge(results, measuring.score(of, rows, found, loaded.objective, recipe, metrics, in_train))

@@ -19,7 +19,7 @@ from tunesmith.evaluation.class_metrics import by_class
 from tunesmith.evaluation.class_metrics import details as class_details
 from tunesmith.evaluation.code_metrics import judged
 from tunesmith.evaluation.intervals import IntArray
-from tunesmith.evaluation.metrics import RowMetric, WithoutFloor, applicable, build
+from tunesmith.evaluation.metrics import RowMetric, WithoutFloor, applicable, build, scored
 from tunesmith.evaluation.paired import compare, holm, hypothesis
 from tunesmith.evaluation.run import measure, metric_names, records_to_json
 from tunesmith.events import Listen
@@ -64,6 +64,7 @@ def measure_run(
             counts,
             listen,
             recipe.evaluate.code,
+            recipe.evaluate.metrics or (),
         )
         write_predictions(run, name, rows, found, recipe.evaluate.keep, recipe.evaluate.groups)
         in_train = count_trained_on(run, rows)
@@ -84,10 +85,12 @@ def measure_rows(
     counts: LabelCounts | None,
     listen: Listen,
     code: Code | None = None,
+    metrics: Sequence[str] = (),
 ) -> dict[str, list[Prediction]]:
     """Answers of the tuned model and, if asked for, of what it is compared with, to the same rows.
 
-    With `code` they are programs, which are run with their rows' tests.
+    With `code` they are programs, which are run with their rows' tests. They carry what those of `metrics` need that
+    ask another model.
     """
     listen("phase", {"name": "evaluating", "what": f"{TUNED} on {name}", "rows": len(rows)})
     found = {TUNED: _answers(policy, rows, objective, renderer, spec, code)}
@@ -103,7 +106,7 @@ def measure_rows(
     elif with_base and objective.needs.baseline is not None:
         answers = unread(objective, rows, counts)
         found = found if answers is None else {objective.needs.baseline: answers, **found}
-    return found
+    return {model: scored(metrics, predictions) for model, predictions in found.items()}
 
 
 def _answers(

@@ -110,6 +110,25 @@ def lacking(metric: RowMetric, statistics_NK: FloatArray, compared: bool = False
 
 
 @runtime_checkable
+class Scoring(Protocol):
+    """A metric whose numbers come from another model: worked out once for all rows, and kept with the answers."""
+
+    def prepare(self, predictions: Sequence[Prediction]) -> None:
+        """Raises what would keep `scored` from its work on predictions of these rows."""
+        ...
+
+    def scored(self, predictions: Sequence[Prediction]) -> list[Prediction]: ...
+
+
+def scored(names: Sequence[str], predictions: Sequence[Prediction]) -> list[Prediction]:
+    """The predictions with what those of the metrics need that ask another model."""
+    for metric in build(names, predictions):
+        if isinstance(metric, Scoring):
+            predictions = metric.scored(predictions)
+    return list(predictions)
+
+
+@runtime_checkable
 class Signed(Protocol):
     """A metric that another library computes, or that has settings: what others need to get the same number."""
 

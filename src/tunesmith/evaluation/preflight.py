@@ -8,7 +8,7 @@ from dataclasses import replace
 from tunesmith import sandbox
 from tunesmith.errors import InputError
 from tunesmith.evaluation.code_metrics import PASSED, SAMPLES
-from tunesmith.evaluation.metrics import applicable, build, statistics
+from tunesmith.evaluation.metrics import Scoring, applicable, build, statistics
 from tunesmith.recipe import Code
 from tunesmith.types import Prediction, Row
 
@@ -43,7 +43,10 @@ def check_metrics(
     names = list(asked) or applicable(usual, answers)
     tried = answers if asked else answers[:SEEN]
     for metric in build(names, answers):
-        statistics(metric, tried)
+        if isinstance(metric, Scoring):
+            metric.prepare(tried)
+        else:
+            statistics(metric, tried)
     return names
 
 
