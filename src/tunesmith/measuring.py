@@ -89,15 +89,14 @@ def measure_rows(
 ) -> dict[str, list[Prediction]]:
     """Answers of the tuned model and, if asked for, of what it is compared with, to the same rows.
 
-    With `code` they are programs, which are run with their rows' tests. They carry what those of `metrics` need that
-    ask another model.
+    `code`, `metrics`: as in `answered`.
     """
     listen("phase", {"name": "evaluating", "what": f"{TUNED} on {name}", "rows": len(rows)})
-    found = {TUNED: _answers(policy, rows, objective, renderer, spec, code)}
+    found = {TUNED: answered(policy, rows, objective, renderer, spec, code, metrics)}
     if with_base and not objective.heads():
         listen("phase", {"name": "evaluating", "what": f"{BASE} on {name}", "rows": len(rows)})
         with method.reference(policy):
-            found = {BASE: _answers(policy, rows, objective, renderer, spec, code), **found}
+            found = {BASE: answered(policy, rows, objective, renderer, spec, code, metrics), **found}
     elif with_base and objective.needs.baseline is not None and isinstance(objective, Grounded):
         baseline = objective.needs.baseline
         listen("phase", {"name": "evaluating", "what": f"{baseline} on {name}", "rows": len(rows)})
@@ -106,14 +105,23 @@ def measure_rows(
     elif with_base and objective.needs.baseline is not None:
         answers = unread(objective, rows, counts)
         found = found if answers is None else {objective.needs.baseline: answers, **found}
-    return {model: scored(metrics, predictions) for model, predictions in found.items()}
+    return found
 
 
-def _answers(
-    policy: Policy, rows: Sequence[Row], objective: Objective, renderer: Renderer, spec: SampleSpec, code: Code | None
+def answered(
+    policy: Policy,
+    rows: Sequence[Row],
+    objective: Objective,
+    renderer: Renderer,
+    spec: SampleSpec,
+    code: Code | None,
+    metrics: Sequence[str],
 ) -> list[Prediction]:
-    """One for each row; with `code` each says how many programs were drawn for it, and how many pass."""
-    found = objective.predict(policy, rows, renderer, spec)
+    """An answer to each row, with what those of `metrics` need that ask another model.
+
+    With `code` each says how many programs were drawn for its row, and how many pass.
+    """
+    found = scored(metrics, objective.predict(policy, rows, renderer, spec))
     if code is None:
         return found
     drawn = [[prediction.output] for prediction in found]

@@ -289,16 +289,16 @@ def _check_labels(objective: Objective, previous: Previous | None) -> None:
 
 def _measured(recipe: Recipe, objective: Objective, prepared: Prepared) -> list[str]:
     """The metrics that the rows will be measured by; refuses what could not be measured once the model is trained."""
-    usual, counts = objective.needs.metrics, label_counts(prepared.audit.to_json()["train"])
+    counts = label_counts(prepared.audit.to_json()["train"])
+    usual, code = objective.needs.metrics, recipe.evaluate.code
     stopping = recipe.train.early_stopping
     if prepared.validation is not None and stopping is not None and stopping.metric not in (None, "loss"):
         held = _rows(prepared.validation)
-        check_metrics([stopping.metric], usual, "validation", held, unread(objective, held, counts))
+        check_metrics([stopping.metric], usual, "validation", held, unread(objective, held, counts), code)
     sets = prepared.tests or ({"validation": prepared.validation} if prepared.validation is not None else {})
-    asked = recipe.evaluate.metrics or []
-    found: dict[str, None] = {}
+    asked, found = recipe.evaluate.metrics or [], dict[str, None]()
     for name, store in sets.items():
-        rows, code = _rows(store), recipe.evaluate.code
+        rows = _rows(store)
         found |= dict.fromkeys(check_metrics(asked, usual, name, rows, unread(objective, rows, counts), code))
     return list(found)
 

@@ -24,11 +24,12 @@ from tunesmith.engine.native import NativeEngine, Optimization
 from tunesmith.engine.precision import device_name
 from tunesmith.errors import InputError, RefusedError
 from tunesmith.evaluation import METRICS
+from tunesmith.evaluation.code_metrics import PassAtK
 from tunesmith.evaluation.metrics import build, statistics
 from tunesmith.evaluation.validate import losses
 from tunesmith.events import Deferred, Listen
 from tunesmith.gradients.clip import Clip
-from tunesmith.measuring import measure_run
+from tunesmith.measuring import answered, measure_run
 from tunesmith.models.cache import cache_dir
 from tunesmith.models.heads import Head
 from tunesmith.models.policy import Policy
@@ -274,7 +275,9 @@ def _validation(
         spec = SampleSpec(plan.training.max_new_tokens)
         if selected not in numbers:
             rows = [held.row(i) for i in range(len(held))]
-            numbers[selected] = _value(selected, objective.predict(policy, rows, assets.renderer, spec), assets)
+            code = assets.facts.recipe.evaluate.code if isinstance(METRICS.get(selected)([]), PassAtK) else None
+            found = answered(policy, rows, objective, assets.renderer, spec, code, [selected])
+            numbers[selected] = _value(selected, found, assets)
         if objective.needs.writes:
             listen("sample", _as_sample(objective.predict(policy, [held.row(0)], assets.renderer, spec)[0]))
         return numbers

@@ -125,20 +125,24 @@ def test_an_answer_stands_between_the_rows_code_and_its_tests() -> None:
     assert program("x = 1", row, Code(tests="test")) == "x = 1\n\ndef check(g): assert g() == 1"
 
 
+def journal(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 @pytest.mark.usefixtures("contained")
 def test_a_run_is_measured_by_what_its_programs_do(tiny_llama: Path, tmp_path: Path) -> None:
     """The answers of a tiny model are no programs; as the text of a string they are, whose letters the tests count."""
     tests = ['"""', '"""\nassert x is None', '"""\nassert sum(map(ord, x)) % 2']
     rows: list[dict[str, Any]] = [
         {"prompt": f"{i}?", "completion": "red", "opens": 'x = r"""\\', "test": tests[i % 3], "kind": str(i % 2)}
-        for i in range(5)
+        for i in range(6)
     ]
     recipe: dict[str, Any] = {
         "model": str(tiny_llama),
-        "data": {"train": "train", "test": "test"},
+        "data": {"train": "train", "validation": "validation", "test": "test"},
         "objective": "sft",
         "method": {"name": "lora", "rank": 2},
-        "train": {"max_steps": 1, "batch_size": 2},
+        "train": {"max_steps": 1, "batch_size": 2, "early_stopping": {"metric": "pass_at_4"}},
         "precision": "fp32",
         "place": {"device": "cpu", "threads": 1},
         "evaluate": {
@@ -149,12 +153,13 @@ def test_a_run_is_measured_by_what_its_programs_do(tiny_llama: Path, tmp_path: P
             "code": {"tests": "test", "before": "opens", "samples": 6, "temperature": 5.0},
         },
     }
-    api.train(recipe, data={"train": rows[3:], "test": rows[:3]}, out=tmp_path / "run")
+    api.train(recipe, data={"train": rows[4:], "validation": rows[3:4], "test": rows[:3]}, out=tmp_path / "run")
     kept = list(read(tmp_path / "run", "test"))
     assert all(row.tags.keys() == {"kind"} for row in kept)
     passed = np.array([row.answers["tuned"].scores["passed"] for row in kept])
     assert passed[:2].tolist() == [6.0, 0.0]
     assert 0 < passed[2] < 6
     records = {r["metric"]: r["value"] for r in read_json(tmp_path / "run" / "evaluation.json") if r["group"] == "all"}
+    assert [line["validation"]["pass_at_4"] for line in journal(tmp_path / "run") if "validation" in line] == [1.0]
     for k in (1, 4):
         assert records[f"pass_at_{k}"] == pytest.approx(np.mean([pass_at_k(6, int(count), k) for count in passed]))

@@ -70,23 +70,24 @@ def test_without_vectors_there_is_none(encoder: Path) -> None:
 
 
 def test_a_run_is_measured_by_it(encoder: Path, tiny_llama: Path, tmp_path: Path) -> None:
-    rows = [{"prompt": f"{i}?", "completion": text} for i, text in enumerate(TEXTS)]
+    rows = [{"prompt": f"{i}?", "completion": text} for i, text in enumerate([*TEXTS, "thanks"])]
     recipe = {
         "model": str(tiny_llama),
-        "data": {"train": "train", "test": "test"},
+        "data": {"train": "train", "validation": "validation", "test": "test"},
         "objective": "sft",
         "method": {"name": "lora", "rank": 2},
-        "train": {"max_steps": 1, "batch_size": 2},
+        "train": {"max_steps": 1, "batch_size": 2, "early_stopping": {"metric": "similarity"}},
         "precision": "fp32",
         "place": {"device": "cpu", "threads": 1},
         "evaluate": {"metrics": ["similarity"], "max_new_tokens": 4, "base": False},
     }
-    found = api.train(recipe, data={"train": rows[2:], "test": rows[:2]}, out=tmp_path / "run")
+    found = api.train(recipe, data={"train": rows[3:], "validation": rows[2:3], "test": rows[:2]}, out=tmp_path / "run")
     kept = [row.answers["tuned"] for row in read(tmp_path / "run", "test")]
     said = meaning_metrics.vectors([answer.output for answer in kept])
     expected = (said * meaning_metrics.vectors(TEXTS[:2])).sum(1)
     assert [answer.scores["similarity"] for answer in kept] == pytest.approx(expected.tolist())
     assert found.records[0]["value"] == pytest.approx(expected.mean())
+    assert '"similarity"' in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
 @pytest.mark.slow

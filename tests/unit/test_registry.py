@@ -76,6 +76,21 @@ def test_a_name_that_others_use_is_told_in_a_recipes_words(package: str) -> None
         check_options(recipe.method, METHODS.get(recipe.method.name).Options, "method")
 
 
+def test_a_metrics_name_in_other_tools_is_told() -> None:
+    import inspect
+
+    from tunesmith.evaluation import METRICS
+    from tunesmith.yaml_text import read_yaml
+
+    with pytest.raises(InputError) as caught:
+        METRICS.get("PR-AUC")
+    assert caught.value.remedy.startswith("write `average_precision`; known: accuracy")
+    table = Path(inspect.getfile(METRICS.get("accuracy"))).with_name("other_names.yaml").read_text()
+    for name, here in read_yaml(table, "names").value.items():
+        assert name not in METRICS
+        assert here in METRICS
+
+
 def test_a_name_is_registered_once(package: str) -> None:
     registry = things(package)
     list(registry)
