@@ -26,6 +26,7 @@ import psutil
 from tunesmith.errors import RefusedError
 
 WATCH_MILLISECONDS = 50
+GRACE_SECONDS = 2.0
 SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/nix/store", "/etc/ld.so.cache")
 MIB = 2**20
 
@@ -93,11 +94,7 @@ def run(program: str, limits: Limits | None = None) -> Outcome:
         try:
             told = _watched(process, json.dumps(asked).encode(), limits)
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            assert process.stdout is not None
-            process.stdout.close()
+            _end(process)
     if isinstance(told, str):
         return Outcome(False, told)
     if "broken" in told:
@@ -128,6 +125,24 @@ def _watched(process: subprocess.Popen[bytes], asked: bytes, limits: Limits) -> 
             return f"its processes took more than {limits.memory // MIB} MiB"
     answer = process.stdout.read()
     return json.loads(answer) if answer else {"broken": f"its process ended with {process.wait()}"}
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ends the first process inside, and all there with it; those outside then end by themselves, or are made to.
+
+    So each is waited for by its own parent, and none is left to a first process of a container that waits for nobody.
+    """
+    assert process.stdout is not None
+    with contextlib.suppress(psutil.Error):
+        for builder in psutil.Process(process.pid).children():
+            for first in builder.children():
+                first.kill()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE_SECONDS)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
 
 
 def _resident(pid: int) -> int:

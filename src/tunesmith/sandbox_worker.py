@@ -190,11 +190,11 @@ def inside(asked: dict[str, Any], machine: tuple[int, int, int, tuple[int, ...]]
 
 def builder(asked: dict[str, Any], told: int, mapped: int) -> dict[str, Any]:
     """In namespaces of its own: builds the root and starts the first process inside."""
-    prctl(DIE_WITH_PARENT, signal.SIGKILL)
     if platform.machine() not in MACHINES:
         return {"broken": f"no list of system calls for {platform.machine()}"}
     machine = MACHINES[platform.machine()]
     called("unshare", libc.unshare(NEWUSER | NEWNS | NEWPID | NEWNET | NEWIPC | NEWUTS))
+    prctl(DIE_WITH_PARENT, signal.SIGKILL)  # new privileges would have ended what was set before
     os.write(told, b".")
     if os.read(mapped, 1) != b".":
         return {"broken": "the user mapping was refused"}
