@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import api_page
+import classifier_page
 import data_page
 import error_page
 import metric_page
@@ -26,6 +27,7 @@ PAGES: Mapping[str, Callable[[], str]] = {
     "errors.md": error_page.make,
     "metrics.md": metric_page.make,
     "data.md": _with("data.md", data_page.PARTS),
+    "classifiers.md": _with("classifiers.md", classifier_page.PARTS),
     "api.md": _with("api.md", api_page.PARTS),
 }
 

@@ -16,6 +16,7 @@ from tunesmith.chatting import Chat, default_sampling
 from tunesmith.data.given import PathLike, Rows, check_kinds, check_name, paths, questions, to_answer
 from tunesmith.errors import InputError, StoppedError
 from tunesmith.evaluation.baselines import unread
+from tunesmith.evaluation.calibrated import of_card
 from tunesmith.evaluation.preflight import check_metrics
 from tunesmith.events import Listen, StopRun, Together
 from tunesmith.exporting import Exported
@@ -278,16 +279,15 @@ def evaluate(
     `name`: of these rows in the results; left out, the file's own without its ending, or "rows" for rows in memory.
     `metrics`, `keep` (answers, or "all"): in place of the recipe's.
     `base`: whether the base (or what the objective is compared with) is measured beside it.
-    `corpus`: passages to be searched, in place of the run's.
-    Without `data`, returns what the run has measured.
+    `corpus`: passages to be searched, in place of the run's. Without `data`, returns what the run has measured.
     """
     load_plugins(plugins)
     of_what = measurable(path := run_of(Path(path)))
     run, recipe, counts = of_what.run, of_what.recipe, of_what.label_counts
+    results = measuring.read_results(run)
     if data is None:
         check_measured(path)
-        return _result(run, measuring.read_results(run))
-    results = measuring.read_results(run)
+        return _result(run, results)
     if name is not None:
         check_name(name)
     of = name or (Path(data).stem if isinstance(data, str | os.PathLike) else "rows")
@@ -296,7 +296,9 @@ def evaluate(
         rows = questions(data, recipe.data.format, recipe.data.columns, recipe.evaluate.tags)
         check_kinds(rows, loaded.objective.needs, asking=False)
         asked, usual = metrics or recipe.evaluate.metrics or [], loaded.objective.needs.metrics
-        check_metrics(asked, usual, of, rows, unread(loaded.objective, rows, counts), recipe.evaluate.code)
+        check_metrics(
+            asked, usual, of, rows, unread(loaded.objective, rows, counts), recipe.evaluate.code, loaded.gives_sets
+        )
         measuring.check_same_set(run, of, rows)
         found = measuring.measure_rows(
             of,
@@ -308,6 +310,7 @@ def evaluate(
             tell,
             recipe.evaluate.code,
             asked,
+            of_card(loaded.card),
         )
         in_train = measuring.count_trained_on(run, rows)
         measuring.merge(results, measuring.score(of, rows, found, loaded.objective, recipe, metrics, in_train))

@@ -125,5 +125,5 @@ def _card(adapters: Sequence[Saved], asked: Combination, options: dict[str, Any]
     read = {"density": asked.density if way.pruned else None, "seed": asked.seed if way.drawn else None}
     told = {"how": asked.how, "of": parts, **{key: value for key, value in read.items() if value is not None}}
     longest = {key: max(one.card[key] for one in adapters) for key in ("sequence_length", "max_new_tokens")}
-    alone = {key: value for key, value in first.items() if key != beneath.FOLDER}
+    alone = {key: value for key, value in first.items() if key not in (beneath.FOLDER, "calibration")}
     return {**alone, **longest, "method": {"name": first["method"]["name"], "options": options}, "combined": told}

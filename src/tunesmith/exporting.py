@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,10 @@ import torch
 
 from tunesmith import measuring, rundir, session
 from tunesmith.errors import InputError, RefusedError
+from tunesmith.evaluation.calibrated import calibrated, of_card
+from tunesmith.evaluation.scaling import Temperature
 from tunesmith.models import gguf_write
+from tunesmith.models.heads import Head
 from tunesmith.protocols import Mergeable
 from tunesmith.types import Prediction, Row, SampleSpec
 
@@ -85,15 +88,28 @@ def merge(
             f"export it without --merge: its folder is {held} already",
         )
     spec = SampleSpec(int(card["max_new_tokens"]))
-    before = objective.predict(policy, rows, renderer, spec)
+    before = calibrated(objective.predict(policy, rows, renderer, spec), card)
     method.merge(policy)
+    card = _folded(policy, card)
     with rundir.replace_folder(to) as folder:
         session.save_merged(folder, policy, objective, renderer, card, DTYPES[dtype])
         merged, *_ = session.load(folder, str(policy.device))
-        check = _passed(before, objective.predict(merged, rows, renderer, spec), dtype, card)
+        check = _passed(before, calibrated(objective.predict(merged, rows, renderer, spec), card), dtype, card)
         for name, content in cards.items():
             (folder / name).write_bytes(content)
     return Exported(to, check)
+
+
+def _folded(policy: Policy, card: dict[str, Any]) -> dict[str, Any]:
+    """The card of a model whose temperature is in its head: the logits are divided by it, for whoever reads them."""
+    calibration = of_card(card)
+    trained = [head for head in policy.heads.values() if isinstance(head, Head) and not head.spec.fitted]
+    if calibration is None or not isinstance(calibration.scaling, Temperature) or len(trained) != 1:
+        return card
+    with torch.no_grad():
+        for parameter in trained[0].linear.parameters():
+            parameter /= calibration.scaling.temperature
+    return {**card, "calibration": replace(calibration, scaling=None).to_json()}
 
 
 def to_gguf(

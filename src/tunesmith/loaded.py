@@ -11,6 +11,7 @@ from tunesmith.data.corpus import open_corpus
 from tunesmith.data.given import PathLike, Rows, check_kinds, to_answer
 from tunesmith.engine.precision import choose_device
 from tunesmith.errors import InputError
+from tunesmith.evaluation.calibrated import calibrated, of_card
 from tunesmith.measurable import run_of
 from tunesmith.models.cache import cache_dir
 from tunesmith.models.policy import Policy
@@ -30,6 +31,12 @@ class Loaded:
     method: Method
     renderer: Any
     card: dict[str, Any]
+
+    @property
+    def gives_sets(self) -> bool:
+        """Whether answers come with a set of labels."""
+        calibration = of_card(self.card)
+        return calibration is not None and calibration.sets is not None
 
     def predict(self, rows: PathLike | Rows, max_new_tokens: int | None = None) -> list[Prediction]:
         """Answers to rows of a file or in memory, in their order; labels and answers in them are optional."""
@@ -65,7 +72,7 @@ class Loaded:
 
     def _predict(self, asked: list[Row], max_new_tokens: int | None) -> list[Prediction]:
         spec = SampleSpec(max_new_tokens or int(self.card["max_new_tokens"]))
-        return self.objective.predict(self.policy, asked, self.renderer, spec)
+        return calibrated(self.objective.predict(self.policy, asked, self.renderer, spec), self.card)
 
 
 def load(path: PathLike, device: str = "auto", corpus: PathLike | None = None) -> Loaded:

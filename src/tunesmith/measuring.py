@@ -15,9 +15,11 @@ from tunesmith.data.checks import as_keys, row_keys, shared
 from tunesmith.errors import InputError
 from tunesmith.evaluation import answers
 from tunesmith.evaluation.baselines import BASELINES, label_counts, unread
+from tunesmith.evaluation.calibrated import Calibration
 from tunesmith.evaluation.class_metrics import by_class
 from tunesmith.evaluation.class_metrics import details as class_details
 from tunesmith.evaluation.code_metrics import judged
+from tunesmith.evaluation.conformal import OF_SETS
 from tunesmith.evaluation.intervals import IntArray
 from tunesmith.evaluation.metrics import RowMetric, WithoutFloor, applicable, build, scored
 from tunesmith.evaluation.paired import compare, holm, hypothesis
@@ -34,14 +36,20 @@ if TYPE_CHECKING:
     from tunesmith.data.store import TokenStore
     from tunesmith.recipe import Code, Recipe
 
-BASE, TUNED = "base", "tuned"
+BASE, TUNED, UNCALIBRATED = "base", "tuned", "uncalibrated"
 ALL = "all"
 # In the order in which they are written: with evaluation.json a run is finished.
 FILES: Mapping[str, str] = {"effects": "comparison.json", "details": "details.json", "records": "evaluation.json"}
 
 
 def measure_run(
-    run: RunDir, recipe: Recipe, plan: Plan, assets: Assets, policy: Policy, listen: Listen
+    run: RunDir,
+    recipe: Recipe,
+    plan: Plan,
+    assets: Assets,
+    policy: Policy,
+    listen: Listen,
+    calibration: Calibration | None = None,
 ) -> dict[str, Any]:
     """Measures every test set, or the validation rows where there is none, and writes what was found."""
     stores: dict[str, TokenStore] = dict(assets.prepared.tests)
@@ -65,6 +73,7 @@ def measure_run(
             listen,
             recipe.evaluate.code,
             recipe.evaluate.metrics or (),
+            calibration,
         )
         write_predictions(run, name, rows, found, recipe.evaluate.keep, recipe.evaluate.groups)
         in_train = count_trained_on(run, rows)
@@ -86,13 +95,17 @@ def measure_rows(
     listen: Listen,
     code: Code | None = None,
     metrics: Sequence[str] = (),
+    calibration: Calibration | None = None,
 ) -> dict[str, list[Prediction]]:
     """Answers of the tuned model and, if asked for, of what it is compared with, to the same rows.
 
-    `code`, `metrics`: as in `answered`.
+    `code`, `metrics`: as in `answered`. Where probabilities are scaled, those of before are there as well.
     """
     listen("phase", {"name": "evaluating", "what": f"{TUNED} on {name}", "rows": len(rows)})
     found = {TUNED: answered(policy, rows, objective, renderer, spec, code, metrics)}
+    if calibration is not None:
+        before = {} if calibration.scaling is None else {UNCALIBRATED: found[TUNED]}
+        found = {TUNED: calibration.apply(found[TUNED]), **before}
     if with_base and not objective.heads():
         listen("phase", {"name": "evaluating", "what": f"{BASE} on {name}", "rows": len(rows)})
         with method.reference(policy):
@@ -148,7 +161,7 @@ def score(
     many passages was searched (`candidates`), if any were.
     """
     asked = metrics or recipe.evaluate.metrics
-    names = metric_names(objective.needs.metrics, asked)
+    names = metric_names((*objective.needs.metrics, *OF_SETS), asked)
     labels: list[str] | None = objective.describe().get("labels")
     cluster = recipe.evaluate.cluster
     clusters_N = None if cluster is None else np.unique([row.tags[cluster] for row in rows], return_inverse=True)[1]
@@ -160,16 +173,18 @@ def score(
         built = build(names if asked and group == ALL else applicable(names, tuned), tuned, labels)
         own = None if clusters_N is None else np.unique(clusters_N[places_N], return_inverse=True)[1]
         for model, predictions in of_group.items():
-            records += measure(model, name, predictions, built, recipe.seed, own, group)
+            having = built if model == TUNED else [m for m in built if m.name in applicable([m.name], predictions)]
+            records += measure(model, name, predictions, having, recipe.seed, own, group)
         before = next((of_group[model] for model in (BASE, *BASELINES) if model in of_group), None)
         if before is not None and group == ALL:
-            tested = [metric for metric in built if BASE in found or not isinstance(metric, WithoutFloor)]
+            having = set(applicable([metric.name for metric in built], before))
+            tested = [m for m in built if m.name in having and (BASE in found or not isinstance(m, WithoutFloor))]
             effects = _effects(name, before, tuned, tested, recipe.seed, own)
     details: dict[str, Any] = {}
     if labels is not None:
         known = sorted({*labels, *(label for p in found[TUNED] for label in p.expected)})
         for model, predictions in found.items():
-            records += by_class(model, name, predictions, known, clusters_N)
+            records += by_class(model, name, predictions, known, clusters_N) if model != UNCALIBRATED else []
         details[name] = {model: class_details(predictions, known) for model, predictions in found.items()}
     searched = found[TUNED][0].scores.get("candidates")
     own = {"in_train": in_train, **({} if searched is None else {"candidates": int(searched)})}
@@ -241,7 +256,7 @@ def write_predictions(
     if keep == 0:
         answers.remove(run.path, name)
     else:
-        answers.write(run.path, name, rows, found)
+        answers.write(run.path, name, rows, {model: own for model, own in found.items() if model != UNCALIBRATED})
 
 
 def _groups(rows: Sequence[Row], by: Sequence[str]) -> Iterator[tuple[str, NDArray[np.int64]]]:

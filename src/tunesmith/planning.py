@@ -18,8 +18,7 @@ from tunesmith.data.curriculum import easy_first
 from tunesmith.data.prepare import Prepared, prepare
 from tunesmith.defaults import all_defaults
 from tunesmith.errors import InputError, RefusedError
-from tunesmith.evaluation.baselines import label_counts, unread
-from tunesmith.evaluation.preflight import check_metrics
+from tunesmith.evaluation.preflight import measured
 from tunesmith.evaluation.run import metric_names
 from tunesmith.facts import Facts, ModelFacts, Previous, gather, gather_model
 from tunesmith.methods import METHODS
@@ -40,11 +39,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from tunesmith.data.chat import Renderer
-    from tunesmith.data.store import TokenStore
     from tunesmith.engine.precision import Speed
     from tunesmith.protocols import Method, Objective
     from tunesmith.recipe import Recipe
-    from tunesmith.types import Row
 
 Memory = Mapping[str, Sequence[Mapping[str, Any]]]
 Progress = Callable[[str, int, int | None], None]
@@ -166,7 +163,7 @@ def make_plan(
         teacher=teacher and teacher.told(),
         audit=prepared.audit.to_json(),
         parameters={"trainable": trainable, "total": total + beneath.elements(under)},
-        metrics=_measured(recipe, objective, prepared),
+        metrics=measured(recipe, objective, prepared),
         defaults=all_defaults(recipe, origin, defaults, method),
         substitutions=substitutions,
         warnings=_warnings(recipe, prepared),
@@ -285,26 +282,6 @@ def _check_labels(objective: Objective, previous: Previous | None) -> None:
             "the labels of the training rows are not those of the earlier run, whose head goes on",
             "train on the same label set, or name the base itself as model",
         )
-
-
-def _measured(recipe: Recipe, objective: Objective, prepared: Prepared) -> list[str]:
-    """The metrics that the rows will be measured by; refuses what could not be measured once the model is trained."""
-    counts = label_counts(prepared.audit.to_json()["train"])
-    usual, code = objective.needs.metrics, recipe.evaluate.code
-    stopping = recipe.train.early_stopping
-    if prepared.validation is not None and stopping is not None and stopping.metric not in (None, "loss"):
-        held = _rows(prepared.validation)
-        check_metrics([stopping.metric], usual, "validation", held, unread(objective, held, counts), code)
-    sets = prepared.tests or ({"validation": prepared.validation} if prepared.validation is not None else {})
-    asked, found = recipe.evaluate.metrics or [], dict[str, None]()
-    for name, store in sets.items():
-        rows = _rows(store)
-        found |= dict.fromkeys(check_metrics(asked, usual, name, rows, unread(objective, rows, counts), code))
-    return list(found)
-
-
-def _rows(store: TokenStore) -> list[Row]:
-    return [store.row(i) for i in range(len(store))]
 
 
 def _count(meta: MetaModel, facts: Facts, method: Method, objective: Objective, tokens: Tokens) -> tuple[int, int]:

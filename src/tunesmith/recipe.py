@@ -291,6 +291,21 @@ class Evaluate(Strict):
         None, "the longest answer", 128, "half as long again as the longest trained answer, at most 1024"
     )
     by: Names = key(list, "columns whose values are groups that are measured too", ["language"])
+    calibrate: Literal["temperature", "vector", "isotonic"] | None = key(
+        None,
+        "how probabilities of labels are made truer, fitted to the validation rows and saved with the model: "
+        "temperature changes no answer; vector (a weight and a bias for each label) and isotonic (a step function for "
+        "each) may",
+        "temperature",
+        "not at all",
+    )
+    conformal: Fraction | None = key(
+        None,
+        "how often the right label is to be in a set of labels that comes with each answer (split conformal); the "
+        "threshold is of the validation rows, of half of them beside `calibrate`",
+        0.9,
+        "there are no sets",
+    )
     cluster: Text | None = key(
         None, "a column whose equal values mark rows of one source, which intervals count as such", "author", "none"
     )

@@ -40,6 +40,7 @@ from tunesmith.settings import Placement
 from tunesmith.types import Batch
 
 if TYPE_CHECKING:
+    from tunesmith.evaluation.calibrated import Calibration
     from tunesmith.recipe import Recipe
 
 HEADS = "heads.safetensors"
@@ -91,7 +92,14 @@ def teach(plan: Plan, assets: Assets, student: Policy) -> None:
     objective.learn_from(policy, student, assets.prepared.train, placement.micro_batch_tokens, cache)
 
 
-def save(folder: Path, policy: Policy, recipe: Recipe, plan: Plan, assets: Assets) -> None:
+def save(
+    folder: Path,
+    policy: Policy,
+    recipe: Recipe,
+    plan: Plan,
+    assets: Assets,
+    calibration: Calibration | None = None,
+) -> None:
     """Writes the result into `folder`: what PEFT or transformers loads, fresh heads, tokenizer and tunesmith's card."""
     method, objective = assets.method, assets.objective
     method.export(policy, folder)
@@ -118,6 +126,7 @@ def save(folder: Path, policy: Policy, recipe: Recipe, plan: Plan, assets: Asset
         "max_new_tokens": plan.training.max_new_tokens,
         **({beneath.FOLDER: beneath.save(assets.beneath, folder)} if assets.beneath else {}),
         **({"teacher": plan.teacher} if plan.teacher else {}),
+        **({"calibration": calibration.to_json()} if calibration else {}),
     }
     write_card(folder, card)
 

@@ -24,6 +24,7 @@ from tunesmith.engine.native import NativeEngine, Optimization
 from tunesmith.engine.precision import device_name
 from tunesmith.errors import InputError, RefusedError
 from tunesmith.evaluation import METRICS
+from tunesmith.evaluation.calibrated import Calibration
 from tunesmith.evaluation.code_metrics import PassAtK
 from tunesmith.evaluation.metrics import build, statistics
 from tunesmith.evaluation.validate import losses
@@ -97,12 +98,24 @@ def execute(run: RunDir, recipe: Recipe, plan: Plan, assets: Assets, policy: Pol
     """
     with stoppable() as stop:  # only steps have something to save first; elsewhere a signal may end the process at once
         _train(run, plan, assets, policy, stop, listen)
+    calibration = _calibrated(recipe, plan, assets, policy, listen)
     listen("phase", {"name": "saving"})
     with rundir.replace_folder(run.model) as folder:
-        session.save(folder, policy, recipe, plan, assets)
-    results = measure_run(run, recipe, plan, assets, policy, listen)
+        session.save(folder, policy, recipe, plan, assets, calibration)
+    results = measure_run(run, recipe, plan, assets, policy, listen, calibration)
     listen("finished", {"run": str(run.path), "records": results["records"], "effects": results["effects"]})
     return results
+
+
+def _calibrated(recipe: Recipe, plan: Plan, assets: Assets, policy: Policy, listen: Listen) -> Calibration | None:
+    """What the validation rows say of the trained model's probabilities, where the recipe asks."""
+    asked, store = recipe.evaluate, assets.prepared.validation
+    if store is None or not (asked.calibrate or asked.conformal):
+        return None
+    rows = [store.row(i) for i in range(len(store))]
+    listen("phase", {"name": "evaluating", "what": "what its probabilities are worth", "rows": len(rows)})
+    found = assets.objective.predict(policy, rows, assets.renderer, SampleSpec(plan.training.max_new_tokens))
+    return Calibration.fit(found, asked.calibrate, asked.conformal, recipe.seed)
 
 
 def _train(run: RunDir, plan: Plan, assets: Assets, policy: Policy, stop: StopRequest, listen: Listen) -> None:

@@ -266,6 +266,7 @@ class Prediction:
     numbers for the row (`nll` in nats summed over the trained tokens, `tokens`; or `nll` of the label and `tokens` 1;
     or `nll` of the decisions on all labels and their number); `probabilities` by label. `finished`: it ended itself,
     and was not cut off. `other_references`: what is as right as `reference`, where rows have several answers.
+    `label_set`: labels of which one is right as often as was asked for (`evaluation.conformal`); None: not asked for.
     """
 
     output: str
@@ -276,6 +277,7 @@ class Prediction:
     finished: bool = True
     multi_label: bool = False
     other_references: tuple[str, ...] = ()
+    label_set: tuple[str, ...] | None = None
 
     @property
     def references(self) -> tuple[str, ...]:

@@ -49,6 +49,7 @@ LABELLED = {
     "data.format": "text+label",
     "objective": {"name": "classify"},
 }
+JUDGED = {**LABELLED, "data.validation": 0.3, "data.test": "labelled.jsonl"}
 UNEVEN = {**LABELLED, "data.train": [{"path": "both.jsonl", "limit": 11}]}
 IN_WINDOWS = {**LABELLED, "train.sequence_length": 8, "objective": {"name": "classify", "long": "windows"}}
 ANSWERING = {**LABELLED, "objective": {"name": "classify_lm"}}
@@ -244,6 +245,8 @@ CHANGES: dict[str, Change] = {
     "evaluate.keep": Change(1),
     "evaluate.base": Change(False),
     "evaluate.by": Change(["remark"]),
+    "evaluate.calibrate": Change("temperature", JUDGED),
+    "evaluate.conformal": Change(0.5, JUDGED),
     "evaluate.cluster": Change("of"),
     "evaluate.max_new_tokens": Change(2),
     "evaluate.code": Change(None, TESTED),
@@ -355,6 +358,7 @@ def place(tiny_llama: Path, masked_bert: Path, tmp_path_factory: pytest.TempPath
         for row, score, own in parts
     ]
     write("both.jsonl", both)
+    write("labelled.jsonl", [{"text": row["prompt"], "label": row["completion"]} for row in asked(500, 4)])
     write("asked.jsonl", [_question(row) for row in asked(400, 5)])
     return folder
 

@@ -97,6 +97,8 @@ def _answer(prediction: Prediction) -> dict[str, Any]:
     }
     if prediction.probabilities is not None:
         found["probabilities"] = _top(prediction.probabilities)
+    if prediction.label_set is not None:
+        found["label_set"] = list(prediction.label_set)
     if "score" in prediction.scores:
         found["score"] = prediction.scores["score"]
     if not prediction.finished:

@@ -107,6 +107,7 @@ def _written(model: str, prediction: Prediction) -> dict[str, Any]:
         "probabilities": shares and {label: float(f"{share:.{DIGITS}g}") for label, share in shares.items()},
         "finished": prediction.finished,
         **({"multi_label": True} if prediction.multi_label else {}),
+        **({} if prediction.label_set is None else {"label_set": list(prediction.label_set)}),
     }
 
 
@@ -123,6 +124,7 @@ def _read(line: dict[str, Any], copies: Counter[str]) -> Answered:
             a["finished"],
             a.get("multi_label", False),
             tuple(line.get("other_references", ())),
+            tuple(a["label_set"]) if "label_set" in a else None,
         )
         for model, a in line["answers"].items()
     }

@@ -106,6 +106,70 @@ class Ece:
         return float(freed[1] - freed[0]), float(moved_R.std()), float(moved_R.mean())
 
 
+@METRICS.register("adaptive_ece")
+class AdaptiveEce(Ece):
+    """The same error in 15 bins of equally many rows, so that no bin is of a few rows and none of nearly all.
+
+    Nguyen and O'Connor 2015. Rows of one confidence are parted in their order. Value, interval and comparison are as
+    for `ece`; the limits of the bins are taken as given.
+    """
+
+    name: ClassVar[str] = "adaptive_ece"
+    about: ClassVar[About] = About(
+        "Nguyen and O'Connor 2015, arXiv 1508.05154",
+        "own",
+        "as ece, where nearly all answers are given with nearly the same confidence",
+    )
+
+    def statistics(self, prediction: Prediction) -> tuple[float, ...]:
+        """One row alone has no rank."""
+        return (float("nan"),) * (BINS + 1)
+
+    def joint_statistics(self, predictions: Sequence[Prediction]) -> FloatArray:
+        confidence_N = np.array([_confidence(p, self.name) for p in predictions])
+        right_N = np.array([p.output == reference_of(p, self.name) for p in predictions])
+        count = len(predictions)
+        bin_N = np.empty(count, dtype=np.int64)
+        bin_N[confidence_N.argsort(kind="stable")] = np.arange(count) * BINS // count
+        table_NK = np.zeros((count, BINS + 1))
+        table_NK[np.arange(count), bin_N] = confidence_N - right_N
+        table_NK[:, BINS] = 1.0
+        return table_NK
+
+
+@METRICS.register("brier")
+class Brier:
+    """Squared distance of the probabilities from the label's: sum_v (p_v - [v = label])^2, the mean over rows.
+
+    Between 0 and 2, as Brier 1950 has it; of two classes it is twice scikit-learn's brier_score_loss. A label that
+    training never saw has the probability 0.
+    """
+
+    name: ClassVar[str] = "brier"
+    about: ClassVar[About] = About(
+        "Brier 1950, Mon. Weather Rev. 78(1)",
+        "own",
+        "accuracy and calibration in one number that no few rows overstate; what a proper score of probabilities is",
+    )
+    higher_is_better: ClassVar[bool] = False
+    kind: ClassVar[MetricKind] = "mean"
+    bounds: ClassVar[Bounds] = (0.0, 2.0)
+
+    applies = staticmethod(Ece.applies)
+
+    def __init__(self, labels: Sequence[str] = ()) -> None:
+        del labels
+
+    def statistics(self, prediction: Prediction) -> tuple[float, ...]:
+        _confidence(prediction, self.name)  # refuses what has no one label
+        shares = probabilities(prediction, self.name)
+        own = shares.get(reference_of(prediction, self.name), 0.0)
+        return (sum(share * share for share in shares.values()) - 2 * own + 1, 1.0)
+
+    def aggregate(self, sums: FloatArray) -> FloatArray:
+        return quotient(sums)
+
+
 def _noisy(*tables: FloatArray, seed: int = 0) -> tuple[FloatArray, FloatArray]:
     """Gaps of the tables' bins, side by side, and draws [R, B] of their normal noise.
 

@@ -2,17 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from tunesmith import sandbox
 from tunesmith.errors import InputError
+from tunesmith.evaluation.baselines import label_counts, unread
 from tunesmith.evaluation.code_metrics import PASSED, SAMPLES
+from tunesmith.evaluation.conformal import OF_SETS, least_rows
 from tunesmith.evaluation.metrics import Scoring, applicable, build, statistics
-from tunesmith.recipe import Code
 from tunesmith.types import Prediction, Row
 
+if TYPE_CHECKING:
+    from tunesmith.data.prepare import Prepared
+    from tunesmith.data.store import TokenStore
+    from tunesmith.protocols import Objective
+    from tunesmith.recipe import Code, Evaluate, Recipe
+
 SEEN = 100  # rows by which a metric that nobody asked for is judged
+
+
+def measured(recipe: Recipe, objective: Objective, prepared: Prepared) -> list[str]:
+    """The metrics that the rows will be measured by; refuses what could not be measured once the model is trained."""
+    usual, counts = objective.needs.metrics, label_counts(prepared.audit.to_json()["train"])
+    stopping, held = recipe.train.early_stopping, prepared.validation
+    check_calibration(recipe.evaluate, objective.describe(), 0 if held is None else len(held), len(prepared.tests))
+    if held is not None and stopping is not None and stopping.metric not in (None, "loss"):
+        rows = _rows(held)
+        code = recipe.evaluate.code
+        check_metrics([stopping.metric], usual, "validation", rows, unread(objective, rows, counts), code)
+    sets = prepared.tests or ({"validation": held} if held is not None else {})
+    asked, sets_too = recipe.evaluate.metrics or [], recipe.evaluate.conformal is not None
+    found: dict[str, None] = {}
+    for name, store in sets.items():
+        rows = _rows(store)
+        tried = check_metrics(asked, usual, name, rows, unread(objective, rows, counts), recipe.evaluate.code, sets_too)
+        found |= dict.fromkeys(tried)
+    return list(found)
 
 
 def check_metrics(
@@ -22,10 +49,11 @@ def check_metrics(
     rows: Sequence[Row],
     unread: Sequence[Prediction] | None,
     code: Code | None = None,
+    sets: bool = False,
 ) -> list[str]:
     """The metrics that will be measured: those `asked` for, else the `usual` ones that the rows can have.
 
-    Measures them on answers such as a model will give: `unread`, or an empty text. Raises InputError
+    Measures them on answers such as a model will give: `unread`, or an empty text; with `sets` of labels. InputError
     for an unknown metric, for one that such answers or references cannot have, and where some rows of the set
     called `data` have an answer to compare with and others have none; with `code`, where a row asks for no answer, and
     RefusedError where programs cannot be contained.
@@ -40,7 +68,8 @@ def check_metrics(
             f"{len(lacking)} of {len(answers)} rows of {data} have no answer to compare with, such as {lacking[0]}",
             "end these rows with the answer that is expected, or take them out",
         )
-    names = list(asked) or applicable(usual, answers)
+    answers = [replace(answer, label_set=()) for answer in answers] if sets else answers
+    names = list(asked) or applicable((*usual, *OF_SETS), answers)
     tried = answers if asked else answers[:SEEN]
     for metric in build(names, answers):
         if isinstance(metric, Scoring):
@@ -58,6 +87,39 @@ def _check_programs(rows: Sequence[Row]) -> None:
             "leave evaluate.code out, or give rows with a prompt and choose the objective sft",
         )
     sandbox.check()
+
+
+def check_calibration(evaluate: Evaluate, learned: Mapping[str, Any], validation: int, tests: int) -> None:
+    """InputError where the recipe asks for truer probabilities or sets of labels and the run can have none.
+
+    `learned`: what the objective did of the training rows; `validation`: how many rows; `tests`: how many sets.
+    """
+    asked = [name for name in ("calibrate", "conformal") if getattr(evaluate, name) is not None]
+    if not asked:
+        return
+    key = f"evaluate.{asked[0]}"
+    if "labels" not in learned or learned.get("multi_label"):
+        raise InputError(
+            f"{key} is of the probabilities of labels of which each row has one, and this objective learns no such",
+            "leave it out, or choose an objective such as classify with rows of one `label`",
+        )
+    if not validation or not tests:
+        raise InputError(
+            f"{key} is fitted to the validation rows and judged on others, and there are no "
+            f"{'validation rows' if not validation else 'test rows'}",
+            "set data.validation and data.test",
+        )
+    rows = validation - validation // 2 if len(asked) == 2 else validation
+    if evaluate.conformal is not None and rows < least_rows(evaluate.conformal):
+        raise InputError(
+            f"evaluate.conformal is {evaluate.conformal:g}, which takes {least_rows(evaluate.conformal):,} validation "
+            f"rows{' that no scaling is fitted to' * (len(asked) == 2)}, and there are {rows:,}",
+            "give more validation rows, or ask for less",
+        )
+
+
+def _rows(store: TokenStore) -> list[Row]:
+    return [store.row(i) for i in range(len(store))]
 
 
 def _unanswered(row: Row) -> Prediction:

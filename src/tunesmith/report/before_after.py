@@ -12,7 +12,7 @@ from tunesmith.evaluation import METRICS
 from tunesmith.evaluation.baselines import BASELINES
 from tunesmith.report.plots import Mark, Scale, scale_of
 
-TUNED = "tuned"
+TUNED, UNCALIBRATED = "tuned", "uncalibrated"  # the latter is tuned before its probabilities were scaled
 OF_A_CLASS = ("precision", "recall")
 LEVEL = 0.05
 # As they are written where they are spoken of; all other words of a metric's name stay as they are.
@@ -35,6 +35,7 @@ _SPELLED = {
     "bleu": "BLEU",
     "ter": "TER",
     "meteor": "METEOR",
+    "brier": "Brier score",
 }
 _NEAR = 0.3  # numbers that differ by less than this share of the largest are drawn without 0, to be told apart
 Standing = Literal["better", "worse", "no better", "cannot tell", ""]
@@ -186,4 +187,4 @@ def _at_one_end(line: Line) -> bool:
 
 
 def _other(models: Mapping[str, Json]) -> Json | None:
-    return next((record for model, record in models.items() if model != TUNED), None)
+    return next((record for model, record in models.items() if model not in (TUNED, UNCALIBRATED)), None)

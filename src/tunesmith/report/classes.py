@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from tunesmith.evaluation.intervals import wilson
-from tunesmith.report.before_after import OF_A_CLASS, TUNED
+from tunesmith.report.before_after import OF_A_CLASS, TUNED, UNCALIBRATED
 from tunesmith.report.plots import Mark
 
 Json = Mapping[str, Any]
+_NONE: Json = {"bins": [], "ece": None}
 MOST_PAIRS = 12  # confusions that are listed
 NAMED = 24  # more classes leave no room for their names beside the picture
 SHADES = 8
@@ -73,17 +74,22 @@ class Bin:
 
 @dataclass(frozen=True, slots=True)
 class Classes:
-    """One data set's classes, of the tuned model. Where rows have several labels, none is taken for another."""
+    """One data set's classes, of the tuned model. Where rows have several labels, none is taken for another.
+
+    `bins_before` are those of its probabilities before they were scaled, none where they were not.
+    """
 
     data: str
     lines: list[ClassLine]
     confusion: Confusion | None
     bins: list[Bin]
     ece: float | None
+    bins_before: list[Bin]
+    ece_before: float | None
 
     @property
     def largest_bin(self) -> int:
-        return max((one.n for one in self.bins), default=1)
+        return max((one.n for one in (*self.bins, *self.bins_before)), default=1)
 
 
 def classes_of(records: Sequence[Json], details: Mapping[str, Json]) -> list[Classes]:
@@ -93,7 +99,7 @@ def classes_of(records: Sequence[Json], details: Mapping[str, Json]) -> list[Cla
         if TUNED in models:
             own = models[TUNED]
             confusion: Json | None = own.get("confusion")
-            reliability: Json = own.get("reliability") or {"bins": [], "ece": None}
+            reliability, before = (of.get("reliability") or _NONE for of in (own, models.get(UNCALIBRATED, {})))
             found.append(
                 Classes(
                     data,
@@ -103,6 +109,8 @@ def classes_of(records: Sequence[Json], details: Mapping[str, Json]) -> list[Cla
                     None if confusion is None else _confusion(confusion),
                     [_bin(one) for one in reliability["bins"]],
                     reliability["ece"],
+                    [_bin(one) for one in before["bins"]],
+                    before["ece"],
                 )
             )
     return found

@@ -61,10 +61,9 @@ def model_card(summary: Summary, library: Library, merged: str | None = None) ->
     head, asked = str(needs.head), next(iter(needs.formats & QUESTIONS.keys()), None)
     task = _task(needs, asked, str(plan["base"]["kind"]))
     entry = _entry(str(plan["base"]["name"]))
-    adapter = library != "transformers"
     data = ModelCardData(
         base_model=_hub_id(summary, entry),
-        base_model_relation="adapter" if adapter else "finetune",
+        base_model_relation="finetune" if library == "transformers" else "adapter",
         library_name=library,
         pipeline_tag=task,
         tags=["tunesmith", objective, method],
@@ -106,9 +105,16 @@ def model_card(summary: Summary, library: Library, merged: str | None = None) ->
             "base": _base(summary, entry),
             "converted": _is_converted(summary, entry),
             "weakest": _weakest(summary),
+            "calibrated": _scaled(plan, head if merged else ""),
         },
     )
     return str(ModelCard(f"---\n{data.to_yaml(line_break=chr(10))}\n---\n\n{body}", ignore_metadata_errors=False))
+
+
+def _scaled(plan: Mapping[str, Any], merged_head: str) -> str | None:
+    """How probabilities are scaled behind the weights, if they are; a merged model's head has its temperature in it."""
+    scaling = plan["meaning"]["evaluate"].get("calibrate")
+    return None if merged_head == "pooled" and scaling == "temperature" else scaling
 
 
 def _threshold(options: Mapping[str, Any], learned: Mapping[str, Any]) -> float | None:

@@ -15,7 +15,7 @@ from rich.text import Text
 from tunesmith.report.figures import figure, p_value
 from tunesmith.report.visible import visible
 
-TUNED = "tuned"
+TUNED, UNCALIBRATED = "tuned", "uncalibrated"
 OF_A_CLASS = ("precision", "recall")
 
 
@@ -32,7 +32,7 @@ def show_results(
     if records:
         paired = "; the difference and its p-value are paired over the same rows" if effects else ""
         console.print(Text(f"\n[low, high]: 95% intervals{paired}\n", style="dim"), soft_wrap=True)
-    for line in [*reasons(records, effects), *signatures(records)]:
+    for line in [*calibrations(records), *reasons(records, effects), *signatures(records)]:
         console.print(Text(visible(line), style="dim"), soft_wrap=True)
     for warning in weaknesses(records):
         console.print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
@@ -64,6 +64,23 @@ def reasons(records: Sequence[Mapping[str, Any]], effects: Sequence[Mapping[str,
 def signatures(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """How other libraries computed metrics, a line for each."""
     return list(dict.fromkeys(f"{r['metric']}: {r['signature']}" for r in records if r.get("signature")))
+
+
+def calibrations(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What scaling did to the numbers that depend on probabilities, in a line for each data set."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for record in records:
+        if record["group"] == "all" and record["model"] in (TUNED, UNCALIBRATED):
+            found.setdefault(record["data"], {}).setdefault(record["metric"], {})[record["model"]] = record["value"]
+    lines: list[str] = []
+    for data, metrics in found.items():
+        changed = [
+            f"{name} {figure(both[UNCALIBRATED])} before, {figure(both[TUNED])} after"
+            for name, both in metrics.items()
+            if len(both) == 2 and both[UNCALIBRATED] != both[TUNED]
+        ]
+        lines += [f"probabilities on {data} are calibrated: {'; '.join(changed)}"] if changed else []
+    return lines
 
 
 def weaknesses(records: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -100,7 +117,8 @@ def results_tables(records: Sequence[Mapping[str, Any]], effects: Sequence[Mappi
 
 
 def _table(title: str, records: Sequence[Mapping[str, Any]], changes: Mapping[str, Mapping[str, Any]]) -> Table:
-    compared = next((str(record["model"]) for record in records if record["model"] != TUNED), None)
+    models = dict.fromkeys(str(record["model"]) for record in records)
+    compared = next((model for model in models if model not in (TUNED, UNCALIBRATED)), None)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
     table.title, table.title_justify = Text(f"\nmeasured on {title}"), "left"
     table.add_column("metric", overflow="fold", min_width=8)

@@ -1,0 +1,115 @@
+"""What becomes of a classifier's answers behind the model: truer probabilities, and sets of labels with a coverage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from tunesmith.errors import InputError
+from tunesmith.evaluation import conformal, scaling
+from tunesmith.evaluation.conformal import Sets
+from tunesmith.evaluation.scaling import IntArray, Scaling
+from tunesmith.types import Prediction
+
+LEAST = float(np.finfo(np.float32).tiny)  # a probability below it is as good as none, and has no logarithm
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """How probabilities are scaled, and which labels make a set; `rows` were what each of the two is fitted to."""
+
+    labels: tuple[str, ...]
+    scaling: Scaling | None
+    sets: Sets | None
+    rows: tuple[int, int]
+
+    @classmethod
+    def fit(
+        cls, predictions: Sequence[Prediction], calibrate: str | None, coverage: float | None, seed: int
+    ) -> Calibration:
+        """Of answers to validation rows; rows of a label that training never saw are left out for the scaling.
+
+        Where both are asked for, one half of the rows, drawn with the seed, is for each: sets keep their coverage
+        only on rows that nothing else was fitted to. InputError for too few rows.
+        """
+        order = np.random.default_rng(seed).permutation(len(predictions))
+        half = len(order) // 2 if calibrate and coverage else len(order) if calibrate else 0
+        labels = tuple(predictions[0].probabilities or ())
+        known = [predictions[i] for i in sorted(order[:half]) if predictions[i].reference in labels]
+        scaled: Scaling | None = None
+        if calibrate is not None:
+            if not known:
+                raise InputError(
+                    f"evaluate.calibrate is fitted to validation rows, and of {half} none has a label of training",
+                    "give validation rows of the labels that are learned",
+                )
+            scaled = scaling.fit(calibrate, _logprobs(known, labels), _places(known, labels))
+        made = cls(labels, scaled, None, (len(known), 0))
+        if coverage is None:
+            return made
+        others = made.apply([predictions[i] for i in sorted(order[half:])])
+        right_N = np.array([(p.probabilities or {}).get(p.reference or "", 0.0) for p in others])
+        return replace(made, sets=Sets.fit(right_N, coverage), rows=(len(known), len(others)))
+
+    def apply(self, predictions: Sequence[Prediction]) -> list[Prediction]:
+        """The answers with scaled probabilities and the likelihood that follows, and with their sets.
+
+        By vector and isotonic scaling another label may be the most probable: it is the answer then.
+        """
+        found = list(predictions)
+        if self.scaling is not None and found:
+            shares_NV = self.scaling(_logprobs(found, self.labels))
+            found = [self._scaled(p, shares) for p, shares in zip(found, shares_NV.tolist(), strict=True)]
+        if self.sets is not None:
+            found = [replace(p, label_set=self.sets.of(p.probabilities or {})) for p in found]
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "labels": list(self.labels),
+            "scaling": None if self.scaling is None else scaling.to_json(self.scaling),
+            "sets": None if self.sets is None else conformal.to_json(self.sets),
+            "rows": list(self.rows),
+        }
+
+    def _scaled(self, prediction: Prediction, shares: Sequence[float]) -> Prediction:
+        probabilities = dict(zip(self.labels, shares, strict=True))
+        best, output = max(shares), prediction.output
+        if self.scaling is None or not (self.scaling.keeps_order or probabilities[output] == best):
+            output = self.labels[shares.index(best)]
+        scores = dict(prediction.scores)
+        if "nll" in scores and prediction.reference in probabilities:
+            scores["nll"] = -math.log(max(probabilities[prediction.reference], LEAST))
+        return replace(prediction, output=output, probabilities=probabilities, scores=scores)
+
+
+def of_card(card: Mapping[str, Any]) -> Calibration | None:
+    """That of a saved model, by its card; None where it has none."""
+    told = card.get("calibration")
+    if told is None:
+        return None
+    return Calibration(
+        tuple(told["labels"]),
+        told["scaling"] and scaling.from_json(told["scaling"]),
+        told["sets"] and Sets(**told["sets"]),
+        (int(told["rows"][0]), int(told["rows"][1])),
+    )
+
+
+def calibrated(predictions: list[Prediction], card: Mapping[str, Any]) -> list[Prediction]:
+    """The answers of a saved model as they are with what its card says of their probabilities."""
+    calibration = of_card(card)
+    return predictions if calibration is None else calibration.apply(predictions)
+
+
+def _logprobs(predictions: Sequence[Prediction], labels: Sequence[str]) -> Any:
+    return scaling.table([p.probabilities or {} for p in predictions], labels, LEAST)
+
+
+def _places(predictions: Sequence[Prediction], labels: Sequence[str]) -> IntArray:
+    place = {label: at for at, label in enumerate(labels)}
+    return np.array([place[p.reference or ""] for p in predictions], dtype=np.int64)

@@ -1,0 +1,133 @@
+"""A classifier's probabilities are calibrated: from the recipe to predict, export and report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from tunesmith import api
+from tunesmith.cli import main
+from tunesmith.errors import InputError
+from tunesmith.evaluation.calibrated import of_card
+from tunesmith.evaluation.scaling import Temperature
+from tunesmith.models.saved import read_card
+from tunesmith.types import Prediction
+
+
+def rows(count: int, seed: int) -> list[dict[str, Any]]:
+    """Two words tell the label, in most rows."""
+    said = [("red", "warm"), ("blue", "cold"), ("grey", "none")]
+    return [{"text": f"{said[i % 3][0]} {seed}-{i}", "label": said[(i + (i % 7 == 0)) % 3][1]} for i in range(count)]
+
+
+METRICS = ["accuracy", "adaptive_ece", "brier", "loss"]
+DATA = {"train": rows(30, 0), "validation": rows(40, 1), "test": rows(30, 2)}
+
+
+def recipe(base: Path, **evaluate: Any) -> dict[str, Any]:
+    return {
+        "model": str(base),
+        "objective": "classify",
+        "method": {"name": "lora", "rank": 2},
+        "train": {"max_steps": 12, "batch_size": 10, "learning_rate": 0.02},
+        "place": {"threads": 1},
+        "precision": "fp32",
+        "evaluate": evaluate,
+    }
+
+
+@pytest.fixture(scope="module")
+def run(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("calibrated") / "run"
+    asked = recipe(tiny_bert, calibrate="temperature", conformal=0.8, metrics=METRICS)
+    api.train(asked, data=DATA, out=folder)
+    return folder
+
+
+def same(a: list[Prediction], b: list[Prediction]) -> None:
+    for one, other in zip(a, b, strict=True):
+        assert (one.output, one.label_set) == (other.output, other.label_set)
+        assert one.probabilities == pytest.approx(other.probabilities, abs=1e-5)
+
+
+def test_numbers_before_and_after_stand_side_by_side(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    records = {
+        (r["model"], r["metric"]): r["value"]
+        for r in json.loads((run / "evaluation.json").read_text())
+        if r["group"] == "all"
+    }
+    assert records["tuned", "accuracy"] == records["uncalibrated", "accuracy"]
+    assert records["tuned", "loss"] != records["uncalibrated", "loss"]
+    details = json.loads((run / "details.json").read_text())["test"]
+    assert set(details["uncalibrated"]) >= {"reliability"}
+    lines = [json.loads(line) for line in (run / "predictions" / "test.jsonl").read_text().splitlines()]
+    assert set(lines[0]["answers"]) == {"majority", "tuned"}
+    assert main(["evaluate", str(run)]) == 0
+    told = capsys.readouterr().out
+    assert "probabilities on test are calibrated: adaptive_ece" in told
+    page = (run / "report.html").read_text()
+    assert "Before its probabilities were scaled" in page
+    assert 'class="old"' in page
+    assert "after temperature scaling" in (run / "model" / "MODEL_CARD.md").read_text()
+
+
+def test_predict_and_evaluate_answer_as_was_measured(run: Path, tmp_path: Path) -> None:
+    found = api.predict(run, DATA["test"])
+    kept = [
+        json.loads(line)["answers"]["tuned"] for line in (run / "predictions" / "test.jsonl").read_text().splitlines()
+    ]
+    for prediction, answer in zip(found, kept, strict=True):
+        assert prediction.probabilities == pytest.approx(answer["probabilities"], abs=1e-5)
+        assert prediction.label_set == tuple(answer["label_set"])
+        assert all((prediction.probabilities or {})[label] > 0 for label in prediction.label_set or ())
+    asked, out = tmp_path / "asked.jsonl", tmp_path / "out.jsonl"
+    asked.write_text("".join(json.dumps({"text": row["text"]}) + "\n" for row in DATA["test"]))
+    assert main(["predict", str(run), "--input", str(asked), "--output", str(out)]) == 0
+    assert [json.loads(line)["label_set"] for line in out.read_text().splitlines()] == [a["label_set"] for a in kept]
+    again = api.evaluate(run, DATA["test"], name="again", metrics=["loss", "conformal_coverage"])
+    value = {(r["data"], r["model"], r["metric"]): r["value"] for r in again.records if r["group"] == "all"}
+    assert value["again", "tuned", "loss"] == pytest.approx(value["test", "tuned", "loss"], abs=1e-5)
+    covered = sum(p.reference in (p.label_set or ()) for p in found) / len(found)
+    assert value["again", "tuned", "conformal_coverage"] == pytest.approx(covered)
+    assert ("again", "majority", "conformal_coverage") not in value
+
+
+def test_an_exported_model_is_calibrated_too_and_a_merged_one_in_its_head(run: Path, tmp_path: Path) -> None:
+    before = api.predict(run, DATA["test"])
+    api.export(run, tmp_path / "copy")
+    same(api.predict(tmp_path / "copy", DATA["test"]), before)
+    api.export(run, tmp_path / "merged", merge=True, data=DATA["test"])
+    same(api.predict(tmp_path / "merged", DATA["test"]), before)
+    calibration = of_card(read_card(run / "model"))
+    folded = of_card(read_card(tmp_path / "merged"))
+    assert calibration is not None
+    assert folded is not None
+    assert isinstance(calibration.scaling, Temperature)
+    assert folded.scaling is None
+    assert folded.sets == calibration.sets
+    name = "label.linear.weight"
+    own, scaled = (load_file(f / "heads.safetensors")[name] for f in (run / "model", tmp_path / "merged"))
+    assert (own / calibration.scaling.temperature - scaled).abs().max() < 1e-6
+    assert "after temperature scaling" not in (tmp_path / "merged" / "MODEL_CARD.md").read_text()
+
+
+def test_what_cannot_be_calibrated_is_refused_by_the_plan(tiny_bert: Path) -> None:
+    def refused(match: str, evaluate: dict[str, Any], data: dict[str, Any], objective: str = "classify") -> None:
+        with pytest.raises(InputError, match=match):
+            api.plan(recipe(tiny_bert, **evaluate) | {"objective": objective}, data=data)
+
+    sets = {name: [{"text": row["text"], "labels": [row["label"]]} for row in own] for name, own in DATA.items()}
+    refused("learns no such", {"calibrate": "vector"}, sets)
+    unseen = {name: own for name, own in DATA.items() if name != "validation"}
+    refused("there are no validation rows", {"conformal": 0.9}, unseen)
+    refused("there are no test rows", {"calibrate": "vector"}, {n: own for n, own in DATA.items() if n != "test"})
+    refused("takes 99 validation rows, and there are 40", {"conformal": 0.99}, DATA)
+    refused(
+        "takes 24 validation rows that no scaling is fitted to, and there are 20",
+        {"conformal": 0.96, "calibrate": "isotonic"},
+        DATA,
+    )

@@ -1,0 +1,199 @@
+"""Calibration against slow versions and scikit-learn: ECE, Brier, the three scalings, and the coverage of sets."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import special, stats
+from sklearn.isotonic import IsotonicRegression
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import brier_score_loss
+
+from tunesmith.errors import InputError
+from tunesmith.evaluation import scaling
+from tunesmith.evaluation.calibrated import Calibration, of_card
+from tunesmith.evaluation.calibration import BINS, AdaptiveEce, Brier
+from tunesmith.evaluation.conformal import ConformalCoverage, ConformalSetSize, Sets, least_rows
+from tunesmith.evaluation.metrics import FloatArray, statistics
+from tunesmith.evaluation.scaling import Isotonic, Temperature, Vector
+from tunesmith.types import Prediction
+
+LABELS = ("a", "b", "c", "d")
+
+
+def drawn(count: int, seed: int, hot: float = 1.0, labels: tuple[str, ...] = LABELS) -> list[Prediction]:
+    """Labels drawn from true probabilities; answers whose log-probabilities are `hot` times theirs."""
+    draw = np.random.default_rng(seed)
+    logits = 2 * draw.normal(size=(count, len(labels)))
+    truth, said = special.softmax(logits, axis=1), special.softmax(hot * logits, axis=1)
+    found: list[Prediction] = []
+    for index in range(count):
+        own = labels[int(draw.choice(len(labels), p=truth[index]))]
+        shares = dict(zip(labels, said[index].tolist(), strict=True))
+        nll = -math.log(shares[own])
+        found.append(
+            Prediction(max(shares, key=shares.__getitem__), own, f"row {index}", {"nll": nll, "tokens": 1.0}, shares)
+        )
+    return found
+
+
+def tables(predictions: list[Prediction]) -> tuple[FloatArray, np.ndarray]:
+    label_N = np.array([LABELS.index(p.reference or "") for p in predictions])
+    return scaling.table([p.probabilities or {} for p in predictions], LABELS, 1e-30), label_N
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 999), st.integers(1, 60))
+def test_adaptive_ece_is_that_of_bins_of_equally_many_rows(seed: int, count: int) -> None:
+    predictions = drawn(count, seed)
+    sure = [max((p.probabilities or {}).values()) for p in predictions]
+    order = sorted(range(count), key=lambda i: sure[i])
+    slow = 0.0
+    for number in range(BINS):
+        own = [i for rank, i in enumerate(order) if rank * BINS // count == number]
+        slow += abs(sum(sure[i] - (predictions[i].output == predictions[i].reference) for i in own)) / count
+    metric = AdaptiveEce()
+    assert float(metric.aggregate(statistics(metric, predictions).sum(0))) == pytest.approx(slow)
+    assert math.isnan(metric.statistics(predictions[0])[0])
+
+
+@given(st.integers(0, 999), st.integers(1, 20))
+def test_brier_is_twice_that_of_scikit_learn(seed: int, count: int) -> None:
+    predictions = drawn(count, seed, labels=("no", "yes"))
+    said = [(p.probabilities or {})["yes"] for p in predictions]
+    expected = 2 * brier_score_loss([p.reference == "yes" for p in predictions], said)
+    metric = Brier()
+    assert float(metric.aggregate(statistics(metric, predictions).sum(0))) == pytest.approx(expected)
+    unseen = replace(predictions[0], reference="never")
+    assert metric.statistics(unseen)[0] == pytest.approx(1 + said[0] ** 2 + (1 - said[0]) ** 2)
+
+
+@pytest.mark.parametrize("hot", [0.4, 1.0, 2.5])
+def test_the_temperature_is_the_one_that_was_put_in(hot: float) -> None:
+    logprobs, label = tables(drawn(3000, 1, hot))
+    found = Temperature.fit(logprobs, label)
+    assert found.temperature == pytest.approx(hot, rel=0.1)
+    grid = np.linspace(0.3, 3, 541)
+    nll = [-special.log_softmax(logprobs / t, axis=1)[np.arange(len(label)), label].mean() for t in grid]
+    assert found.temperature == pytest.approx(float(grid[int(np.argmin(nll))]), abs=6e-3)
+    assert (found(logprobs).argmax(1) == logprobs.argmax(1)).all()
+
+
+def test_vector_scaling_is_the_best_of_its_kind() -> None:
+    """Of two labels it is logistic regression on the difference; on the true scale it stays what it is."""
+    logprobs, label = tables(drawn(3000, 2, 1.7))
+    logprobs[:, 1] -= 0.8  # a label that is told too rarely
+    found = Vector.fit(logprobs, label)
+    own = np.arange(len(label)), label
+
+    def nll(one: scaling.Scaling) -> float:
+        return -float(np.log(one(logprobs))[own].mean())
+
+    assert nll(found) < nll(Temperature.fit(logprobs, label)) - 0.005
+    weights, biases = np.array(found.weight_V), np.array(found.bias_V)
+    for step in (1e-3, -1e-3):
+        for at in range(len(LABELS)):
+            nudge = step * np.eye(len(LABELS))[at]
+            for other in (
+                Vector((weights + nudge).tolist(), found.bias_V),
+                Vector(found.weight_V, (biases + nudge).tolist()),
+            ):
+                assert nll(other) > nll(found) - 3e-6
+    two = logprobs[:, :2]
+    inside = label < 2
+    pair = Vector.fit(two[inside], label[inside])
+    by_sklearn = LogisticRegression(C=np.inf, max_iter=1000).fit(two[inside], label[inside])
+    assert pair(two)[:, 1] == pytest.approx(by_sklearn.predict_proba(two)[:, 1], abs=0.02)
+
+
+@settings(deadline=None, max_examples=10)
+@given(st.integers(0, 999), st.integers(2, 80))
+def test_isotonic_scaling_is_that_of_scikit_learn(seed: int, count: int) -> None:
+    logprobs, label = tables(drawn(count, seed, 2.0))
+    shares, least = np.exp(logprobs).round(2), 1 / (2 * count)
+    new = np.log(np.linspace(0.01, 1, 40)[:, None] * np.array([0.1, 0.2, 0.3, 0.4]))
+    by_sklearn = np.stack(
+        [
+            IsotonicRegression(out_of_bounds="clip", y_min=least, y_max=1 - least)
+            .fit(shares[:, v], label == v)
+            .predict(np.exp(new)[:, v])
+            for v in range(len(LABELS))
+        ],
+        axis=1,
+    )
+    found = Isotonic.fit(np.log(np.maximum(shares, 1e-30)), label)(new)
+    assert found == pytest.approx(by_sklearn / by_sklearn.sum(1, keepdims=True), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["temperature", "vector", "isotonic"])
+def test_answers_are_calibrated_and_a_card_keeps_how(name: str) -> None:
+    """The likelihood follows; only temperature promises the same answers; a label that training lacked stays wrong."""
+    fitted = Calibration.fit(drawn(2000, 3, 3.0), name, 0.9, seed=5)
+    assert fitted.rows == (1000, 1000)
+    again = of_card(json.loads(json.dumps({"calibration": fitted.to_json()})))
+    assert again == fitted
+    new = [*drawn(1500, 4, 3.0), replace(drawn(1, 5)[0], reference="never", scores={"nll": 87.0, "tokens": 1.0})]
+    found = again.apply(new)
+    assert sum(p.scores["nll"] for p in found) < sum(p.scores["nll"] for p in new) * 0.9
+    for before, after in zip(new, found, strict=True):
+        shares = after.probabilities or {}
+        assert sum(shares.values()) == pytest.approx(1)
+        assert shares[after.output] == max(shares.values())
+        assert before.output == after.output or name != "temperature"
+        own = shares.get(after.reference or "")
+        assert after.scores["nll"] == pytest.approx(87.0 if own is None else -math.log(own))
+    metric = AdaptiveEce()
+    ece = [float(metric.aggregate(statistics(metric, rows[:1500]).sum(0))) for rows in (new, found)]
+    assert ece[1] < ece[0] / 2
+
+
+def test_sets_cover_what_they_promise_over_many_splits() -> None:
+    """The mean over 200 splits is in the binomial band of all rows that were judged; one split is as theory has it.
+
+    Of n rows that fitted and m that are judged the number of covered rows is beta-binomial (Vovk 2012).
+    """
+    rows = drawn(3000, 6, 0.5)
+    right = np.array([(p.probabilities or {})[p.reference or ""] for p in rows])
+    for coverage in (0.8, 0.9, 0.99):
+        draw, fitted, shares = np.random.default_rng(7), 500, list[float]()
+        for _ in range(200):
+            order = draw.permutation(len(right))
+            sets = Sets.fit(right[order[:fitted]], coverage)
+            shares.append(float((1 - right[order[fitted:]] <= sets.threshold).mean()))
+        needed = math.ceil((fitted + 1) * coverage - 1e-9)
+        count = len(right) - fitted
+        law = stats.betabinom(count, needed, fitted + 1 - needed)
+        low, high = law.ppf([0.025, 0.975]) / count
+        inside = np.mean([low <= share <= high for share in shares])
+        assert stats.binom.ppf(1e-3, 200, 0.95) / 200 <= inside
+        assert abs(np.mean(shares) - needed / (fitted + 1)) < 4 * law.std() / count / math.sqrt(200)
+        assert np.mean(shares) >= coverage - 4 * law.std() / count / math.sqrt(200)
+
+
+def test_a_set_holds_what_is_probable_enough() -> None:
+    sets = Sets.fit(np.array([0.9, 0.7, 0.4, 0.95]), 0.6)
+    assert sets.threshold == pytest.approx(1 - 0.7)  # the third smallest of 1 - p: ceil(5 * 0.6)
+    assert sets.of({"a": 0.1, "b": 0.71, "c": 0.75}) == ("c", "b")
+    assert sets.of({"a": 0.4, "b": 0.6}) == ()
+    assert [least_rows(coverage) for coverage in (0.5, 0.9, 0.99)] == [1, 9, 99]
+    made = [replace(p, label_set=("a", "b")) for p in drawn(50, 8)]
+    covered = ConformalCoverage()
+    share = sum(p.reference in ("a", "b") for p in made) / 50
+    assert float(covered.aggregate(statistics(covered, made).sum(0))) == pytest.approx(share)
+    size = ConformalSetSize()
+    assert float(size.aggregate(statistics(size, made).sum(0))) == 2.0
+    assert not covered.applies(drawn(2, 0))
+    with pytest.raises(InputError, match="needs a set of labels"):
+        covered.statistics(drawn(1, 0)[0])
+
+
+def test_rows_of_unknown_labels_alone_fit_nothing() -> None:
+    unknown = [replace(p, reference="never") for p in drawn(4, 0)]
+    with pytest.raises(InputError, match="of 4 none has a label of training"):
+        Calibration.fit(unknown, "temperature", None, seed=0)
