@@ -192,7 +192,7 @@ def test_resume_of_a_finished_run_shows_its_result_and_changes_nothing(run: Path
     assert done.code == 0, done.err
     assert done.json["records"] == json.loads((run / "evaluation.json").read_text())
     assert done.json["effects"] == json.loads((run / "comparison.json").read_text())
-    record = {"model", "data", "group", "metric", "value", "low", "high", "n", "reason", "in_train"}
+    record = {"model", "data", "group", "metric", "value", "low", "high", "n", "reason", "signature", "in_train"}
     assert all(set(entry) == record for entry in done.json["records"])
     assert before == {path: path.stat().st_mtime_ns for path in before}
 

@@ -110,6 +110,9 @@ def test_what_cannot_be_run_is_told_before_training() -> None:
     assert check_metrics(["pass_at_1"], [], "test", [row], None, Code(tests="test")) == ["pass_at_1"]
     with pytest.raises(InputError, match="pass_at_10 needs 10 answers to each row, and f:1 has 5"):
         check_metrics(["pass_at_10"], [], "test", [row], None, Code(tests="test", samples=5))
+
+
+def test_rows_that_ask_for_no_answer_have_no_programs() -> None:
     with pytest.raises(InputError, match=r"evaluate\.code runs answers that a model writes, and f:2 asks for none"):
         check_metrics([], ["loss"], "test", [Row({"text": "a"}, "f:2")], None, Code(tests="test"))
 
