@@ -40,7 +40,7 @@ Listeners = Listen | Sequence[Listen]
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A finished run: its folder, and what evaluation.json and comparison.json hold. A notebook shows it as a table.
+    """A finished run: its folder, and what evaluation.json, comparison.json and groups.json hold; a table in notebooks.
 
     `report` is the page to look at; None if it could not be drawn (`tunesmith report` says why).
     """
@@ -48,6 +48,7 @@ class Result:
     path: Path
     records: list[dict[str, Any]]
     effects: list[dict[str, Any]]
+    groups: Sequence[Mapping[str, Any]] = ()
 
     def record(
         self, metric: str, *, model: str = "tuned", data: str | None = None, group: str = "all"
@@ -396,4 +397,4 @@ def _recipe(
 
 
 def _result(run: RunDir, results: Mapping[str, Any]) -> Result:
-    return Result(run.path, list(results["records"]), list(results["effects"]))
+    return Result(run.path, list(results["records"]), list(results["effects"]), list(results["groups"]))

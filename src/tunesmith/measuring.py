@@ -20,6 +20,7 @@ from tunesmith.evaluation.class_metrics import by_class
 from tunesmith.evaluation.class_metrics import details as class_details
 from tunesmith.evaluation.code_metrics import judged
 from tunesmith.evaluation.conformal import OF_SETS
+from tunesmith.evaluation.groups import Parted, gaps, numbered, parted, told
 from tunesmith.evaluation.intervals import IntArray
 from tunesmith.evaluation.metrics import RowMetric, WithoutFloor, applicable, build, scored
 from tunesmith.evaluation.paired import compare, holm, hypothesis
@@ -39,7 +40,12 @@ if TYPE_CHECKING:
 BASE, TUNED, UNCALIBRATED = "base", "tuned", "uncalibrated"
 ALL = "all"
 # In the order in which they are written: with evaluation.json a run is finished.
-FILES: Mapping[str, str] = {"effects": "comparison.json", "details": "details.json", "records": "evaluation.json"}
+FILES: Mapping[str, str] = {
+    "effects": "comparison.json",
+    "details": "details.json",
+    "groups": "groups.json",
+    "records": "evaluation.json",
+}
 
 
 def measure_run(
@@ -164,17 +170,24 @@ def score(
     names = metric_names((*objective.needs.metrics, *OF_SETS), asked)
     labels: list[str] | None = objective.describe().get("labels")
     cluster = recipe.evaluate.cluster
-    clusters_N = None if cluster is None else np.unique([row.tags[cluster] for row in rows], return_inverse=True)[1]
+    clusters_N = None if cluster is None else numbered(np.array([row.tags[cluster] for row in rows]))
     records: list[Metric] = []
     effects: list[dict[str, Any]] = []
-    for group, places_N in _groups(rows, recipe.evaluate.by):
+    columns = [
+        parted([row.tags[column] for row in rows], column, recipe.evaluate.smallest_group)
+        for column in recipe.evaluate.by
+    ]
+    apart: list[dict[str, Any]] = []
+    for group, places_N in _groups(len(rows), columns):
         of_group = {model: [predictions[i] for i in places_N] for model, predictions in found.items()}
         tuned = of_group[TUNED]
         built = build(names if asked and group == ALL else applicable(names, tuned), tuned, labels)
-        own = None if clusters_N is None else np.unique(clusters_N[places_N], return_inverse=True)[1]
+        own = None if clusters_N is None else numbered(clusters_N[places_N])
         for model, predictions in of_group.items():
             having = built if model == TUNED else [m for m in built if m.name in applicable([m.name], predictions)]
             records += measure(model, name, predictions, having, recipe.seed, own, group)
+        if group == ALL:
+            apart = [told(name, one, gaps(one, tuned, built, recipe.seed, clusters_N)) for one in columns]
         before = next((of_group[model] for model in (BASE, *BASELINES) if model in of_group), None)
         if before is not None and group == ALL:
             having = set(applicable([metric.name for metric in built], before))
@@ -188,8 +201,8 @@ def score(
         details[name] = {model: class_details(predictions, known) for model, predictions in found.items()}
     searched = found[TUNED][0].scores.get("candidates")
     own = {"in_train": in_train, **({} if searched is None else {"candidates": int(searched)})}
-    told = [record | own for record in records_to_json(records)]
-    return {"records": told, "effects": effects, "details": details}
+    said = [record | own for record in records_to_json(records)]
+    return {"records": said, "effects": effects, "details": details, "groups": apart}
 
 
 def count_trained_on(run: RunDir, rows: Sequence[Row]) -> int | None:
@@ -206,7 +219,7 @@ def count_trained_on(run: RunDir, rows: Sequence[Row]) -> int | None:
 def merge(results: dict[str, Any], new: Mapping[str, Any]) -> None:
     """Adds what was found on a data set to results, in place of what an earlier pass over the same set found."""
     names = {entry["data"] for entry in new["records"]}
-    for key in ("records", "effects"):
+    for key in ("records", "effects", "groups"):
         results[key] = [entry for entry in results[key] if entry["data"] not in names] + list(new[key])
     results["details"] = {name: d for name, d in results["details"].items() if name not in names} | new["details"]
 
@@ -222,7 +235,8 @@ def read_results(run: RunDir) -> dict[str, Any]:
 
 def write_results(run: RunDir, results: Mapping[str, Any]) -> None:
     for key, name in FILES.items():
-        rundir.write_json(run.path / name, results[key])
+        if key != "groups" or results[key] or (run.path / name).is_file():  # few runs ask for groups
+            rundir.write_json(run.path / name, results[key])
 
 
 def check_same_set(run: RunDir, name: str, rows: Sequence[Row]) -> None:
@@ -259,13 +273,12 @@ def write_predictions(
         answers.write(run.path, name, rows, {model: own for model, own in found.items() if model != UNCALIBRATED})
 
 
-def _groups(rows: Sequence[Row], by: Sequence[str]) -> Iterator[tuple[str, NDArray[np.int64]]]:
-    """All rows, then those of each value of each column: names for evaluation.json, and positions."""
-    yield ALL, np.arange(len(rows))
-    for column in by:
-        values = np.array([row.tags[column] for row in rows])
-        for value in np.unique(values):
-            yield f"{column}={value}", np.flatnonzero(values == value)
+def _groups(count: int, columns: Sequence[Parted]) -> Iterator[tuple[str, NDArray[np.int64]]]:
+    """All rows, then those of each group that is judged: names for evaluation.json, and positions."""
+    yield ALL, np.arange(count)
+    for of in columns:
+        for value, places_N in of.judged.items():
+            yield f"{of.column}={value}", places_N
 
 
 def _effects(
@@ -292,7 +305,7 @@ def _effects(
 
 
 def _nothing() -> dict[str, Any]:
-    return {"records": [], "effects": [], "details": {}}
+    return {"records": [], "effects": [], "details": {}, "groups": []}
 
 
 def _rows(store: TokenStore, limit: int | None, seed: int) -> list[Row]:

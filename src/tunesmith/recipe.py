@@ -291,6 +291,7 @@ class Evaluate(Strict):
         None, "the longest answer", 128, "half as long again as the longest trained answer, at most 1024"
     )
     by: Names = key(list, "columns whose values are groups that are measured too", ["language"])
+    smallest_group: Positive = key(20, "rows that a group must have; smaller ones are named and not judged", 50)
     calibrate: Literal["temperature", "vector", "isotonic"] | None = key(
         None,
         "how probabilities of labels are made truer, fitted to the validation rows and saved with the model: "

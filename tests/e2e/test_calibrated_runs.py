@@ -19,9 +19,13 @@ from tunesmith.types import Prediction
 
 
 def rows(count: int, seed: int) -> list[dict[str, Any]]:
-    """Two words tell the label, in most rows."""
+    """A word tells the label, in most rows; some stand left, some right, and two in the middle."""
     said = [("red", "warm"), ("blue", "cold"), ("grey", "none")]
-    return [{"text": f"{said[i % 3][0]} {seed}-{i}", "label": said[(i + (i % 7 == 0)) % 3][1]} for i in range(count)]
+    sides = ["Middle"] * 2 + ["left", "right"] * count
+    return [
+        {"text": f"{said[i % 3][0]} {seed}-{i}", "label": said[(i + (i % 7 == 0)) % 3][1], "side": sides[i]}
+        for i in range(count)
+    ]
 
 
 METRICS = ["accuracy", "adaptive_ece", "brier", "loss"]
@@ -43,7 +47,7 @@ def recipe(base: Path, **evaluate: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def run(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("calibrated") / "run"
-    asked = recipe(tiny_bert, calibrate="temperature", conformal=0.8, metrics=METRICS)
+    asked = recipe(tiny_bert, calibrate="temperature", conformal=0.8, metrics=METRICS, by="side", smallest_group=10)
     api.train(asked, data=DATA, out=folder)
     return folder
 
@@ -73,6 +77,26 @@ def test_numbers_before_and_after_stand_side_by_side(run: Path, capsys: pytest.C
     assert "Before its probabilities were scaled" in page
     assert 'class="old"' in page
     assert "after temperature scaling" in (run / "model" / "MODEL_CARD.md").read_text()
+
+
+def test_groups_are_told_apart_wherever_a_run_is_shown(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (entry,) = json.loads((run / "groups.json").read_text())
+    assert (entry["judged"], entry["small"]) == ({"left": 14, "right": 14}, {"Middle": 2})
+    gap = next(one for one in entry["gaps"] if one["metric"] == "accuracy")
+    records = [r for r in api.evaluate(run).records if r["metric"] == "accuracy" and r["model"] == "tuned"]
+    value = {r["group"]: r["value"] for r in records}
+    assert gap["value"] == pytest.approx(abs(value["side=left"] - value["side=right"]))
+    assert "side=Middle" not in value
+    assert main(["evaluate", str(run)]) == 0
+    told = capsys.readouterr().out
+    for line in ("test by side: accuracy is best of", "not judged, of fewer than 10 rows: 'Middle' 2"):
+        assert line in told
+    page = (run / "report.html").read_text()
+    assert "accuracy is best of" in page
+    assert "Not judged, of fewer than 10 rows: &#39;Middle&#39; 2" in page
+    assert "test by side: accuracy is best of" in str(api.report(run, format="md"))
+    assert main(["evaluate", str(run), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["groups"] == [entry]
 
 
 def test_predict_and_evaluate_answer_as_was_measured(run: Path, tmp_path: Path) -> None:

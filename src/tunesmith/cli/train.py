@@ -48,12 +48,13 @@ def show_result(result: Result, view: View, call: Call) -> None:
                 "report": None if result.report is None else str(result.report),
                 "records": result.records,
                 "effects": result.effects,
+                "groups": list(result.groups),
             }
         )
         return
     from tunesmith.report.results import show_results
 
-    show_results(result.path, result.report, result.records, result.effects, view.console)
+    show_results(result.path, result.report, result.records, result.effects, result.groups, view.console)
 
 
 VERB = Verb("train", "train what a recipe describes, and measure it against its base", _add, _run)

@@ -14,6 +14,7 @@ from tunesmith.report import figures, verdict
 from tunesmith.report.answers import Answer, Answers
 from tunesmith.report.before_after import model_title
 from tunesmith.report.findings import file_name
+from tunesmith.report.gaps import gap_line, small_line
 from tunesmith.report.page import harmless
 from tunesmith.report.summary import Summary
 
@@ -41,6 +42,8 @@ def render(template: str, context: Mapping[str, Any]) -> str:
         "limits": verdict.limits,
         "changed_by": verdict.changed_by,
         "model_title": model_title,
+        "gap_line": gap_line,
+        "small_line": small_line,
     }
     text = _environment().get_template(template).render({**known, "file_name": file_name, **context})
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"

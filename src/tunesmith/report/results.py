@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tunesmith.report.figures import figure, p_value
+from tunesmith.report.gaps import gap_lines
 from tunesmith.report.visible import visible
 
 TUNED, UNCALIBRATED = "tuned", "uncalibrated"
@@ -24,6 +25,7 @@ def show_results(
     report: Path | None,
     records: Sequence[Mapping[str, Any]],
     effects: Sequence[Mapping[str, Any]],
+    groups: Sequence[Mapping[str, Any]],
     console: Console,
 ) -> None:
     """The table of a run, where its model and report are, and the next commands."""
@@ -32,6 +34,8 @@ def show_results(
     if records:
         paired = "; the difference and its p-value are paired over the same rows" if effects else ""
         console.print(Text(f"\n[low, high]: 95% intervals{paired}\n", style="dim"), soft_wrap=True)
+    for line in gap_lines(groups):
+        console.print(Text(visible(line)), soft_wrap=True)
     for line in [*calibrations(records), *reasons(records, effects), *signatures(records)]:
         console.print(Text(visible(line), style="dim"), soft_wrap=True)
     for warning in weaknesses(records):

@@ -10,6 +10,7 @@ from tunesmith.report.answers import OUTCOMES, compact
 from tunesmith.report.before_after import model_title
 from tunesmith.report.classes import SHADES, Classes
 from tunesmith.report.findings import file_name
+from tunesmith.report.gaps import gap_line, small_line
 from tunesmith.report.plots import Scale
 from tunesmith.report.summary import Summary
 
@@ -52,6 +53,9 @@ def run_page(summary: Summary) -> str:
             "shown": [(_shortened(text), trained) for text, trained in summary.plan["shown"]],
             "columns": _columns(summary),
             "groups": _groups(summary),
+            "apart": {(entry["data"], entry["column"]): entry for entry in summary.groups},
+            "gap_line": gap_line,
+            "small_line": small_line,
             "changed": _changed(summary),
         },
         data={

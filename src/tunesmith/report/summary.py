@@ -28,7 +28,12 @@ from tunesmith.report.verdict import Verdict, verdicts
 
 Json = Mapping[str, Any]
 PLANNED = ("meaning", "base", "audit", "parameters", "prediction", "placement", "hash")
-MEASURED = {"records": "evaluation.json", "effects": "comparison.json", "details": "details.json"}
+MEASURED = {
+    "records": "evaluation.json",
+    "effects": "comparison.json",
+    "details": "details.json",
+    "groups": "groups.json",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +68,7 @@ class Summary:
     manifest: Json
     records: list[Json]
     effects: list[Json]
+    groups: list[Json]
     tables: list[Table]
     classes: list[Classes]
     answers: dict[str, Answers]
@@ -115,6 +121,7 @@ def summarise(run: Path) -> Summary:
         manifest=manifest,
         records=records,
         effects=effects,
+        groups=found["groups"] or [],
         tables=measured,
         classes=classes_of(records, found["details"] or {}) if finished else [],
         answers=answers,

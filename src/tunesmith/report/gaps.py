@@ -1,0 +1,41 @@
+"""How far the groups of a column are apart, in sentences that claim no more than the rows show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tunesmith.report.figures import figure
+
+Json = Mapping[str, Any]
+NAMED = 8  # groups that are too small are named, and counted beyond
+
+
+def gap_line(gap: Json) -> str:
+    """One metric: the best group, the worst, and what chance leaves of the gap."""
+    ends = f"{gap['metric']} is best of {gap['best']!r}, worst of {gap['worst']!r}, of {gap['groups']} groups"
+    if gap["low"] is None:
+        return f"{ends}: {figure(gap['value'])} apart; no interval of that" + (
+            f", because of {gap['reason'].partition(': ')[2]}" if gap.get("reason") else ""
+        )
+    span = f"{figure(gap['value'])} apart [{figure(gap['low'])}, {figure(gap['high'])}]"
+    return f"{ends}: {span}" + ("" if gap["low"] > 0 else ", which chance alone can make")
+
+
+def small_line(entry: Json) -> str | None:
+    """The groups that are not judged; None if all are."""
+    small: Mapping[str, int] = entry["small"]
+    if not small:
+        return None
+    listed = ", ".join(f"{name!r} {count:,}" for name, count in list(small.items())[:NAMED])
+    more = f", and {len(small) - NAMED:,} more" if len(small) > NAMED else ""
+    return f"not judged, of fewer than {entry['least']:,} rows: {listed}{more}"
+
+
+def gap_lines(groups: Sequence[Json]) -> list[str]:
+    """All of them, a line each, for a screen."""
+    lines: list[str] = []
+    for entry in groups:
+        found = [*map(gap_line, entry["gaps"]), *filter(None, [small_line(entry)])]
+        lines += [f"{entry['data']} by {entry['column']}: {line}" for line in found]
+    return lines
