@@ -32,13 +32,13 @@ class Marks:
         if len(self._events) == self._warm_up:
             torch.cuda.reset_peak_memory_stats()
 
-    def numbers(self, shape: dict[str, Any], lengths: list[list[int]]) -> dict[str, Any]:
+    def numbers(self, shape: dict[str, Any], lengths: list[list[int]], method: str) -> dict[str, Any]:
         """Of the steps behind the warm-up, whose lengths are among `lengths` of all steps."""
         torch.cuda.synchronize()
         timed = self._events[self._warm_up - 1 :]
         steps = sorted(a.elapsed_time(b) for a, b in itertools.pairwise(timed))
         seconds = timed[0].elapsed_time(timed[-1]) / 1e3
-        work = sum(workload.flop(shape, part) for part in lengths[self._warm_up :])
+        work = sum(workload.flop(shape, part, method) for part in lengths[self._warm_up :])
         return {
             "tokens_per_second": round(sum(map(sum, lengths[self._warm_up :])) / seconds),
             "share_of_peak": round(work / seconds / workload.PEAK, 4),

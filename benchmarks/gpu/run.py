@@ -22,6 +22,14 @@ CONTESTANTS: dict[str, list[str]] = {
     "fp8": ["run_tunesmith.py", "--precision", "fp8"],
     "trl": ["run_trl.py"],
     "trl-no-recompute": ["run_trl.py", "--no-recompute"],
+    "unsloth": ["run_unsloth.py"],
+    "unsloth-no-recompute": ["run_unsloth.py", "--no-recompute"],
+}
+FULL: dict[str, list[str]] = {  # every parameter trains
+    "bf16": ["run_tunesmith.py", "--precision", "bf16"],
+    "trl-no-recompute": ["run_trl.py", "--no-recompute"],
+    "trl-half": ["run_trl.py", "--no-recompute", "--half"],
+    "unsloth-no-recompute": ["run_unsloth.py", "--no-recompute"],
 }
 MIXTURES: dict[str, list[str]] = {
     "bf16-mixture": [*CONTESTANTS["bf16"], "--rows", "mixture"],
@@ -44,7 +52,7 @@ def main() -> None:
 
 
 def measured(asked: argparse.Namespace) -> list[dict[str, Any]]:
-    chosen = CONTESTANTS | (MIXTURES if asked.lengths is not None else {})
+    chosen = CONTESTANTS | (MIXTURES if asked.lengths is not None else {}) if asked.method == "lora" else FULL
     lines: list[dict[str, Any]] = []
     for _ in range(asked.rounds):
         for name, command in chosen.items():
@@ -52,6 +60,7 @@ def measured(asked: argparse.Namespace) -> list[dict[str, Any]]:
                 continue
             extra = ["--lengths", str(asked.lengths.resolve())] if name in MIXTURES else []
             extra += ["--steps", str(asked.steps), "--warm-up", str(asked.warm_up), "--shape", asked.shape]
+            extra += ["--method", asked.method, "--tokens", str(asked.tokens)]
             done = subprocess.run([sys.executable, *command, *extra], cwd=HERE, capture_output=True, text=True)
             found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"name"')]
             if not found:
@@ -70,8 +79,12 @@ def table(lines: list[dict[str, Any]]) -> str:
     cards = sorted({f"{r['card']}, torch {r['torch']}" for r in lines})
     versions = sorted({f"{k} {v}" for r in lines for k, v in r.get("versions", {}).items()})
     warm = sorted({f"{r['warm_up']} of {r['steps']}" for r in lines})
+    shapes = sorted({r.get("shape", "llama-3.1-8b") for r in lines})
+    tokens = max(r["tokens_per_step"] for r in lines)
+    full = all("full" in r["name"] for r in lines)
+    trained = "All parameters" if full else "LoRA r=16 on all linear layers"
     return (
-        "# LoRA r=16 on all linear layers, Llama-3.1-8B shape, random weights, 8,192 tokens a step\n\n"
+        f"# {trained}, {', '.join(shapes)} shape, random weights, {tokens:,} tokens a step\n\n"
         f"Made by `benchmarks/gpu/run.py` on {datetime.date.today()}; {'; '.join(cards)}"
         f"{'; ' + ', '.join(versions) if versions else ''}. Warm-up steps, not timed: {', '.join(warm)}.\n\n"
         + HEAD
@@ -85,8 +98,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=36)
     parser.add_argument("--warm-up", type=int, default=6)
     parser.add_argument("--shape", default="llama-3.1-8b")
+    parser.add_argument("--method", choices=["lora", "full"], default="lora")
+    parser.add_argument("--tokens", type=int, default=8192, help="of a step")
     parser.add_argument("--lengths", type=Path)
-    parser.add_argument("--only", nargs="*", choices=[*CONTESTANTS, *MIXTURES])
+    parser.add_argument("--only", nargs="*", choices=list(dict.fromkeys([*CONTESTANTS, *MIXTURES, *FULL])))
     parser.add_argument("--read", type=Path)
     parser.add_argument("--out", type=Path, default=HERE / "RESULTS.md")
     return parser.parse_args()

@@ -14,14 +14,15 @@ import torch
 import workload
 from marks import Marks
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from tunesmith.data.pack import collate
 from tunesmith.engine.native import NativeEngine, Optimization
 from tunesmith.gradients.clip import Clip
 from tunesmith.kernels.accelerate import accelerate
 from tunesmith.kernels.nf4 import hold_in_nf4
+from tunesmith.methods.full import Full
 from tunesmith.methods.lora import Lora
+from tunesmith.models.layers import layers
 from tunesmith.models.policy import Policy, Tokens
 from tunesmith.objectives.sft import Sft
 from tunesmith.types import Example, Piece, Step
@@ -31,13 +32,17 @@ def main() -> None:
     asked = arguments()
     shape = workload.SHAPES[asked.shape]
     began = time.perf_counter()
-    policy = build(shape, int4=asked.precision == "int4")
-    taken = {} if asked.unfused else accelerate(policy, fp8=asked.precision == "fp8")
+    policy = build(shape, asked.method, int4=asked.precision == "int4")
+    taken = (
+        {}
+        if asked.unfused
+        else accelerate(policy, fp8=asked.precision == "fp8", compiled=layers(policy.model).values())
+    )
     for layer in list(policy.model.model.layers)[: asked.recompute]:
         layer.gradient_checkpointing = True
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
     objective = Sft(Sft.Options())
-    optimization = Optimization(workload.LEARNING_RATE, "constant", 0.0, 0.0, asked.steps)
+    optimization = Optimization(workload.LEARNING_RATES[asked.method], "constant", 0.0, 0.0, asked.steps)
     engine = NativeEngine(
         policy, [{"params": [p for p in policy.parameters() if p.requires_grad]}], optimization, seed=17
     )
@@ -57,6 +62,7 @@ def main() -> None:
 
     recomputed = f", {asked.recompute} layers recomputed" if asked.recompute else ""
     unfused = ", unfused" if asked.unfused else ""
+    method = ", full" if asked.method == "full" else ""
     marks.begin()
     for index in range(asked.steps):
         one(index)
@@ -64,9 +70,10 @@ def main() -> None:
     print(
         json.dumps(
             {
-                "name": f"tunesmith {asked.precision}{recomputed}{unfused}",
+                "name": f"tunesmith {asked.precision}{method}{recomputed}{unfused}",
                 "rows": asked.rows,
-                **marks.numbers(shape, chosen),
+                "shape": asked.shape,
+                **marks.numbers(shape, chosen, asked.method),
                 "load_s": round(loaded, 2),
                 "losses": [round(loss, 4) for loss in losses[:3] + losses[-1:]],
                 "kernels": taken,
@@ -78,15 +85,14 @@ def main() -> None:
         profile(lambda: one(asked.steps - 1), asked.profile)
 
 
-def build(shape: dict[str, Any], *, int4: bool) -> Policy:
-    torch.manual_seed(workload.SEED)
-    with torch.device("cuda"):
-        model = LlamaForCausalLM._from_config(LlamaConfig(**shape), dtype=torch.bfloat16)
+def build(shape: dict[str, Any], method: str, *, int4: bool) -> Policy:
+    model = workload.build(shape, torch.float32 if method == "full" else torch.bfloat16)
     if int4:
         hold_in_nf4(model, "cuda")
         torch.cuda.empty_cache()
     policy = Policy(model, "decoder", Tokens((), 0), packed=True, autocast=torch.bfloat16)
-    Lora(Lora.Options(rank=workload.RANK), 0.0).attach(policy)
+    chosen = Full(Full.Options(), 0.0) if method == "full" else Lora(Lora.Options(rank=workload.RANK), 0.0)
+    chosen.attach(policy)
     return policy
 
 
@@ -122,6 +128,7 @@ def profile(work: Any, to: Path) -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--precision", choices=["bf16", "fp8", "int4"], default="bf16")
+    parser.add_argument("--method", choices=["lora", "full"], default="lora")
     parser.add_argument("--shape", choices=list(workload.SHAPES), default="llama-3.1-8b")
     parser.add_argument("--rows", default="4096", help="length of every example, or mixture")
     parser.add_argument("--lengths", type=Path)

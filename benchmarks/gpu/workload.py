@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from transformers import AutoConfig, AutoModelForCausalLM
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": {
@@ -22,6 +24,34 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rope_theta": 500000.0,
         "tie_word_embeddings": False,
     },
+    "qwen3-0.6b": {
+        "model_type": "qwen3",
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "tie_word_embeddings": True,
+    },
+    "qwen3-1.7b": {
+        "model_type": "qwen3",
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "tie_word_embeddings": True,
+    },
     "tiny": {
         "hidden_size": 256,
         "intermediate_size": 512,
@@ -35,7 +65,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 PEAK = 790e12  # measured bf16 matrix-product rate of an H100 on random data, FLOP/s
 SEED = 17
 RANK = 16
-LEARNING_RATE = 2e-4
+LEARNING_RATES = {"lora": 2e-4, "full": 2e-5}
 
 
 def lengths(kind: str, tokens: int, steps: int, file: Path | None) -> list[list[int]]:
@@ -66,11 +96,22 @@ def examples(lengths_of_step: list[int], vocabulary: int, step: int) -> list[NDA
     return np.split(ids, np.cumsum(lengths_of_step)[:-1])
 
 
-def flop(shape: dict[str, Any], lengths_of_step: list[int]) -> float:
-    """Floating-point operations of a LoRA step without waste: 4 N a token, and 3.5 times causal attention forward."""
+def build(shape: dict[str, Any], dtype: torch.dtype, **options: Any) -> Any:
+    """A model of this shape on the device, with random weights drawn by seed."""
+    torch.manual_seed(SEED)
+    config = AutoConfig.for_model(**{"model_type": "llama", **shape})
+    with torch.device("cuda"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+
+
+def flop(shape: dict[str, Any], lengths_of_step: list[int], method: str = "lora") -> float:
+    """Floating-point operations of a step without waste: 4 N a token by LoRA and 6 N in full, and 3.5 times causal
+    attention forward.
+    """
     width, layers, heads = shape["hidden_size"], shape["num_hidden_layers"], shape["num_attention_heads"]
-    keys = width // heads * shape["num_key_value_heads"]
-    linear = layers * (2 * width * width + 2 * width * keys + 3 * width * shape["intermediate_size"])
+    head = shape.get("head_dim", width // heads)
+    queries, keys = head * heads, head * shape["num_key_value_heads"]
+    linear = layers * (2 * width * queries + 2 * width * keys + 3 * width * shape["intermediate_size"])
     linear += width * shape["vocab_size"]
-    attention = sum(2 * length * length * width * layers for length in lengths_of_step)
-    return 4.0 * linear * sum(lengths_of_step) + 3.5 * attention
+    attention = sum(2 * length * length * queries * layers for length in lengths_of_step)
+    return {"lora": 4.0, "full": 6.0}[method] * linear * sum(lengths_of_step) + 3.5 * attention

@@ -55,6 +55,27 @@ def compiling() -> Generator[None]:
         yield
 
 
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` under torch.compile, for any number of positions and without its warnings."""
+    import torch
+
+    with compiling():
+        inner: Any = torch.compile(function, dynamic=True)
+
+    def run(*given: Any, **named: Any) -> Any:
+        with compiling():
+            return inner(*given, **named)
+
+    return run
+
+
+def compiler_errors() -> tuple[type[Exception], ...]:
+    """What torch.compile raises where it cannot compile."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    return (TorchDynamoException,)
+
+
 @contextmanager
 def values_unread() -> Generator[None]:
     """Inside, transformers looks into no token ids or positions, to search or to warn: on meta they have no values."""

@@ -153,11 +153,12 @@ def make_plan(
     )
     longest, epoch = extent.longest(facts, prepared, objective, length), extent.epoch(facts, prepared, objective)
     placement, shape, peak = settings.resolve_placement(facts, training, speed, trainable, longest, epoch, defaults)
+    prediction = settings.predict(facts, training, placement, shape, speed, peak, epoch)
     plan = Plan(
         meaning=_meaning(recipe, facts, method, objective, local, renderer, prepared, training),
-        placement=placement,
+        placement=settings.with_compiling(facts, placement, prediction, defaults),
         training=training,
-        prediction=settings.predict(facts, training, placement, shape, speed, peak, epoch),
+        prediction=prediction,
         base=_describe_base(local, facts),
         beneath=[{**one.told(), "path": one.path} for one in under],
         teacher=teacher and teacher.told(),

@@ -246,6 +246,13 @@ class Place(Strict):
     device: Literal["auto", "cpu", "cuda", "mps"] = key("auto", "auto takes the fastest that is there", "cpu")
     threads: Positive | None = key(None, "threads of the CPU", 4, "the cores that the process may use")
     workers: Positive = key(1, "processes that tokenise and prepare batches", 4)
+    compile: bool | None = key(
+        None,
+        "let torch compile the layers that no kernel of tunesmith's serves, on CUDA: half a minute or two at the "
+        "beginning, shorter steps behind it",
+        True,
+        "where it gains more than it takes",
+    )
 
 
 def _as_list(value: Any) -> Any:

@@ -157,12 +157,17 @@ RULES: tuple[Rule, ...] = (
     Rule(
         ("train.balance", "objective.class_weights"),
         lambda f: (
-            f.recipe.train.balance is not None
-            and f.recipe.train.balance.by == BY_LABEL
+            getattr(f.recipe.train.balance, "by", None) == BY_LABEL
             and f.recipe.objective.options.get("class_weights") == "balanced"
         ),
         "train.balance shows rare labels more often, and objective.class_weights counts them more once again",
         "keep one of the two",
+    ),
+    Rule(
+        ("place.compile", "place.device"),
+        lambda f: bool(f.recipe.place.compile) and (f.method.frozen_backbone or not f.device.startswith("cuda")),
+        "place.compile is on, and layers are compiled for CUDA alone, where a backward goes through them",
+        "leave place.compile out",
     ),
     Rule(
         ("train.recompute", "method"),

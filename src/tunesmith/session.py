@@ -27,7 +27,7 @@ from tunesmith.models.cache import cache_dir
 from tunesmith.models.convert import convert_gguf
 from tunesmith.models.fetch import LocalModel, resolve
 from tunesmith.models.heads import Head
-from tunesmith.models.layers import set_dropout, whole_state
+from tunesmith.models.layers import layers, set_dropout, whole_state
 from tunesmith.models.load import context_length, decoder_start, load_backbone, load_tokenizer
 from tunesmith.models.policy import Policy, Tokens
 from tunesmith.models.saved import CARD, read_card
@@ -72,7 +72,7 @@ def build(plan: Plan, assets: Assets) -> Policy:
     else:
         _load_trained(policy, assets.method, assets.previous / "model", placement, assets.beneath)
     policy.as_base = _reentrant(partial(assets.method.reference, policy))
-    _accelerate(policy, placement.precision)
+    _accelerate(policy, placement.precision, compiled=placement.compiled)
     if placement.recompute:
         policy.model.activation_checkpointing_enable({"use_reentrant": False})
     return policy
@@ -354,10 +354,11 @@ def _reentrant(enter: Callable[[], AbstractContextManager[None]]) -> Callable[[]
     return entered
 
 
-def _accelerate(policy: Policy, precision: str) -> None:
+def _accelerate(policy: Policy, precision: str, *, compiled: bool = False) -> None:
     """Raises RefusedError where fp8 was asked for and no layer can be kept in it."""
     fp8 = precision == "fp8"
-    if not accelerate(policy, fp8=fp8)[LAYERS] and fp8:
+    layers_to_compile = layers(policy.model).values() if compiled else ()
+    if not accelerate(policy, fp8=fp8, compiled=layers_to_compile)[LAYERS] and fp8:
         raise RefusedError(
             f"no layer of {type(policy.model).__name__} can be kept in fp8: it serves layers built as Llama's",
             "set precision to bf16",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +24,7 @@ MICRO_TOKENS = {"cpu": 2048, "mps": 4096, "cuda": 16384}  # beyond these a large
 MEMORY_SHARE = 0.7  # of what is free: the rest is for other processes and what the model leaves out
 FP8_GAIN = 1.4  # of whole LoRA steps over bf16 on an H100: only the frozen products are in fp8
 INT4_GAIN = 0.97  # likewise: weights are made anew in both passes (benchmarks/gpu/NOTES.md)
+COMPILING_PAYS = 240.0  # seconds of training: compiling takes 20 to 90, and steps are 1.2 to 1.6 times as fast
 EFFICIENCY = {"cpu": 0.7, "mps": 0.4, "cuda": 0.45}  # of the probed matrix-product rate, whole steps
 
 
@@ -74,6 +75,7 @@ class Placement:
     micro_batch_tokens: int
     recompute: bool
     save_every: int
+    compiled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,6 +275,16 @@ def predict(
     device = placement.device.split(":")[0]
     seconds = total / epoch.density * flop / (rate * EFFICIENCY[device])
     return Prediction(peak, memory.free_bytes(torch.device(device)), seconds, total)
+
+
+def with_compiling(facts: Facts, placement: Placement, prediction: Prediction, defaults: list[Default]) -> Placement:
+    """Whether torch compiles the layers that no kernel serves: as asked, or where a run is long enough on CUDA."""
+    asked = facts.recipe.place.compile
+    if asked is None and placement.device.startswith("cuda") and not facts.method.frozen_backbone:
+        asked = prediction.seconds > COMPILING_PAYS
+        why = f"training takes about {prediction.seconds:.0f} s; above {COMPILING_PAYS:.0f} compiling pays"
+        defaults.append(Default("place.compile", asked, why))
+    return replace(placement, compiled=bool(asked))
 
 
 def as_json(value: Meaning | Placement | Prediction | Default) -> dict[str, Any]:

@@ -240,6 +240,7 @@ CHANGES: dict[str, Change] = {
     "place.device": Change("cuda"),
     "place.threads": Change(2),
     "place.workers": Change(2),
+    "place.compile": Change(True),
     "evaluate.metrics": Change(["exact_match"]),
     "evaluate.limit": Change(1),
     "evaluate.keep": Change(1),

@@ -11,6 +11,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tunesmith.losses import linear_cross_entropy
 from tunesmith.losses.linear_cross_entropy import linear_logprobs
 
 
@@ -241,4 +242,27 @@ def test_cuda_half_precision_accumulates_in_float32(softcap: float | None) -> No
     for ours, theirs in zip(
         found, torch.autograd.grad((expected_U + expected_entropy_U).sum(), wide.inputs), strict=True
     ):
+        torch.testing.assert_close(ours.double(), theirs, rtol=2**-6, atol=2**-7 * float(theirs.abs().max()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kept", [0, 2**30])
+def test_under_autocast_on_cuda_products_are_in_half_precision(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slopes kept for the backward or made again: the same gradients, in float32 for a float32 weight that trains."""
+    monkeypatch.setattr(linear_cross_entropy, "KEPT_BYTES", kept)
+    torch.manual_seed(0)
+    hidden_UD = torch.randn(257, 128, device="cuda").requires_grad_()
+    weight_VD = (torch.randn(5003, 128, device="cuda") * 0.3).requires_grad_()
+    target_U = torch.randint(5003, (257,), device="cuda")
+    case = Case(hidden_UD, weight_VD, None, target_U, 1.0, None, rows=100)
+    rounded = [x.detach().bfloat16().double().requires_grad_() for x in (hidden_UD, weight_VD)]
+    wide = Case(rounded[0], rounded[1], None, target_U, 1.0, None, rows=100)
+    with torch.autocast("cuda", torch.bfloat16):
+        logprob_U, _ = case.run(entropy=False)
+    expected_U, _ = wide.oracle()
+    torch.testing.assert_close(logprob_U.double(), expected_U, rtol=1e-5, atol=1e-5)
+    weights_U = torch.linspace(-1, 2, 257, device="cuda")
+    found = torch.autograd.grad((logprob_U * weights_U).sum(), case.inputs)
+    for ours, theirs in zip(found, torch.autograd.grad((expected_U * weights_U).sum(), wide.inputs), strict=True):
+        assert ours.dtype == torch.float32
         torch.testing.assert_close(ours.double(), theirs, rtol=2**-6, atol=2**-7 * float(theirs.abs().max()))

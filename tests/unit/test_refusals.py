@@ -71,7 +71,10 @@ RULES: dict[str, Callable[[], Facts]] = {
     ),
     "train.early_stopping needs": lambda: facts(train={"early_stopping": {}}),
     "train.evaluate_every needs": lambda: facts(train={"evaluate_every": 5}),
-    "with head no backward goes": lambda: facts("head", "classify", train={"recompute": True}),
+    "train.recompute is on, and with head no backward goes": lambda: facts(
+        "head", "classify", train={"recompute": True}
+    ),
+    "place.compile is on, and layers are compiled for CUDA alone": lambda: facts(place={"compile": True}),
     "train.head_learning_rate: sft by lora trains no head": lambda: facts(train={"head_learning_rate": 1e-3}),
     "train.head_learning_rate: classify by head trains no head": lambda: facts(
         "head", "classify", train={"head_learning_rate": 1e-3}

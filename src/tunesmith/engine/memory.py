@@ -29,17 +29,28 @@ class Shape:
     weight_bytes: int  # of one frozen parameter
     in_nf4: int = 0  # frozen parameters that are held in 4 bits
 
+    @property
+    def linear(self) -> int:
+        """Parameters of matrix products."""
+        return self.parameters - self.embedding_parameters
+
+    @property
+    def trains_all(self) -> bool:
+        return self.trainable >= self.linear
+
 
 def activation_bytes(shape: Shape, bytes_each: int, recompute: bool) -> int:
     """Bytes kept for the backward for each token.
 
     A decoder or encoder layer keeps about its two norms' inputs and outputs, q, k, v, the attention
     output and the residuals (11 widths), and gate, up, their product and its input (5 intermediate
-    widths). Recomputation keeps one width a layer and one layer's activations.
+    widths). Recomputation keeps one width a layer and one layer's activations. A trained output projection in half
+    precision keeps the slopes of a token's logits.
     """
     layer = 11 * shape.width + 5 * shape.intermediate
     kept = shape.width * shape.layers + layer if recompute else layer * shape.layers
-    return bytes_each * (kept + 8 * shape.width)
+    slopes = shape.vocabulary if bytes_each == 2 and shape.trains_all else 0
+    return bytes_each * (kept + 8 * shape.width + slopes)
 
 
 def static_bytes(shape: Shape, device: torch.device) -> int:
@@ -64,10 +75,9 @@ def free_bytes(device: torch.device) -> int:
 
 def flop_per_token(shape: Shape, trained_share: float, frozen_backbone: bool, recompute: bool) -> float:
     """2N forward, 2N for the gradient of activations, 2 per trainable for its own; the head where there is loss."""
-    linear = shape.parameters - shape.embedding_parameters
+    linear, full = shape.linear, shape.trains_all
     if frozen_backbone:
         return 2.0 * linear
-    full = shape.trainable >= linear
     passes = 2 + 2 + (2 if recompute else 0) + (2 if full else 0)
     return (
         passes * linear + 6.0 * (0 if full else shape.trainable) + 4.0 * trained_share * shape.vocabulary * shape.width

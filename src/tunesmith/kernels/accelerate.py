@@ -5,32 +5,39 @@ from __future__ import annotations
 import ctypes
 import logging
 import sys
+from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import Any
 
 from torch import nn
 
-from tunesmith.kernels import decoder_layer, lora_linear, rms_norm
+from tunesmith.kernels import compiled_layers, decoder_layer, lora_linear, rms_norm
 
 log = logging.getLogger("tunesmith.kernels")
 
 KERNELS = {"lora_linear": lora_linear.fuse, "rms_norm": rms_norm.fuse}
 LAYERS = "decoder_layer"
+COMPILED = "compiled_layers"
 
 
-def accelerate(model: nn.Module, *, fp8: bool = False, layers: bool = True) -> dict[str, int]:
+def accelerate(
+    model: nn.Module, *, fp8: bool = False, layers: bool = True, compiled: Iterable[nn.Module] = ()
+) -> dict[str, int]:
     """Swaps the forwards of modules that a kernel serves, after adapters are attached; idempotent.
 
     Returns how many modules each kernel took. Parameters, state_dict and module classes stay as they
     are; each kernel sees at each call whether it applies and leaves the rest to the module's own forward.
     fp8: frozen weights of decoder layers on CUDA are kept in e4m3. Without `layers` those keep their weights where
-    they lie, as they must where other models share them.
+    they lie, as they must where other models share them. compiled: layers that torch compiles on CUDA, where no kernel
+    of ours takes them.
     """
-    taken = dict.fromkeys([*KERNELS, LAYERS], 0)
+    taken = dict.fromkeys([*KERNELS, LAYERS, COMPILED], 0)
     device = next((p.device.type for p in model.parameters()), "cpu")
     if layers and device == "cuda" and find_spec("triton") is not None:
         for module in model.modules():
             taken[LAYERS] += decoder_layer.fuse(module, fp8=fp8)
+    for layer in compiled if device == "cuda" else ():
+        taken[COMPILED] += not hasattr(layer, "fast") and compiled_layers.fuse(layer)
     if device == "cpu":
         keep_memory()
         for module in model.modules():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -85,7 +86,8 @@ def segment_attention(
         raise RuntimeError(f"{type(module).__name__} looks ahead, so beginnings cannot be shared")
     window = cuda_attention.reach(bounds, sliding_window)
     look = cuda_attention.Look(bounds, query_BHTD.shape[2], causal, window, softcap, scaling)
-    return _attended(query_BHTD, key_BKTD, value_BKTD, look, dropout)[:, count:], None
+    out_BTHD = _attended(query_BHTD, key_BKTD, value_BKTD, look, dropout)
+    return (out_BTHD[:, count:] if count else out_BTHD), None
 
 
 def _joined(before_KPD: Tensor, x_BKTD: Tensor) -> Tensor:
@@ -222,10 +224,29 @@ def _window_mask(length: int, window: int | None, causal: bool, device: torch.de
 def register() -> None:
     """Makes "segments" known to transformers; no mask is built for it. Idempotent."""
     from transformers.masking_utils import AttentionMaskInterface
-    from transformers.modeling_utils import AttentionInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
     def no_mask(*args: Any, **kwargs: Any) -> None:
         return None
 
+    if IMPLEMENTATION in ALL_ATTENTION_FUNCTIONS.valid_keys():
+        return
     AttentionInterface.register(IMPLEMENTATION, segment_attention)
     AttentionMaskInterface.register(IMPLEMENTATION, no_mask)
+
+
+@cache
+def keep_outside_graphs() -> None:
+    """From now on what torch compiles stops before this attention and goes on behind it; only casts are compiled."""
+    from transformers.modeling_utils import AttentionInterface
+
+    outside: Any = torch.compiler.disable(segment_attention)
+
+    def cast_first(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *given: Any, **named: Any) -> Any:
+        if torch.is_autocast_enabled("cuda"):
+            dtype = torch.get_autocast_dtype("cuda")
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        return outside(module, query, key, value, *given, **named)
+
+    register()
+    AttentionInterface.register(IMPLEMENTATION, cast_first)

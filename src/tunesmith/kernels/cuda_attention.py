@@ -259,7 +259,8 @@ def _flex(softcap: float | None) -> Any:
     def call(query: Tensor, key: Tensor, value: Tensor, **keywords: Any) -> Any:
         return attention(query, key, value, score_mod=None if softcap is None else capped, **keywords)
 
-    compiled: Any = torch.compile(call, dynamic=False)
+    with compat.compiling():
+        compiled: Any = torch.compile(call, dynamic=False)
     known: set[Any] = set()
 
     def run(*tensors: Tensor, kind: tuple[Any, ...], **keywords: Any) -> Any:

@@ -20,6 +20,8 @@ CPU_CHUNK_BYTES = 64 * 2**20
 GPU_CHUNK_BYTES = 1024 * 2**20
 # Rows of a half-precision weight turned to float32 at a time, where the device cannot accumulate in it itself.
 WEIGHT_BLOCK = 8192
+# Slopes of the logits that a weight which trains keeps for the backward; where they are more, it computes them again.
+KEPT_BYTES = 6 * 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,10 @@ class _Shape:
     softcap: float | None
     entropy: bool
     chunk_bytes: int
+    products: torch.dtype | None  # of the matrix products, where it is not the inputs' own
+
+    def cast(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return inputs if self.products is None else tuple(x.to(self.products) for x in inputs)
 
 
 @dataclass(slots=True)
@@ -60,12 +66,16 @@ def linear_logprobs(
     rows at a time, in about `chunk_bytes`. Because each result is one number per unit, its gradient
     to that unit's hidden state is one row of D numbers: it is computed in the forward, beside the
     logits, and the backward only multiplies. A weight or bias that trains costs one recomputation of
-    the logits in the backward. `softcap` is Gemma 2's (arXiv 2408.00118, section 2); `scale` is
-    Cohere's logit_scale or one over Granite's logits_scaling. Second derivatives are not available.
+    the logits in the backward, or in half precision on CUDA their slopes, kept. Under autocast on CUDA
+    products are in its dtype, and the gradient of a float32 weight is in float32. `softcap` is Gemma 2's
+    (arXiv 2408.00118, section 2); `scale` is Cohere's logit_scale or one over Granite's logits_scaling.
+    Second derivatives are not available.
     """
     if chunk_bytes is None:
         chunk_bytes = CPU_CHUNK_BYTES if hidden_UD.device.type == "cpu" else GPU_CHUNK_BYTES
-    shape = _Shape(scale=scale, softcap=softcap, entropy=entropy, chunk_bytes=chunk_bytes)
+    autocast = hidden_UD.is_cuda and torch.is_autocast_enabled("cuda")
+    products = torch.get_autocast_dtype("cuda") if autocast else None
+    shape = _Shape(scale=scale, softcap=softcap, entropy=entropy, chunk_bytes=chunk_bytes, products=products)
     # needs_input_grad is also set inside no_grad, where keeping Jacobian rows would be wasted work.
     jacobian = torch.is_grad_enabled() and hidden_UD.requires_grad
     apply = cast(Callable[..., Any], _LinearLogprobs.apply)
@@ -87,6 +97,8 @@ class _LinearLogprobs(torch.autograd.Function):
         jacobian: bool,
     ) -> Any:
         ctx.set_materialize_grads(False)
+        ctx.hidden_dtype, parameter_VD = hidden_UD.dtype, weight_VD
+        hidden_UD, weight_VD = shape.cast(hidden_UD, weight_VD)
         dtype = _accumulated(hidden_UD.dtype)
         count = hidden_UD.shape[0]
         logprob_U = hidden_UD.new_empty(count, dtype=dtype)
@@ -94,9 +106,11 @@ class _LinearLogprobs(torch.autograd.Function):
         logprob_JUD = torch.empty_like(hidden_UD) if jacobian else None
         entropy_JUD = torch.empty_like(hidden_UD) if jacobian and shape.entropy else None
         fused = _is_fused(hidden_UD, weight_VD, bias_V, shape)
+        kept = fused and jacobian and ctx.needs_input_grad[1] and 2 * count * len(weight_VD) <= KEPT_BYTES
+        slope_UV = hidden_UD.new_empty(count, len(weight_VD)) if kept else None
         with torch.autocast(hidden_UD.device.type, enabled=False):
             if fused:
-                _fused(hidden_UD, weight_VD, target_U, shape, logprob_U, logprob_JUD)
+                _fused(hidden_UD, weight_VD, target_U, shape, logprob_U, logprob_JUD, slope_UV)
             for rows, chunk in () if fused else _chunks(hidden_UD, weight_VD, bias_V, target_U, shape):
                 logprob_U[rows] = chunk.logprob_R
                 if entropy_U is not None and chunk.entropy_R is not None:
@@ -110,9 +124,9 @@ class _LinearLogprobs(torch.autograd.Function):
                 d_RV = _logprob_slope(chunk, target_U[rows], slope_RV)
                 logprob_JUD[rows] = _times_weight(d_RV, weight_VD, hidden_UD.dtype).mul_(shape.scale)
         trained = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        inputs = (hidden_UD, weight_VD, bias_V, target_U) if trained else (None, None, None, None)
-        ctx.save_for_backward(logprob_JUD, entropy_JUD, *inputs)
-        ctx.shape = shape
+        inputs = (hidden_UD, parameter_VD, bias_V, target_U) if trained else (None, None, None, None)
+        ctx.save_for_backward(logprob_JUD, entropy_JUD, slope_UV, *inputs)
+        ctx.shape, ctx.fused = shape, fused
         return (logprob_U, entropy_U) if shape.entropy else logprob_U
 
     @staticmethod
@@ -120,17 +134,22 @@ class _LinearLogprobs(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         grad_logprob_U = grad_outputs[0]
         grad_entropy_U = grad_outputs[1] if len(grad_outputs) > 1 else None
-        logprob_JUD, entropy_JUD, hidden_UD, weight_VD, bias_V, target_U = ctx.saved_tensors
+        logprob_JUD, entropy_JUD, slope_UV, hidden_UD, weight_VD, bias_V, target_U = ctx.saved_tensors
         grad_hidden_UD: Tensor | None = None
         for grad_U, jacobian_UD in ((grad_logprob_U, logprob_JUD), (grad_entropy_U, entropy_JUD)):
             if grad_U is None or jacobian_UD is None:
                 continue
             # A new tensor: the graph may be kept for a second backward.
-            part_UD = (grad_U[:, None] * jacobian_UD).to(jacobian_UD.dtype)
+            part_UD = (grad_U[:, None] * jacobian_UD).to(ctx.hidden_dtype)
             grad_hidden_UD = part_UD if grad_hidden_UD is None else grad_hidden_UD.add_(part_UD)
         grad_weight_VD: Tensor | None = None
         grad_bias_V: Tensor | None = None
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+        if ctx.fused and ctx.needs_input_grad[1] and grad_logprob_U is not None:
+            with torch.autocast("cuda", enabled=False):
+                (half_VD,) = ctx.shape.cast(weight_VD)
+                inputs = (hidden_UD, half_VD, target_U, grad_logprob_U, ctx.shape, slope_UV)
+                grad_weight_VD = _fused_weight_gradient(*inputs).to(weight_VD.dtype)
+        elif ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             with torch.autocast(hidden_UD.device.type, enabled=False):
                 grad_weight_VD, grad_bias_V = _parameter_gradients(
                     (hidden_UD, weight_VD, bias_V, target_U),
@@ -155,22 +174,57 @@ def _fused(
     shape: _Shape,
     logprob_U: Tensor,
     jacobian_UD: Tensor | None,
+    slope_UV: Tensor | None,
 ) -> None:
-    """Log-probabilities and their Jacobian rows: logits in float32, read twice, their slope in half precision."""
+    """Log-probabilities and their Jacobian rows; the slopes of all units stay in `slope_UV`, unless it is None."""
+    needed = jacobian_UD is not None
+    for rows, slope_RV in _slopes(hidden_UD, weight_VD, target_U, shape, logprob_U, slope_UV, needed):
+        if slope_RV is not None and jacobian_UD is not None:
+            torch.mm(slope_RV, weight_VD, out=jacobian_UD[rows])
+
+
+def _slopes(
+    hidden_UD: Tensor,
+    weight_VD: Tensor,
+    target_U: Tensor,
+    shape: _Shape,
+    logprob_U: Tensor,
+    slope_UV: Tensor | None,
+    needed: bool,
+) -> Iterator[tuple[slice, Tensor | None]]:
+    """Chunk by chunk the slopes of logits in half precision, in `slope_UV` or else in one buffer; None if not needed.
+
+    Logits are in float32 and read twice.
+    """
     from tunesmith.losses.triton_softmax import logprob_and_slope
 
     count, vocabulary = hidden_UD.shape[0], weight_VD.shape[0]
     size = _equal_chunks(count, shape.chunk_bytes // (vocabulary * (4 + weight_VD.itemsize)))
     logits_RV = hidden_UD.new_empty((size, vocabulary), dtype=torch.float32)
-    slope_RV = None if jacobian_UD is None else hidden_UD.new_empty((size, vocabulary))
+    buffer_RV = hidden_UD.new_empty((size, vocabulary)) if needed and slope_UV is None else None
     for start in range(0, count, max(1, size)):
         rows = slice(start, min(start + size, count))
         length = rows.stop - start
         torch.mm(hidden_UD[rows], weight_VD.T, out_dtype=torch.float32, out=logits_RV[:length])
-        slope = None if slope_RV is None else slope_RV[:length]
-        logprob_and_slope(logits_RV[:length], target_U[rows], logprob_U[rows], slope)
-        if slope is not None and jacobian_UD is not None:
-            torch.mm(slope, weight_VD, out=jacobian_UD[rows])
+        slope_RV = slope_UV[rows] if slope_UV is not None else None if buffer_RV is None else buffer_RV[:length]
+        logprob_and_slope(logits_RV[:length], target_U[rows], logprob_U[rows], slope_RV)
+        yield rows, slope_RV
+
+
+def _fused_weight_gradient(
+    hidden_UD: Tensor, weight_VD: Tensor, target_U: Tensor, grad_U: Tensor, shape: _Shape, slope_UV: Tensor | None
+) -> Tensor:
+    """sum_u grad_u slope_u h_u' in float32, from slopes that were kept or that are made again."""
+    weighted_UD = (grad_U[:, None] * hidden_UD).to(hidden_UD.dtype)
+    if slope_UV is not None:
+        return torch.mm(slope_UV.T, weighted_UD, out_dtype=torch.float32)
+    total_VD: Tensor | None = None
+    unread_U = torch.empty_like(grad_U)
+    for rows, slope_RV in _slopes(hidden_UD, weight_VD, target_U, shape, unread_U, None, needed=True):
+        assert slope_RV is not None
+        part_VD = torch.mm(slope_RV.T, weighted_UD[rows], out_dtype=torch.float32)
+        total_VD = part_VD if total_VD is None else total_VD.add_(part_VD)
+    return weight_VD.new_zeros(weight_VD.shape, dtype=torch.float32) if total_VD is None else total_VD
 
 
 def _equal_chunks(count: int, most: int) -> int:
@@ -186,7 +240,8 @@ def _parameter_gradients(
     shape: _Shape,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of weight and bias, summed over recomputed chunks in the accumulating dtype."""
-    hidden_UD, weight_VD, bias_V, target_U = inputs
+    hidden_UD, parameter_VD, bias_V, target_U = inputs
+    (weight_VD,) = shape.cast(parameter_VD)
     grad_logprob_U, grad_entropy_U = grads
     dtype = _accumulated(hidden_UD.dtype)
     grad_weight_VD = torch.zeros_like(weight_VD, dtype=dtype) if needs[0] else None
@@ -208,7 +263,7 @@ def _parameter_gradients(
         if grad_weight_VD is not None:
             _add_outer(grad_weight_VD, d_RV, hidden_UD[rows])
     return (
-        None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype),
+        None if grad_weight_VD is None else grad_weight_VD.to(parameter_VD.dtype),
         None if grad_bias_V is None or bias_V is None else grad_bias_V.to(bias_V.dtype),
     )
 

@@ -178,7 +178,8 @@ def _training(plan: Plan) -> list[Line]:
         ("memory", f"about {gibibytes(cost.peak_memory_bytes)}; {gibibytes(cost.free_memory_bytes)} are free"),
         (
             "device",
-            f"{placement.device}, {placement.precision}, {placement.threads} thread{'s' * (placement.threads > 1)}",
+            f"{placement.device}, {placement.precision}, {placement.threads} thread{'s' * (placement.threads > 1)}"
+            + (", layers compiled" if placement.compiled else ""),
         ),
         ("micro-batch", f"{micro}, {layout}" + (", layers recomputed" if placement.recompute else "")),
         ("resume", _resume(plan.resume)),

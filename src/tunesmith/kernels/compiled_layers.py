@@ -1,0 +1,63 @@
+"""Layers that no kernel of ours serves, compiled by torch: one set of graphs for all layers of a class.
+
+Graphs serve any number of positions, and stop at attention, which has backends of its own.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from functools import cache, partial
+from types import MethodType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith import compat
+from tunesmith.kernels import attention
+
+log = logging.getLogger("tunesmith.kernels")
+
+
+def fuse(layer: nn.Module) -> bool:
+    """`layer` runs compiled where it learns; one that torch cannot compile runs as before, and the log says why."""
+    cast(Any, layer).forward = MethodType(_compiled(type(layer)), layer)
+    return True
+
+
+class _Compiled:
+    """The forward of a class of layers, which all its layers share."""
+
+    def __init__(self, kind: type[nn.Module]) -> None:
+        self._kind = kind
+        self._eager = kind.forward
+        bare = inspect.unwrap(self._eager)
+        self._recomputes = bare is not self._eager  # newer transformers recompute in the forward, older around it
+        self._run = compat.compiled(bare)
+        self._fails = False
+
+    def __call__(self, layer: Any, *given: Any, **named: Any) -> Any:
+        if self._fails or not _learns(given, named):
+            return self._eager(layer, *given, **named)
+        try:
+            if self._recomputes and layer.training and getattr(layer, "gradient_checkpointing", False):
+                return layer._gradient_checkpointing_func(partial(self._run, layer, **named), *given)
+            return self._run(layer, *given, **named)
+        except compat.compiler_errors() as error:
+            self._fails = True
+            log.warning("%s is not compiled: %s", self._kind.__name__, str(error).strip().splitlines()[0])
+            return self._eager(layer, *given, **named)
+
+
+def _learns(given: tuple[Any, ...], named: dict[str, Any]) -> bool:
+    """Whether gradients go through to what is below: else a graph of its own would be compiled for few layers' sake."""
+    hidden = given[0] if given else named.get("hidden_states")
+    inside = torch.is_grad_enabled() and isinstance(hidden, Tensor) and hidden.requires_grad
+    return inside and named.get("past_key_values") is None
+
+
+@cache
+def _compiled(kind: type[nn.Module]) -> _Compiled:
+    attention.keep_outside_graphs()
+    return _Compiled(kind)
