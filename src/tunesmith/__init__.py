@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from tunesmith.adapters import Adapters, load_adapters
     from tunesmith.api import Result, chat, evaluate, export, plan, predict, resume, train
     from tunesmith.comparing import Comparison, compare
+    from tunesmith.cross_validating import CrossValidation, crossval
     from tunesmith.events import Callback, StopRun
     from tunesmith.loaded import Loaded, load
     from tunesmith.recipe import Recipe
@@ -17,12 +18,14 @@ __all__ = [
     "Adapters",
     "Callback",
     "Comparison",
+    "CrossValidation",
     "Loaded",
     "Recipe",
     "Result",
     "StopRun",
     "chat",
     "compare",
+    "crossval",
     "evaluate",
     "export",
     "load",
@@ -36,10 +39,12 @@ _ELSEWHERE = {  # the rest are the verbs of the API
     "Adapters": "adapters",
     "Callback": "events",
     "Comparison": "comparing",
+    "CrossValidation": "cross_validating",
     "Loaded": "loaded",
     "Recipe": "recipe",
     "StopRun": "events",
     "compare": "comparing",
+    "crossval": "cross_validating",
     "load": "loaded",
     "load_adapters": "adapters",
 }

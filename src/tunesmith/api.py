@@ -91,7 +91,7 @@ def plan(
     """
     load_plugins(plugins)
     with _listening(listen, progress) as tell:
-        planned = _planned(*_recipe(recipe, overrides, data), tell)[0]
+        planned = _planned(*read_recipe(recipe, overrides, data), tell)[0]
     if listen is None and progress is None and notebook.in_notebook():
         notebook.show_plan(planned)
     return planned
@@ -124,7 +124,7 @@ def train(
     StoppedError once a signal or a listener has stopped the run, which `resume` then goes on with.
     """
     hashes = load_plugins(plugins)
-    typed, origin = _recipe(recipe, overrides, data)
+    typed, origin = read_recipe(recipe, overrides, data)
     folder = Path(out) if out else typed.out or rundir.free_folder(run_name(origin.file) if origin.file else "run")
     training.check_run_folder(folder)
     with _listening(listen, progress, folder) as tell:
@@ -375,7 +375,7 @@ def _planned(recipe: Recipe, origin: Origin, listen: Listen) -> tuple[Plan, Asse
     return make_plan(recipe, Path.cwd(), origin, progress=progress)
 
 
-def _recipe(
+def read_recipe(
     recipe: Recipe | Mapping[str, Any] | PathLike, overrides: Sequence[str], data: Mapping[str, Rows] | None
 ) -> tuple[Recipe, Origin]:
     """The recipe with absolute paths, and which of its keys were given, where."""

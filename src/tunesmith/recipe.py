@@ -88,6 +88,14 @@ class CorpusFile(Strict):
 Searched = Annotated[CorpusFile, BeforeValidator(_as_set, json_schema_input_type=str | CorpusFile)]
 
 
+class Fold(Strict):
+    """One of several equal parts of the training rows, which judges the result in place of teaching it."""
+
+    number: Positive = key(1, "which part, from 1", 2)
+    of: Annotated[int, Field(ge=2)] = key(5, "how many parts there are", 10)
+    by: Text | None = key(None, "a column whose equal values stay in one part", "patient", "rows of one text do")
+
+
 ALLOWED: Mapping[str, str] = {
     "leaks": "rows of train that stand in a test set are dropped",
     "masked": "rows of train with nothing to learn are dropped",
@@ -111,6 +119,12 @@ class Data(Strict):
     )
     test: Text | dict[SetName, Text] | None = key(
         None, "rows that judge the result: a path, or several by name", "tickets-test.jsonl", "there are none"
+    )
+    fold: Fold | None = key(
+        None,
+        "a part of train that is a test set in its place, named `fold`: what `tunesmith crossval` sets",
+        {"number": 1, "of": 5},
+        "train is whole",
     )
     corpus: Searched | None = key(
         None,
@@ -247,11 +261,7 @@ class Place(Strict):
     threads: Positive | None = key(None, "threads of the CPU", 4, "the cores that the process may use")
     workers: Positive = key(1, "processes that tokenise and prepare batches", 4)
     compile: bool | None = key(
-        None,
-        "let torch compile the layers that no kernel of tunesmith's serves, on CUDA: half a minute or two at the "
-        "beginning, shorter steps behind it",
-        True,
-        "where it gains more than it takes",
+        None, "torch compiles the layers that no kernel of ours serves; about a minute, on CUDA", True, "where it pays"
     )
 
 
@@ -382,5 +392,6 @@ class Recipe(Strict):
         """The columns that training rows must keep."""
         order = self.train.curriculum.by if self.train.curriculum else BY_LENGTH
         classes = self.train.balance.by if self.train.balance else BY_LABEL
-        named = [self.objective.options.get("weight_column"), order, classes]
+        together = self.data.fold.by if self.data.fold else None
+        named = [self.objective.options.get("weight_column"), order, classes, together]
         return [column for column in named if column not in (None, BY_LENGTH, BY_LABEL)]

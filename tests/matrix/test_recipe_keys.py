@@ -102,6 +102,10 @@ CHANGES: dict[str, Change] = {
     "data.train.columns": Change([{"path": "train.jsonl", "columns": {"completion": "remark"}}], {"data.train": [SET]}),
     "data.validation": Change(0.3),
     "data.test": Change("other.jsonl"),
+    "data.fold": Change({"number": 1, "of": 3}),
+    "data.fold.number": Change(2, {"data.fold": {"number": 1, "of": 3}}),
+    "data.fold.of": Change(2, {"data.fold": {"number": 1, "of": 3}}),
+    "data.fold.by": Change("of", {"data.fold": {"number": 1, "of": 2}}),
     "data.corpus": Change({"path": "both.jsonl", "columns": {"id": "query"}}, ANSWERED),
     "data.corpus.path": Change(
         {"path": "other.jsonl", "columns": {"text": "remark"}},

@@ -21,6 +21,7 @@ from tunesmith.recipe import Data, TrainingSet
 Progress = Callable[[str, int, int | None], None]
 Memory = Mapping[str, Sequence[Mapping[str, Any]]]
 
+FOLD = "fold"  # the test set that data.fold takes from train
 _TELL_EVERY = 4096
 
 
@@ -48,7 +49,8 @@ def given(
     `training_tags` are kept by training rows.
     """
     held = dict(memory or {})
-    of_train = tuple(tags) if isinstance(data.validation, float) and "validation" not in held else ()
+    drawn = isinstance(data.validation, float) and "validation" not in held
+    of_train = tuple(tags) if drawn or data.fold is not None else ()
     of_train = tuple(dict.fromkeys((*of_train, *training_tags)))
 
     def one(split: str, path: str, rows: Sequence[Mapping[str, Any]] | None = None) -> Given:
@@ -70,6 +72,8 @@ def given(
     for name in paths:
         if name in ("train", "validation"):
             raise InputError(f"data.test: a test set cannot be called {name!r}", "give it another name")
+    if data.fold is not None and FOLD in {*paths, *held}:
+        raise InputError(f"data.test has a set called {FOLD!r}, and so is what data.fold takes", "give it another name")
     tests = {name: one("test", path) for name, path in paths.items()}
     tests.update({name: one("test", name, rows) for name, rows in held.items()})
     return train, validation, tests

@@ -17,15 +17,15 @@ from tunesmith.data import aside, audit
 from tunesmith.data.audit import Audit, Leaks, SplitAudit
 from tunesmith.data.checks import Keys
 from tunesmith.data.corpus import Corpus, open_corpus
-from tunesmith.data.ingest import Given, Memory, Progress, code_version, digest, given, ingest
+from tunesmith.data.ingest import FOLD, Given, Memory, Progress, code_version, digest, given, ingest
 from tunesmith.data.pool import Pool
 from tunesmith.data.source import EasyFirst
-from tunesmith.data.split import draw, split
+from tunesmith.data.split import draw, folds, split
 from tunesmith.data.store import TokenStore, Writer
 from tunesmith.data.tokenise import tokenise
 from tunesmith.errors import InputError
 from tunesmith.protocols import Objective, Searches
-from tunesmith.recipe import Data
+from tunesmith.recipe import Data, Fold
 
 if TYPE_CHECKING:
     from tunesmith.data.chat import Renderer
@@ -178,6 +178,8 @@ def _split(
     train, leaks = audit.remove_leaks(train, held, set(tests), data.allow)
     audit.check_enough(train, "that no held-out set has too")
     train = _limited(train, sets, seed)
+    if data.fold is not None:
+        train, held[FOLD] = _without_fold(train, data.fold, seed)
     if isinstance(data.validation, float) and validation is None:
         kept, taken = split(train.keys, data.validation, seed, train.classes)
         if not len(taken):
@@ -218,6 +220,23 @@ def _limited(train: Pool, sets: Sequence[Given], seed: int) -> Pool:
             mine = mine[draw(source.limit, keys[mine], seed, None if classes is None else classes[mine])]
         taken.append(mine)
     return train.take(np.concatenate(taken))
+
+
+def _without_fold(train: Pool, fold: Fold, seed: int) -> tuple[Pool, Pool]:
+    """What is left of train, and the part that is taken. InputError where there are not so many parts."""
+    if fold.number > fold.of:
+        raise InputError(
+            f"data.fold asks for part {fold.number} of {fold.of}", f"number goes from 1 to {fold.of}, which is `of`"
+        )
+    groups = None if fold.by is None else [str(row.tags[fold.by]) for row in train.rows()]
+    part_N = folds(train.keys, fold.of, seed, train.classes, groups)
+    if len(np.unique(part_N)) < fold.of:
+        alike = "different rows" if fold.by is None else f"values of {fold.by!r} that share no row"
+        raise InputError(
+            f"data.fold divides train into {fold.of} parts, and there are only {len(np.unique(part_N))} {alike}",
+            "ask for fewer parts, or give more rows",
+        )
+    return train.take(np.flatnonzero(part_N != fold.number - 1)), train.take(np.flatnonzero(part_N == fold.number - 1))
 
 
 def _finished(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -23,6 +25,52 @@ def split(keys: Keys, fraction: float, seed: int, labels: NDArray[np.int64] | No
     quota = _apportion(counts * fraction, np.maximum(counts - 1, 0), max(1, round(len(first) * fraction)))
     held = _take(keys[first], classes, quota, seed)[group]
     return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def folds(
+    keys: Keys,
+    count: int,
+    seed: int,
+    labels: NDArray[np.int64] | None = None,
+    groups: Sequence[str] | None = None,
+) -> Indices:
+    """Of each row the part it is in, from 0: parts alike in size, and in their shares of each class.
+
+    Rows of one key are in one part, and so are those of one group. The largest sets of rows that belong together come
+    first, each into the part with least of its classes, then with fewest rows; of equally large ones hashes decide.
+    """
+    unit_N = _together(keys, groups)
+    class_N = _classes(labels, len(keys))
+    sizes_U, frequency_C = np.bincount(unit_N), np.bincount(class_N)
+    high, low = _halves(keys)
+    hash_U = np.full(len(sizes_U), np.iinfo(np.uint64).max, dtype=np.uint64)
+    np.minimum.at(hash_U, unit_N, _mixed(high ^ _mixed(low + np.uint64(seed))))
+    rows = np.argsort(unit_N, kind="stable")
+    starts = np.concatenate(([0], np.cumsum(sizes_U)))
+    held_PC, held_P = np.zeros((count, len(frequency_C))), np.zeros(count)
+    part_U = np.empty(len(sizes_U), dtype=np.int64)
+    for unit in np.lexsort((hash_U, -sizes_U)):
+        classes, counts = np.unique(class_N[rows[starts[unit] : starts[unit + 1]]], return_counts=True)
+        crowded_P = held_PC[:, classes] @ (counts / frequency_C[classes])
+        part = np.lexsort((held_P, np.round(crowded_P, 9)))[0]
+        held_PC[part, classes] += counts
+        held_P[part] += sizes_U[unit]
+        part_U[unit] = part
+    return part_U[unit_N]
+
+
+def _together(keys: Keys, groups: Sequence[str] | None) -> Indices:
+    """A number for each set of rows that are linked by a key or a group."""
+    key_N = np.unique(keys, return_inverse=True)[1]
+    if groups is None:
+        return key_N
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    group_N = np.unique(np.asarray(groups), return_inverse=True)[1] + key_N.max(initial=-1) + 1
+    size = int(group_N.max(initial=-1)) + 1
+    links = coo_array((np.ones(len(keys)), (key_N, group_N)), shape=(size, size))
+    return connected_components(links, directed=False)[1][key_N].astype(np.int64)
 
 
 def draw(n: int, keys: Keys, seed: int, labels: NDArray[np.int64] | None = None) -> Indices:

@@ -142,6 +142,19 @@ def _table(title: str, records: Sequence[Mapping[str, Any]], changes: Mapping[st
     return table
 
 
+def spread_table(spread: Mapping[str, Mapping[str, Any]], folds: int) -> Table:
+    """How much each metric differs from fold to fold."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
+    table.title, table.title_justify = Text(f"\nspread over {folds} folds"), "left"
+    table.add_column("metric", overflow="fold", min_width=8)
+    for heading in ("mean", "standard deviation", "lowest", "highest"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for metric, found in spread.items():
+        values = found["values"]
+        table.add_row(visible(metric), *(figure(v) for v in (found["mean"], found["sd"], min(values), max(values))))
+    return table
+
+
 def _with_limits(record: Mapping[str, Any] | None, key: str, sign: str = "") -> str:
     """A value over its interval, so that the table fits into 80 columns."""
     if record is None:

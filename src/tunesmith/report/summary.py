@@ -77,6 +77,7 @@ class Summary:
     cost: Cost
     findings: list[Finding]
     licence: Licence | None
+    crossval: Json | None
 
     @property
     def commands(self) -> str:
@@ -130,6 +131,7 @@ def summarise(run: Path) -> Summary:
         cost=_cost(run, plan),
         findings=findings(plan["audit"]),
         licence=catalog().licences.get(plan["base"]["licence"] or ""),
+        crossval=_crossval(run),
     )
 
 
@@ -144,6 +146,12 @@ def _answers(run: Path, measured: list[Table]) -> dict[str, Answers]:
         if answers is not None:
             found[table.data] = answers
     return found
+
+
+def _crossval(run: Path) -> Json | None:
+    """What cross-validation found in its folds; None of a run that is not the last of one."""
+    path = run / rundir.CROSSVAL
+    return rundir.read_record(path, "folds", "by", "metrics") if path.is_file() else None
 
 
 def _detectable(answers: Mapping[str, Answers]) -> dict[tuple[str, str], float]:
