@@ -139,7 +139,7 @@ def train(
                 results = training.execute(run, typed, planned, assets, policy, tracking.listen)
                 write.try_report(folder)
                 tracking.finish("finished", results["records"])
-            return _result(run, results)
+            return result_of(run, results)
 
 
 def resume(
@@ -168,7 +168,7 @@ def resume(
             if unfinished(run):
                 with tracked(run, recipe, stored["hash"], tell, again=True) as tracking:
                     tracking.finish("finished", results["records"])
-            return _result(run, results)
+            return result_of(run, results)
         recipe = recipe.model_copy(
             update={"place": recipe.place.model_copy(update={"threads": stored["placement"]["threads"]})}
         )
@@ -181,7 +181,7 @@ def resume(
             results = training.execute(run, recipe, planned, assets, policy, tracking.listen)
             write.try_report(path)
             tracking.finish("finished", results["records"])
-        return _result(run, results)
+        return result_of(run, results)
 
 
 def predict(
@@ -288,7 +288,7 @@ def evaluate(
     results = measuring.read_results(run)
     if data is None:
         check_measured(path)
-        return _result(run, results)
+        return result_of(run, results)
     if name is not None:
         check_name(name)
     of = name or (Path(data).stem if isinstance(data, str | os.PathLike) else "rows")
@@ -320,7 +320,7 @@ def evaluate(
         measuring.write_results(run, results)
         if of_what.is_run:
             write.try_report(path)
-    return _result(run, results)
+    return result_of(run, results)
 
 
 def report(
@@ -396,5 +396,5 @@ def read_recipe(
     return resolve_paths(typed, Path.cwd()), origin
 
 
-def _result(run: RunDir, results: Mapping[str, Any]) -> Result:
+def result_of(run: RunDir, results: Mapping[str, Any]) -> Result:
     return Result(run.path, list(results["records"]), list(results["effects"]), list(results["groups"]))

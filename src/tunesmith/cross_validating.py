@@ -141,7 +141,7 @@ def _measured(path: Path, recipe: Recipe, parts: Sequence[Path], told: Mapping[s
         rundir.write_json(path / rundir.CROSSVAL, told)
         measuring.write_results(run, results)
         write.try_report(path)
-    return api.Result(path, list(results["records"]), list(results["effects"]))
+    return api.result_of(run, results)
 
 
 def _lines(parts: Sequence[Path]) -> Iterator[bytes]:

@@ -46,7 +46,8 @@ def _run(options: argparse.Namespace, call: Call) -> int:
         return 0
     from tunesmith.report.results import show_results, spread_table
 
-    show_results(found.path, found.result.report, found.result.records, found.result.effects, view.console)
+    result = found.result
+    show_results(result.path, result.report, result.records, result.effects, result.groups, view.console)
     view.console.print(spread_table(found.spread, len(found.folds)))
     return 0
 
