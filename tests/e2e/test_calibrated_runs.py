@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,9 @@ def test_numbers_before_and_after_stand_side_by_side(run: Path, capsys: pytest.C
     page = (run / "report.html").read_text()
     assert "Before its probabilities were scaled" in page
     assert 'class="old"' in page
+    counted = Counter(row["label"] for row in DATA["train"])
+    for label, count in counted.items():  # each class beside its rows of training
+        assert re.search(rf'{label}</th><td class="number" data-sort="{count}">{count}</td>', page)
     assert "after temperature scaling" in (run / "model" / "MODEL_CARD.md").read_text()
 
 

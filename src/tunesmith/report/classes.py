@@ -19,13 +19,14 @@ SHADES = 8
 
 @dataclass(frozen=True, slots=True)
 class ClassLine:
-    """Precision and recall of one label, where it was given or is true; `n` rows have it."""
+    """Precision and recall of one label, where it was given or is true; `n` rows have it, `trained` of training."""
 
     label: str
     precision: Mark | None
     recall: Mark | None
     n: int
     given: int
+    trained: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +93,10 @@ class Classes:
         return max((one.n for one in (*self.bins, *self.bins_before)), default=1)
 
 
-def classes_of(records: Sequence[Json], details: Mapping[str, Json]) -> list[Classes]:
-    """For each data set that has details of the tuned model."""
+def classes_of(
+    records: Sequence[Json], details: Mapping[str, Json], trained: Mapping[str, int] | None = None
+) -> list[Classes]:
+    """For each data set that has details of the tuned model; `trained`: how many training rows have each label."""
     found: list[Classes] = []
     for data, models in details.items():
         if TUNED in models:
@@ -104,7 +107,9 @@ def classes_of(records: Sequence[Json], details: Mapping[str, Json]) -> list[Cla
                 Classes(
                     data,
                     _lines(
-                        [r for r in records if r["data"] == data and r["model"] == TUNED], (confusion or own)["labels"]
+                        [r for r in records if r["data"] == data and r["model"] == TUNED],
+                        (confusion or own)["labels"],
+                        trained or {},
                     ),
                     None if confusion is None else _confusion(confusion),
                     [_bin(one) for one in reliability["bins"]],
@@ -116,7 +121,7 @@ def classes_of(records: Sequence[Json], details: Mapping[str, Json]) -> list[Cla
     return found
 
 
-def _lines(records: Sequence[Json], labels: Sequence[str]) -> list[ClassLine]:
+def _lines(records: Sequence[Json], labels: Sequence[str], trained: Mapping[str, int]) -> list[ClassLine]:
     """The worst recall first, where a reader should look."""
     marks = {
         (r["group"], r["metric"]): Mark(r["metric"], r["value"], r["low"], r["high"])
@@ -131,6 +136,7 @@ def _lines(records: Sequence[Json], labels: Sequence[str]) -> list[ClassLine]:
             marks.get((group, "recall")),
             counts.get((group, "recall"), 0),
             counts.get((group, "precision"), 0),
+            trained.get(label, 0),
         )
         for label in labels
     ]

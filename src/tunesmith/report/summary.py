@@ -124,7 +124,7 @@ def summarise(run: Path) -> Summary:
         effects=effects,
         groups=found["groups"] or [],
         tables=measured,
-        classes=classes_of(records, found["details"] or {}) if finished else [],
+        classes=classes_of(records, found["details"] or {}, plan["audit"]["train"]["labels"]) if finished else [],
         answers=answers,
         verdicts=verdicts(measured, finished, steps, list(plan["audit"]["tests"]), _detectable(answers)),
         training=training,
