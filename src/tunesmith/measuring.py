@@ -200,7 +200,12 @@ def score(
             records += by_class(model, name, predictions, known, clusters_N) if model != UNCALIBRATED else []
         details[name] = {model: class_details(predictions, known) for model, predictions in found.items()}
     searched = found[TUNED][0].scores.get("candidates")
-    own = {"in_train": in_train, **({} if searched is None else {"candidates": int(searched)})}
+    unknown = 0 if labels is None else sum(not set(p.expected) <= set(labels) for p in found[TUNED])
+    own = {
+        "in_train": in_train,
+        **({} if searched is None else {"candidates": int(searched)}),
+        **({"unknown_labels": unknown} if unknown else {}),
+    }
     said = [record | own for record in records_to_json(records)]
     return {"records": said, "effects": effects, "details": details, "groups": apart}
 

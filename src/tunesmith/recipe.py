@@ -390,8 +390,11 @@ class Recipe(Strict):
     @property
     def training_tags(self) -> list[str]:
         """The columns that training rows must keep."""
-        order = self.train.curriculum.by if self.train.curriculum else BY_LENGTH
-        classes = self.train.balance.by if self.train.balance else BY_LABEL
-        together = self.data.fold.by if self.data.fold else None
-        named = [self.objective.options.get("weight_column"), order, classes, together]
-        return [column for column in named if column not in (None, BY_LENGTH, BY_LABEL)]
+        order, classes = self.train.curriculum, self.train.balance
+        named = [
+            self.objective.options.get("weight_column"),
+            order.by if order and order.by != BY_LENGTH else None,
+            classes.by if classes and classes.by != BY_LABEL else None,
+            self.data.fold.by if self.data.fold else None,
+        ]
+        return [column for column in named if column]

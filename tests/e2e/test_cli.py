@@ -278,6 +278,26 @@ def test_predict_needs_no_answers_and_writes_a_file_whole(project: Path, run: Pa
     assert [json.loads(line)["reference"] for line in output.read_text().splitlines()] == [None, None]
 
 
+def test_answers_do_not_replace_the_rows_that_they_are_of(project: Path, run: Path) -> None:
+    before = (project / "test.jsonl").read_bytes()
+    done = call("predict", run, "--input", project / "test.jsonl", "--output", project / "." / "test.jsonl")
+    assert done.code == 2
+    assert "is the file of the rows, which the answers would replace" in done.err
+    assert (project / "test.jsonl").read_bytes() == before
+
+
+def test_labels_that_the_model_does_not_know_are_counted_and_told(project: Path, classifier: Path) -> None:
+    copy = project / "strange"
+    shutil.copytree(classifier, copy)
+    rows = [json.loads(line) for line in (project / "labels.jsonl").read_text().splitlines()[:4]]
+    write_rows(project / "strange.jsonl", [*rows, {"text": "new", "label": "never seen"}])
+    done = call("evaluate", copy, "--data", project / "strange.jsonl")
+    assert done.code == 0, done.err
+    assert (
+        "warning: 1 of 5 rows of strange have labels that the model does not know, so they count as wrong" in done.out
+    )
+
+
 def test_predict_writes_rows_for_another_model_to_learn_from(project: Path, run: Path, classifier: Path) -> None:
     done = call("predict", run, "--input", project / "test.jsonl", "--rows", "--json")
     rows = done.json["predictions"]

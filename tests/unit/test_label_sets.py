@@ -151,6 +151,13 @@ def test_a_list_of_labels_is_refused_where_training_had_one_each(tiny_bert: Path
         api.predict(run, _rows(2))
 
 
+def test_one_label_is_refused_where_training_had_lists() -> None:
+    objective = Classify(Classify.Options())
+    objective.fit([_row(["red"]), _row([])])
+    with pytest.raises(InputError, match="this row has one label, and the training rows have lists"):
+        objective.answers.columns(Row({"text": "x", "label": "red"}, "here"))
+
+
 def test_one_label_may_be_there_or_not() -> None:
     objective = Classify(Classify.Options())
     objective.fit([_row(["toxic"]), _row([])])

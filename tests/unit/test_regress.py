@@ -131,3 +131,8 @@ def test_the_code_of_the_card_gives_the_same_number(
         filled = code.replace("path/to/this/folder", str(run / "model")).replace('"..."', '"it was good"')
         exec(compile(filled, "card", "exec"), {})
         assert float(capsys.readouterr().out) == pytest.approx(float(answer.output), rel=1e-4)
+
+
+def test_a_score_beyond_all_squares_is_refused() -> None:
+    with pytest.raises(InputError, match=r"a score as large as 1e\+300, whose square is no number"):
+        Regress(Regress.Options()).fit([Row({"text": "x", "score": score}, "here") for score in (1e300, -1e300, 1.0)])

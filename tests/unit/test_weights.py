@@ -235,3 +235,7 @@ def test_easy_rows_come_first_in_the_first_epochs(tiny_llama: Path, tmp_path: Pa
     wrong = [{**row, "grade": "hard"} for row in rows]
     with pytest.raises(InputError, match=r"grade: train\.curriculum\.by must be a number, this is 'hard'"):
         api.plan({**recipe, "train": {"curriculum": {"by": "grade"}}}, data={"train": wrong})
+    labelled = [{"text": f"{i}", "label": "ab"[i % 2]} for i in range(6)]  # a column that the format itself reads
+    asked = {**recipe, "objective": "classify", "train": {"curriculum": {"by": "label"}}}
+    with pytest.raises(InputError, match=r"label: train\.curriculum\.by must be a number, this is 'a'"):
+        api.plan(asked, data={"train": labelled})

@@ -50,6 +50,8 @@ def _run(options: argparse.Namespace, call: Call) -> int:
         raise InputError(f"there is no folder {output.absolute().parent} for --output", "make it, or give another path")
     if output is not None and output.is_dir():
         raise InputError(f"--output {output} is a folder", "give the path of a file")
+    if output is not None and output.exists() and Path(options.input).exists() and output.samefile(options.input):
+        raise InputError(f"--output {output} is the file of the rows, which the answers would replace", "give another")
     from tunesmith import rundir
 
     answers, cut_off = (_rows if options.rows else _answers)(options)

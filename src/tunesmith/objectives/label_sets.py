@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith.data.rows import labels_of
+from tunesmith.errors import InputError
 from tunesmith.losses.class_cross_entropy import PLAIN, Emphasis, any_of
 from tunesmith.types import LabelCounts, Prediction, Row
 
@@ -35,6 +36,11 @@ class LabelSets:
         self._columns = [f"labels_{number}" for number in range(-(-len(labels) // WORD))]
 
     def columns(self, row: Row) -> dict[str, int]:
+        if "label" in row.value:
+            raise InputError(
+                f"{row.where}: this row has one label, and the training rows have lists of them",
+                "give all rows `labels`, or all of them a `label`",
+            )
         words = dict.fromkeys(self._columns, 0)
         for place in self._known(row):
             words[self._columns[place // WORD]] |= 1 << place % WORD

@@ -19,6 +19,8 @@ from tunesmith.types import Batch, Example, LabelCounts, Part, Prediction, Row, 
 if TYPE_CHECKING:
     from tunesmith.data.chat import Renderer
 
+LARGEST = 1e100  # of a score: squares of scores are summed
+
 
 @OBJECTIVES.register("regress")
 class Regress:
@@ -51,6 +53,11 @@ class Regress:
         if self._goes_on:
             return
         scores = [float(row.value["score"]) for row in rows]
+        if (largest := max(map(abs, scores))) > LARGEST:
+            raise InputError(
+                f"a training row has a score as large as {largest:g}, whose square is no number any more",
+                "give scores in a larger unit, or check data.columns",
+            )
         self.mean = math.fsum(scores) / len(scores)
         self.scale = math.sqrt(math.fsum((score - self.mean) ** 2 for score in scores) / len(scores))
         if not self.scale > 1e-12 * max(1.0, abs(self.mean)):

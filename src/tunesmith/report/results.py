@@ -96,7 +96,13 @@ def weaknesses(records: Sequence[Mapping[str, Any]]) -> list[str]:
             "there is no test set (data.test): these rows also chose the checkpoint, so the numbers may be too good"
         ]
     rows = {r["data"]: (r["in_train"], r["n"]) for r in records if r["group"] == "all" and r.get("in_train")}
+    strange = {
+        r["data"]: (r["unknown_labels"], r["n"]) for r in records if r["group"] == "all" and "unknown_labels" in r
+    }
     return [
+        f"{count:,} of {of:,} rows of {visible(data)} have labels that the model does not know, so they count as wrong"
+        for data, (count, of) in strange.items()
+    ] + [
         f"{count:,} of {of:,} rows of {visible(data)} stand in the training rows too, so the numbers are too good: "
         "measure on rows that it was not trained on"
         for data, (count, of) in rows.items()
