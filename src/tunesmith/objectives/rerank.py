@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tunesmith.declared import HeadSpec, ObjectiveNeeds
 from tunesmith.errors import InputError
@@ -69,6 +69,14 @@ class Rerank:
             "", description="text before each query where the base makes it a vector", examples=["query: "]
         )
         passage_prefix: str = Field("", description="likewise before each passage", examples=["passage: "])
+
+        @model_validator(mode="after")
+        def _enough(self) -> Rerank.Options:
+            if "negatives" in self.model_fields_set and self.negatives > self.depth:
+                raise ValueError(
+                    f"negatives are drawn from the first {self.depth} passages, and {self.negatives} are asked"
+                )
+            return self
 
     def __init__(self, options: Any) -> None:
         self.options = options
