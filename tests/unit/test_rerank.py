@@ -23,7 +23,6 @@ from tunesmith.errors import InputError
 from tunesmith.models.heads import Head
 from tunesmith.models.policy import Policy, Tokens
 from tunesmith.objectives.rerank import Rerank
-from tunesmith.recipe_file import parse_recipe
 from tunesmith.types import Example, Piece, Row, SampleSpec, Step, Want
 
 PARTNERS = {"mouse": "cheese", "eagle": "nest", "coin": "mint", "ship": "port", "book": "shelf", "wasp": "hive"}
@@ -272,8 +271,8 @@ def test_steps_by_tokens_are_refused_where_wrong_passages_are_added(tiny_bert: P
         api.plan(recipe, data={"train": _rows(24)})
 
 
-def test_more_wrong_passages_than_are_found_are_refused() -> None:
+def test_more_wrong_passages_than_are_found_are_refused(tiny_bert: Path) -> None:
     asked = {"name": "rerank", "negatives": 9, "depth": 3}
     with pytest.raises(InputError, match="drawn from the first 3 passages, and 9 are asked"):
-        parse_recipe({"model": "x", "data": {"train": "rows.jsonl"}, "objective": asked, "method": "lora"})
+        api.plan({"model": str(tiny_bert), "data": {"train": "rows.jsonl"}, "objective": asked, "method": "lora"})
     assert Rerank.Options(depth=1).depth == 1
