@@ -92,7 +92,7 @@ def run(
         path / "plan.json",
         {"meaning": meaning, "audit": {"train": {"labels": dict(train), "rows": sum(train.values())}}},
     )
-    results: dict[str, Any] = {"records": [], "effects": [], "details": {}}
+    results: dict[str, Any] = {"records": [], "effects": [], "details": {}, "groups": []}
     for data, (rows, found) in sets.items():
         measuring.write_predictions(RunDir(path), data, rows, found, recipe.evaluate.keep)
         measuring.merge(results, measuring.score(data, rows, found, objective, recipe))

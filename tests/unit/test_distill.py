@@ -102,7 +102,7 @@ def test_the_first_loss_is_the_one_written_by_hand(
     whole = tmp_path / "teacher"
     api.export(teacher, whole, merge=True)
     models = [AutoModelForCausalLM.from_pretrained(folder) for folder in (student, whole)]
-    _, assets = api._planned(*api._recipe(asked, (), {"train": ROWS, "validation": HELD}), lambda *_: None)  # pyright: ignore[reportPrivateUsage]
+    _, assets = api._planned(*api.read_recipe(asked, (), {"train": ROWS, "validation": HELD}), lambda *_: None)  # pyright: ignore[reportPrivateUsage]
     store = assets.prepared.train
     expected = by_hand(*models, [store.example(i) for i in range(len(store))], options)
     first = json.loads((result.path / "metrics.jsonl").read_text().splitlines()[0])
