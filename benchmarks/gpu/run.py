@@ -70,8 +70,10 @@ def measured(asked: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def table(lines: list[dict[str, Any]]) -> str:
+    shapes = sorted({r.get("shape", "llama-3.1-8b") for r in lines})
     rows = [
-        f"| {r['name']} | {r['rows']} | {r['tokens_per_second']:,} | {r['share_of_peak']:.0%} | {r['step_ms']:.0f} "
+        f"| {r['name']}{', ' + r['shape'] if len(shapes) > 1 else ''} | {r['rows']} "
+        f"| {r['tokens_per_second']:,} | {r['share_of_peak']:.0%} | {r['step_ms']:.0f} "
         f"| {r['peak_allocated_gib']} | {r['peak_reserved_gib']} | {r['first_step_s']} "
         f"| {r['losses'][0]} -> {r['losses'][-1]} ({r['steps']}) |\n"
         for r in lines
@@ -79,7 +81,6 @@ def table(lines: list[dict[str, Any]]) -> str:
     cards = sorted({f"{r['card']}, torch {r['torch']}" for r in lines})
     versions = sorted({f"{k} {v}" for r in lines for k, v in r.get("versions", {}).items()})
     warm = sorted({f"{r['warm_up']} of {r['steps']}" for r in lines})
-    shapes = sorted({r.get("shape", "llama-3.1-8b") for r in lines})
     tokens = max(r["tokens_per_step"] for r in lines)
     full = all("full" in r["name"] for r in lines)
     trained = "All parameters" if full else "LoRA r=16 on all linear layers"

@@ -14,12 +14,11 @@ from tunesmith.data.ingest import FOLD
 from tunesmith.errors import InputError, RefusedError
 from tunesmith.evaluation import answers
 from tunesmith.models.saved import folder_of, read_card
-from tunesmith.objectives import OBJECTIVES
-from tunesmith.protocols import Objective
 from tunesmith.recipe import Fold, Recipe
 from tunesmith.recipe_file import load_recipe, run_name
 from tunesmith.report import write
 from tunesmith.rundir import RunDir
+from tunesmith.session import objective_of
 from tunesmith.types import Prediction, Row
 
 FOLDS = "folds"  # the folder of the folds' runs, and the name of all their answers as one set
@@ -125,6 +124,7 @@ def _spread(parts: Sequence[Path]) -> dict[str, dict[str, Any]]:
 def _measured(path: Path, recipe: Recipe, parts: Sequence[Path], told: Mapping[str, Any]) -> api.Result:
     """Measures the answers of all folds as one set, and adds that to the run on all rows."""
     run = RunDir.open(path)
+    objective = objective_of(read_card(folder_of(path)))  # of all rows, so that it knows every label
     rows: list[Row] = []
     found: dict[str, list[Prediction]] = {}
     for answered in (row for part in parts for row in answers.read(part, FOLD)):
@@ -134,7 +134,7 @@ def _measured(path: Path, recipe: Recipe, parts: Sequence[Path], told: Mapping[s
     with run.hold():
         results = measuring.read_results(run)
         whole = {model: own for model, own in found.items() if len(own) == len(rows)}
-        measuring.merge(results, measuring.score(FOLDS, rows, whole, _objective(path), recipe, in_train=0))
+        measuring.merge(results, measuring.score(FOLDS, rows, whole, objective, recipe, in_train=0))
         kept = path / answers.FOLDER
         kept.mkdir(exist_ok=True)
         rundir.write_file(kept / f"{FOLDS}.jsonl", b"".join(_lines(parts)))
@@ -146,12 +146,3 @@ def _measured(path: Path, recipe: Recipe, parts: Sequence[Path], told: Mapping[s
 
 def _lines(parts: Sequence[Path]) -> Iterator[bytes]:
     return ((part / answers.FOLDER / f"{FOLD}.jsonl").read_bytes() for part in parts)
-
-
-def _objective(path: Path) -> Objective:
-    """The objective of the run on all rows, which knows every label."""
-    card = read_card(folder_of(path))
-    objective_class = OBJECTIVES.get(card["objective"]["name"])
-    objective = objective_class(objective_class.Options.model_validate(card["objective"]["options"]))
-    objective.adopt(card["objective"]["learned"])
-    return objective

@@ -171,6 +171,14 @@ def base_of(folder: Path, card: Mapping[str, Any]) -> LocalModel:
     return local
 
 
+def objective_of(card: Mapping[str, Any]) -> Objective:
+    """The objective of a saved model, with what it learned of the training rows."""
+    objective_class = OBJECTIVES.get(card["objective"]["name"])
+    objective = objective_class(objective_class.Options.model_validate(card["objective"]["options"]))
+    objective.adopt(card["objective"]["learned"])
+    return objective
+
+
 def load(
     folder: Path, device: str, shared: SharedBase | None = None, *, trained: bool = True
 ) -> tuple[Policy, Objective, Method, Renderer, dict[str, Any]]:
@@ -181,9 +189,7 @@ def load(
     """
     card = read_card(folder)
     local = base_of(folder, card) if shared is None else shared.local
-    objective_class, method_class = OBJECTIVES.get(card["objective"]["name"]), METHODS.get(card["method"]["name"])
-    objective = objective_class(objective_class.Options.model_validate(card["objective"]["options"]))
-    objective.adopt(card["objective"]["learned"])
+    objective, method_class = objective_of(card), METHODS.get(card["method"]["name"])
     method = method_class(method_class.Options.model_validate(card["method"]["options"]), 0.0)
     tokenizer, tokens = load_tokenizer(local), card.get("tokens", ())
     add_tokens(tokenizer, tokens)

@@ -293,9 +293,9 @@ def test_labels_that_the_model_does_not_know_are_counted_and_told(project: Path,
     write_rows(project / "strange.jsonl", [*rows, {"text": "new", "label": "never seen"}])
     done = call("evaluate", copy, "--data", project / "strange.jsonl")
     assert done.code == 0, done.err
-    assert (
-        "warning: 1 of 5 rows of strange have labels that the model does not know, so they count as wrong" in done.out
-    )
+    told = "have labels that the model does not know, so they count as wrong"
+    assert f"warning: 1 of 5 rows of strange {told}" in done.out
+    assert f"1 of these 5 rows {told}" in call("report", copy, "--format", "md").out
 
 
 def test_predict_writes_rows_for_another_model_to_learn_from(project: Path, run: Path, classifier: Path) -> None:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertModel, Gemma3ForCausalLM, Gemma3TextConfig, Qwen3Config, Qwen3ForCausalLM
 
+from tunesmith import api
 from tunesmith.data.pack import collate, place
 from tunesmith.kernels import attention, compiled_layers
 from tunesmith.kernels.accelerate import COMPILED, accelerate
@@ -93,7 +96,7 @@ def _learn(policy: Policy, lengths: list[int]) -> dict[str, Tensor]:
 
 def _fuse(policy: Policy) -> None:
     for layer in layers(policy.model).values():
-        assert compiled_layers.fuse(layer)
+        compiled_layers.fuse(layer)
 
 
 @pytest.mark.parametrize(("family", "lora"), [("qwen3", True), ("gemma3", False), ("bert", False)])
@@ -103,7 +106,7 @@ def test_numbers_stay_and_graphs_are_few(family: str, lora: bool, graphs: list[A
     _fuse(policy)
     found = [_learn(policy, LENGTHS[0])]
     many = len(graphs)
-    assert many
+    assert 0 < many <= 6, "a set of graphs for each layer, or for the first"
     found += [_learn(policy, lengths) for lengths in LENGTHS[1:]]
     assert len(graphs) == many, "another length was compiled for"
     for ours, theirs in zip(found, expected, strict=True):
@@ -177,6 +180,25 @@ def test_on_a_cpu_layers_stay_as_they_are() -> None:
     policy = _policy("qwen3")
     assert accelerate(policy, compiled=layers(policy.model).values())[COMPILED] == 0
     assert all("forward" not in vars(layer) for layer in layers(policy.model).values())
+
+
+def test_a_run_hands_on_what_its_plan_says(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    handed: list[int] = []
+
+    def watched(model: Any, *, compiled: Any = (), **options: Any) -> dict[str, int]:
+        handed.append(len(list(compiled)))
+        return accelerate(model, **options)
+
+    def as_on_a_long_run(facts: Any, placement: Any, *_: Any) -> Any:
+        return replace(placement, compiled=True)
+
+    monkeypatch.setattr("tunesmith.session.accelerate", watched)
+    recipe = {"model": str(tiny_llama), "objective": "sft", "method": "lora", "train": {"max_steps": 1}}
+    rows = [{"prompt": f"{i}?", "completion": "yes"} for i in range(4)]
+    api.train(recipe, data={"train": rows}, out=tmp_path / "short")
+    monkeypatch.setattr("tunesmith.settings.with_compiling", as_on_a_long_run)
+    api.train(recipe, data={"train": rows}, out=tmp_path / "long")
+    assert handed == [0, 2]
 
 
 @pytest.mark.gpu

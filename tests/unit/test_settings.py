@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from tunesmith import api
-from tunesmith.engine.memory import Shape
+from tunesmith.engine.memory import Shape, activation_bytes
 from tunesmith.engine.precision import Speed
-from tunesmith.settings import Default, Epoch, _precision, predict
+from tunesmith.settings import Default, Epoch, Placement, Prediction, _precision, predict, with_compiling
 
 EPOCH = Epoch(examples=100.0, tokens=5000, trained=1000)
 
@@ -34,6 +34,36 @@ def test_tokens_and_seconds_of_a_run(keys: dict[str, Any], frozen: bool, tokens:
     found = predict(facts, meaning, placement, shape, speed, 1, EPOCH)
     assert found.tokens == tokens
     assert found.seconds > 0
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "frozen", "seconds", "expected"),
+    [
+        (None, "cuda:0", False, 500.0, True),
+        (None, "cuda:0", False, 100.0, False),
+        (None, "cuda:0", True, 500.0, False),
+        (None, "cpu", False, 500.0, False),
+        (True, "cuda:0", False, 1.0, True),
+        (False, "cuda:0", False, 500.0, False),
+    ],
+)
+def test_layers_are_compiled_as_asked_or_where_a_run_is_long_enough(
+    asked: bool | None, device: str, frozen: bool, seconds: float, expected: bool
+) -> None:
+    facts = _facts(frozen=frozen)
+    facts.recipe = SimpleNamespace(place=SimpleNamespace(compile=asked))
+    defaults: list[Default] = []
+    placement = Placement(device, 1, 1, "bf16", True, None, 4096, False, 1)
+    assert with_compiling(facts, placement, Prediction(1, 1, seconds, 1), defaults).compiled is expected
+    told = [(default.key, default.value) for default in defaults]
+    assert told == ([("place.compile", expected)] if asked is None and device != "cpu" and not frozen else [])
+
+
+def test_a_trained_output_projection_in_half_precision_keeps_slopes() -> None:
+    """Of 100 words, two bytes each; in float32, and where the projection is frozen, there are none."""
+    whole, part = (Shape(1000, 100, trained, 2, 32, 64, 100, 4) for trained in (1000, 10))
+    assert activation_bytes(whole, 2, False) - activation_bytes(part, 2, False) == 2 * 100
+    assert activation_bytes(whole, 4, False) == activation_bytes(part, 4, False)
 
 
 def _facts(coupling: str = "example", *, frozen: bool = False) -> Any:

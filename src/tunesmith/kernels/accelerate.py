@@ -36,8 +36,10 @@ def accelerate(
     if layers and device == "cuda" and find_spec("triton") is not None:
         for module in model.modules():
             taken[LAYERS] += decoder_layer.fuse(module, fp8=fp8)
-    for layer in compiled if device == "cuda" else ():
-        taken[COMPILED] += not hasattr(layer, "fast") and compiled_layers.fuse(layer)
+    left = [layer for layer in compiled if device == "cuda" and not hasattr(layer, "fast")]
+    for layer in left:
+        compiled_layers.fuse(layer)
+    taken[COMPILED] = len(left)
     if device == "cpu":
         keep_memory()
         for module in model.modules():

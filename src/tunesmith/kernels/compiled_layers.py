@@ -20,10 +20,9 @@ from tunesmith.kernels import attention
 log = logging.getLogger("tunesmith.kernels")
 
 
-def fuse(layer: nn.Module) -> bool:
+def fuse(layer: nn.Module) -> None:
     """`layer` runs compiled where it learns; one that torch cannot compile runs as before, and the log says why."""
     cast(Any, layer).forward = MethodType(_compiled(type(layer)), layer)
-    return True
 
 
 class _Compiled:

@@ -131,6 +131,11 @@ def _caveats(table: Table, line: Line, on_validation: bool, detectable: float | 
             f"{line.after['in_train']:,} of these {line.after['n']:,} rows stand in the training rows too and flatter "
             "the tuned model: measure it on rows that it was not trained on."
         )
+    if line.after.get("unknown_labels"):
+        found.append(
+            f"{line.after['unknown_labels']:,} of these {line.after['n']:,} rows have labels that the model does not "
+            "know, so they count as wrong."
+        )
     if line.after.get("candidates"):
         found.append(f"Each query was searched for among {line.after['candidates']:,} passages.")
     if line.after["n"] < FEW_ROWS:
