@@ -15,7 +15,7 @@ from tunesmith import rundir
 from tunesmith.data.chat import Renderer
 from tunesmith.errors import InputError
 from tunesmith.protocols import Converses
-from tunesmith.recipe import Positive, Strict
+from tunesmith.recipe_keys import Positive, Strict
 from tunesmith.types import Row, SampleSpec
 
 if TYPE_CHECKING:

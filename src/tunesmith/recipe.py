@@ -6,55 +6,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-Fraction = Annotated[float, Field(gt=0, lt=1)]
-Above0 = Annotated[float, Field(gt=0)]
-Positive = Annotated[int, Field(gt=0)]
-Text = Annotated[str, Field(min_length=1)]
-
-
-def key(default: Any, meaning: str, example: Any, otherwise: str = "") -> Any:
-    """A key that may be left out. `otherwise`: where its value comes from then, if not from `default`.
-
-    Errors, `tunesmith schema` and docs/recipes.md say what stands here.
-    """
-    said: Any = {"description": meaning, "examples": [example]}
-    if otherwise:
-        said["json_schema_extra"] = {"otherwise": otherwise}
-    return Field(default_factory=default, **said) if callable(default) else Field(default, **said)
-
-
-class Strict(BaseModel):
-    """Unknown keys are refused; values are frozen once read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Choice(BaseModel):
-    """A registered name with its options: `lora`, or `{name: lora, rank: 16}`.
-
-    The options are checked by the model that the named thing declares beside itself.
-    """
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-    name: Text
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
-
-
-def _as_choice(value: Any) -> Any:
-    return {"name": value} if isinstance(value, str) else value
-
-
-Named = Annotated[Choice, BeforeValidator(_as_choice, json_schema_input_type=str | Choice)]
-
-# It becomes part of a file's name, so it must not lead out of the run's folder.
-SET_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-SetName = Annotated[str, Field(pattern=SET_NAME, description="a name of letters, digits, dots, dashes and underscores")]
+from tunesmith.recipe_keys import (
+    Above0,
+    Fraction,
+    Named,
+    Names,
+    Positive,
+    SetName,
+    Strict,
+    Text,
+    key,
+)
 
 
 class TrainingSet(Strict):
@@ -263,13 +227,6 @@ class Place(Strict):
     compile: bool | None = key(
         None, "torch compiles the layers that no kernel of ours serves; about a minute, on CUDA", True, "where it pays"
     )
-
-
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-Names = Annotated[list[Text], BeforeValidator(_as_list, json_schema_input_type=Text | list[Text])]
 
 
 class Code(Strict):

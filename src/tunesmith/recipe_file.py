@@ -12,7 +12,8 @@ from typing import Any, TypeVar, cast
 from pydantic import BaseModel, ValidationError
 
 from tunesmith.errors import InputError
-from tunesmith.recipe import Choice, Recipe
+from tunesmith.recipe import Recipe
+from tunesmith.recipe_keys import Choice
 from tunesmith.recipe_problems import Origin, find_problems, refuse, show
 from tunesmith.recipe_schema import recipe_schema
 from tunesmith.yaml_text import MAX_BYTES, read_scalar, read_yaml, write_yaml

@@ -15,7 +15,7 @@ TOY = '''
 
 from tunesmith.methods import METHODS
 from tunesmith.methods.own_weights import OwnWeights
-from tunesmith.recipe import Strict
+from tunesmith.recipe_keys import Strict
 from tunesmith.declared import MethodFacts
 
 

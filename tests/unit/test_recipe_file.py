@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field, ValidationError
 from tunesmith.errors import InputError
 from tunesmith.methods import METHODS
 from tunesmith.objectives import OBJECTIVES
-from tunesmith.recipe import Choice, Data, Evaluate, Place, Recipe, Strict, Train, TrainingSet
+from tunesmith.recipe import Data, Evaluate, Place, Recipe, Train, TrainingSet
 from tunesmith.recipe_file import (
     Origin,
     check_options,
@@ -26,6 +26,7 @@ from tunesmith.recipe_file import (
     resolve_paths,
     run_name,
 )
+from tunesmith.recipe_keys import Choice, Strict
 from tunesmith.recipe_problems import spellings
 from tunesmith.recipe_schema import key_paths
 from tunesmith.yaml_text import read_scalar, read_yaml, write_yaml
@@ -202,7 +203,7 @@ def test_a_wrong_value_in_one_line(tmp_path: Path) -> None:
     [
         ("seed: -1", "seed must be a whole number of at least 0 and below 2147483648, not -1"),
         ("seed: true", "seed must be a whole number of at least 0 and below 2147483648, not true"),
-        ("seed:", "seed is empty; it must be a whole number of at least 0 and below 2147483648"),
+        ("train: {curriculum: {by: 3}}", "train.curriculum.by must be text, not 3"),
         ("out: 3", "out must be a path, not 3"),
         ("precision: fp16", 'precision must be one of auto, fp32, bf16, fp8, int4, not "fp16"'),
         ("train: {schedule: cosin}", 'train.schedule must be one of linear, cosine, constant, not "cosin"'),
@@ -229,6 +230,7 @@ def test_wrong_values(tmp_path: Path, line: str, cause: str) -> None:
     [
         ("{train: []}", "data.train must be text or a list of at least 1 (each item text or a set of keys"),
         ("{train: ''}", "data.train must be text or a list"),
+        ("{train: a, corpus: {path: }}", "data.corpus.path is empty; it must be text"),
         (
             "{train: [{path: a, weight: 0}]}",
             "data.train.0.weight must be a number of at least 0.001 and at most 1000, not 0",
@@ -339,6 +341,14 @@ def test_overrides_reach_into_lists(tmp_path: Path) -> None:
 def test_null_unsets(tmp_path: Path) -> None:
     recipe, _ = load(tmp_path, BASE + "train: {epochs: 3}\n", "train.epochs=null", "train.max_steps=5")
     assert (recipe.train.epochs, recipe.train.max_steps) == (None, 5)
+
+
+@pytest.mark.parametrize("model", [Recipe, Data, Train, Evaluate, Place])
+def test_null_is_as_leaving_a_key_out(model: type[Strict]) -> None:
+    needed = {"model": "m", "data": {"train": "a.jsonl"}, "objective": "sft", "method": "lora", "train": "a.jsonl"}
+    given = {name: needed[name] for name, known in model.model_fields.items() if known.is_required()}
+    optional = {name: None for name in model.model_fields if name not in {*given, "clip"}}  # null is no limit there
+    assert model.model_validate({**given, **optional}) == model.model_validate(given)
 
 
 @pytest.mark.parametrize(

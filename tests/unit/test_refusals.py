@@ -162,8 +162,8 @@ def test_a_name_that_a_model_lacks_is_refused_beside_those_that_it_has(cause: st
 
 @pytest.mark.parametrize("cause", OPTIONS)
 def test_options_of_partial_that_mean_nothing(cause: str) -> None:
-    from tunesmith.recipe import Choice
     from tunesmith.recipe_file import check_options
+    from tunesmith.recipe_keys import Choice
 
     choice = Choice.model_validate({"name": "partial", **OPTIONS[cause]})
     with pytest.raises(TunesmithError, match=cause):
@@ -564,8 +564,8 @@ def test_a_folder_is_no_file_of_predictions(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_dora_starts_at_no_update() -> None:
-    from tunesmith.recipe import Choice
     from tunesmith.recipe_file import check_options
+    from tunesmith.recipe_keys import Choice
 
     choice = Choice.model_validate({"name": "dora", "init": "pissa"})
     with pytest.raises(TunesmithError, match="dora cannot start at pissa"):

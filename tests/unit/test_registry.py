@@ -122,4 +122,4 @@ def test_what_is_registered_describes_itself(package_name: str, registry: str) -
         item = found.get(name)
         facts = item.facts if package_name == "methods" else item.needs
         assert facts.summary
-        assert item.Options.model_config.get("extra") == "forbid", f"{name}.Options: derive from recipe.Strict"
+        assert item.Options.model_config.get("extra") == "forbid", f"{name}.Options: derive from recipe_keys.Strict"

@@ -15,7 +15,7 @@ from tunesmith.data.formats import Raw, rows
 from tunesmith.data.read import read, read_memory
 from tunesmith.declared import ObjectiveNeeds
 from tunesmith.errors import InputError
-from tunesmith.recipe import SET_NAME
+from tunesmith.recipe_keys import SET_NAME
 from tunesmith.types import Row
 
 PathLike = str | os.PathLike[str]

@@ -13,7 +13,7 @@ from tunesmith.methods import METHODS
 from tunesmith.methods.peft_adapter import LowRankOptions, PeftAdapter, has_transposed_linears, task_type
 from tunesmith.models.policy import Policy
 from tunesmith.protocols import Engine, GradientRule
-from tunesmith.recipe import Positive
+from tunesmith.recipe_keys import Positive
 from tunesmith.types import GradientMode
 
 if TYPE_CHECKING:

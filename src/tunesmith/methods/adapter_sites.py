@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tunesmith.errors import InputError
-from tunesmith.recipe import Strict
+from tunesmith.recipe_keys import Strict
 
 
 class Sublayer(Strict):

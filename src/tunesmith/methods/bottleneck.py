@@ -16,7 +16,7 @@ from tunesmith.methods import METHODS, adapter_hub
 from tunesmith.methods.adapter_sites import Place, Switch, after_sublayer, after_sum, beside_sublayer, sites_of
 from tunesmith.models.layers import layers
 from tunesmith.models.policy import Policy
-from tunesmith.recipe import Strict
+from tunesmith.recipe_keys import Strict
 
 # What each variant does at which sub-layers.
 PLACES: dict[str, tuple[Place, tuple[str, ...]]] = {

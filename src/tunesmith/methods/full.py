@@ -6,7 +6,7 @@ from tunesmith.declared import MethodFacts
 from tunesmith.methods import METHODS
 from tunesmith.methods.own_weights import OwnWeights
 from tunesmith.models.policy import Policy
-from tunesmith.recipe import Strict
+from tunesmith.recipe_keys import Strict
 
 
 @METHODS.register("full")

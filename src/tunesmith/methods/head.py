@@ -14,7 +14,7 @@ from tunesmith.methods import METHODS
 from tunesmith.methods.own_weights import OwnWeights
 from tunesmith.models.heads import Head
 from tunesmith.models.policy import Policy
-from tunesmith.recipe import Strict
+from tunesmith.recipe_keys import Strict
 
 
 @METHODS.register("head")

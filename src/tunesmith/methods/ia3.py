@@ -23,7 +23,7 @@ from tunesmith.methods.peft_adapter import (
     task_type,
 )
 from tunesmith.models.policy import Policy
-from tunesmith.recipe import Strict
+from tunesmith.recipe_keys import Strict
 
 if TYPE_CHECKING:
     from peft import IA3Config

@@ -22,7 +22,7 @@ from tunesmith.methods.peft_adapter import (
     token_rows,
 )
 from tunesmith.models.policy import Policy
-from tunesmith.recipe import Positive
+from tunesmith.recipe_keys import Positive
 from tunesmith.types import Batch
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from tunesmith.errors import InputError
 from tunesmith.methods import METHODS
 from tunesmith.methods.peft_adapter import TRAINED, PeftAdapter, Targets, has_transposed_linears, task_type
 from tunesmith.models.policy import Policy
-from tunesmith.recipe import Strict
+from tunesmith.recipe_keys import Strict
 
 if TYPE_CHECKING:
     from peft import OFTConfig

@@ -17,7 +17,7 @@ from tunesmith.methods.unfreeze import Unfreeze
 from tunesmith.models import layers
 from tunesmith.models.policy import Policy
 from tunesmith.protocols import GradientRule
-from tunesmith.recipe import Strict
+from tunesmith.recipe_keys import Strict
 
 TOP = 0.25
 FEW_RATE = 1e-3

@@ -15,7 +15,7 @@ from tunesmith.compat import quiet_transformers
 from tunesmith.errors import InputError
 from tunesmith.kernels.nf4 import give_back
 from tunesmith.models.policy import Policy
-from tunesmith.recipe import Positive, Strict
+from tunesmith.recipe_keys import Positive, Strict
 
 if TYPE_CHECKING:
     from peft import PeftConfig

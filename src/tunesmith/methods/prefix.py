@@ -12,7 +12,7 @@ from tunesmith.methods import METHODS
 from tunesmith.methods.virtual_tokens import VirtualMethod, VirtualOptions
 from tunesmith.models.policy import Policy
 from tunesmith.models.virtual import Virtual, VirtualKeys
-from tunesmith.recipe import Positive
+from tunesmith.recipe_keys import Positive
 
 if TYPE_CHECKING:
     from peft import PrefixTuningConfig

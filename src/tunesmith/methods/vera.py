@@ -10,7 +10,7 @@ from tunesmith.declared import MethodFacts
 from tunesmith.methods import METHODS
 from tunesmith.methods.peft_adapter import PeftAdapter, Targets, has_transposed_linears, task_type
 from tunesmith.models.policy import Policy
-from tunesmith.recipe import Positive, Strict
+from tunesmith.recipe_keys import Positive, Strict
 
 if TYPE_CHECKING:
     from peft import VeraConfig

@@ -15,7 +15,7 @@ from tunesmith.declared import MethodFacts
 from tunesmith.methods.peft_adapter import task_type
 from tunesmith.models.policy import Policy
 from tunesmith.models.virtual import Virtual
-from tunesmith.recipe import Positive, Strict
+from tunesmith.recipe_keys import Positive, Strict
 
 if TYPE_CHECKING:
     from peft import PromptLearningConfig

@@ -22,7 +22,7 @@ from tunesmith.losses.divergence import Kind, coarse, divergence, most_probable,
 from tunesmith.models.policy import Policy
 from tunesmith.objectives import OBJECTIVES
 from tunesmith.objectives.sft import Learned, Sft, counted
-from tunesmith.recipe import Above0, Positive
+from tunesmith.recipe_keys import Above0, Positive
 from tunesmith.types import Batch, Part, Terms, Want
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from tunesmith.errors import InputError
 from tunesmith.losses.class_cross_entropy import Emphasis
-from tunesmith.recipe import Above0, Strict
+from tunesmith.recipe_keys import Above0, Strict
 
 
 class Imbalance(Strict):

@@ -14,7 +14,7 @@ from tunesmith.data.source import ExampleList, batches
 from tunesmith.errors import InputError
 from tunesmith.models.heads import joined
 from tunesmith.models.policy import Policy
-from tunesmith.recipe import Positive, Strict
+from tunesmith.recipe_keys import Positive, Strict
 from tunesmith.types import Batch, Example, Piece, Want
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from tunesmith.models.policy import Policy
 from tunesmith.objectives import OBJECTIVES
 from tunesmith.objectives.pooled import PooledOptions, head_outputs, read_all
 from tunesmith.objectives.retrieve import NEGATIVE, POSITIVE, QUERY, Retrieve, ranked
-from tunesmith.recipe import Positive
+from tunesmith.recipe_keys import Positive
 from tunesmith.types import Batch, Example, Part, Piece, Prediction, Row, SampleSpec, Step, Terms
 
 if TYPE_CHECKING:

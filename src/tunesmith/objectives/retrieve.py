@@ -19,7 +19,7 @@ from tunesmith.losses.contrastive import info_nce
 from tunesmith.models.policy import Policy
 from tunesmith.objectives import OBJECTIVES
 from tunesmith.objectives.pooled import Pooling, read_each
-from tunesmith.recipe import Above0
+from tunesmith.recipe_keys import Above0
 from tunesmith.types import Batch, Example, Part, Piece, Prediction, Row, SampleSpec, Step, Terms, Want
 
 if TYPE_CHECKING:

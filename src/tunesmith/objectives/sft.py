@@ -21,7 +21,7 @@ from tunesmith.errors import InputError, placed
 from tunesmith.models.policy import Policy
 from tunesmith.objectives import OBJECTIVES
 from tunesmith.protocols import Annotator
-from tunesmith.recipe import Strict
+from tunesmith.recipe_keys import Strict
 from tunesmith.types import Batch, Completion, Example, Part, Piece, Prediction, Row, SampleSpec, Step, Terms, Want
 
 if TYPE_CHECKING:

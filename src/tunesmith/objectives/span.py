@@ -19,7 +19,7 @@ from tunesmith.errors import InputError
 from tunesmith.losses.grouped_softmax import grouped_logprobs
 from tunesmith.models.policy import Policy
 from tunesmith.objectives import OBJECTIVES
-from tunesmith.recipe import Positive, Strict
+from tunesmith.recipe_keys import Positive, Strict
 from tunesmith.types import (
     WINDOW,
     Batch,

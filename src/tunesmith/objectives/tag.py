@@ -19,7 +19,7 @@ from tunesmith.losses.class_cross_entropy import PLAIN, one_of
 from tunesmith.models.policy import Policy
 from tunesmith.objectives import OBJECTIVES
 from tunesmith.objectives.imbalance import Imbalance
-from tunesmith.recipe import Positive
+from tunesmith.recipe_keys import Positive
 from tunesmith.types import (
     WINDOW,
     Batch,
