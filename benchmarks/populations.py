@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize, special
 
-from tunesmith.evaluation.calibration import BINS, Ece
+from tunesmith.evaluation.calibration import BINS, AdaptiveEce, Brier, Ece
 from tunesmith.evaluation.class_metrics import AveragePrecision, RocAuc
 from tunesmith.evaluation.count_metrics import BalancedAccuracy, MacroPrecision, MatthewsCorrelation
 from tunesmith.evaluation.json_metrics import FieldAccuracy
@@ -152,11 +152,15 @@ def table(metric: RowMetric, actual_N: NDArray[np.int64], shares_NL: FloatArray)
         return metric.ranked(np.eye(labels)[actual_N].astype(bool), shares_NL, apart_N)
     if isinstance(metric, Ece):
         place_N = np.clip(np.ceil(confidence_N * BINS).astype(int) - 1, 0, BINS - 1)
+        if isinstance(metric, AdaptiveEce):
+            place_N[confidence_N.argsort(kind="stable")] = np.arange(len(place_N)) * BINS // len(place_N)
         gaps_NB = np.eye(BINS)[place_N] * (confidence_N - (said_N == actual_N))[:, None]
         return np.column_stack([gaps_NB, np.ones(len(gaps_NB))])
     if isinstance(metric, ClassCounts):
         one_hot = np.eye(labels)
         return np.hstack([one_hot[said_N] * (said_N == actual_N)[:, None], one_hot[said_N], one_hot[actual_N]])
+    if isinstance(metric, Brier):
+        return one(((shares_NL - np.eye(labels)[actual_N]) ** 2).sum(axis=1))
     if isinstance(metric, Loss):
         return one(-np.log(shares_NL[np.arange(len(actual_N)), actual_N]))
     return one(said_N == actual_N)
@@ -227,6 +231,9 @@ POPULATIONS: tuple[Population, ...] = (
     Population("ECE, calibrated", Ece(), classified(Ece(), FIVE_WAY), 0.0, truth=0.0),
     Population("ECE, both too bold", Ece(), classified(Ece(), BOLD), 0.0),
     Population("ECE, one bold, one timid", Ece(), opposed, 0.06),
+    Population("adaptive ECE, calibrated", AdaptiveEce(), classified(AdaptiveEce(), FIVE_WAY), 0.0, truth=0.0),
+    Population("adaptive ECE, both too bold", AdaptiveEce(), classified(AdaptiveEce(), BOLD), 0.0),
+    Population("Brier score, 5 classes", Brier(), classified(Brier(), FIVE_WAY), 0.4),
     Population("balanced accuracy, 10%", BalancedAccuracy("ab"), classified(BalancedAccuracy("ab"), RARE), 0.5),
     Population("macro precision, 20", MacroPrecision(LETTERS), classified(MacroPrecision(LETTERS), MANY_WAY), 0.3),
     Population("MCC, 5 classes", MatthewsCorrelation("abcde"), classified(MatthewsCorrelation("abcde"), FIVE_WAY), 0.4),

@@ -12,12 +12,13 @@ import pytest
 from scipy.stats import binomtest, multinomial
 
 from tunesmith.errors import InputError, RefusedError
-from tunesmith.evaluation.calibration import Ece
+from tunesmith.evaluation.calibration import Brier, Ece
 from tunesmith.evaluation.class_metrics import RocAuc
 from tunesmith.evaluation.intervals import influence, interval, paired_rate, square_and_add, wilson
 from tunesmith.evaluation.json_metrics import FieldAccuracy
 from tunesmith.evaluation.likelihood_metrics import Loss, Perplexity
 from tunesmith.evaluation.metrics import Accuracy, FloatArray, MacroF1, RowMetric, lacking
+from tunesmith.evaluation.text_metrics import TokenF1
 
 LETTERS = "abcdefghijklmnopqrst"
 Draw = Callable[[int, np.random.Generator], FloatArray]
@@ -280,3 +281,12 @@ def test_rare_classes_are_worth_few_rows() -> None:
     assert high == 1.0
     worth = 4 / (1 / 990 + 1 / 10)
     assert low == pytest.approx(wilson(worth, worth)[0])
+
+
+def test_a_mean_between_any_two_numbers_has_the_interval_of_its_share_of_them() -> None:
+    """The Brier score goes to 2: its limits are twice those of half of it, and where all rows agree not the value."""
+    halves_N2 = np.column_stack([np.random.default_rng(4).beta(1, 4, 60), np.ones(60)])
+    value, low, high = interval(TokenF1(), halves_N2, 0)
+    assert interval(Brier(), halves_N2 * [2, 1], 0) == pytest.approx((2 * value, 2 * low, 2 * high))
+    same = interval(Brier(), np.tile([0.5, 1.0], (40, 1)), 0)
+    assert same == pytest.approx((0.5, *(2 * limit for limit in wilson(0.25 * 40, 40))))

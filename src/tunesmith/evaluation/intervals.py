@@ -1,9 +1,9 @@
 """Intervals of a metric's value over rows.
 
 By `RowMetric.kind`, chosen by the coverage of nominal 95% intervals at n = 50, 200 and 1,000, which
-benchmarks/error_bars.py measures and docs/statistics.md tells. Rates: Wilson's score. All else between 0 and 1:
-Wilson's too, for as many rows as would be as uncertain. Ratios: bootstrap-t. Where rows cannot carry an interval
-(`lacking`) there is none.
+benchmarks/error_bars.py measures and docs/statistics.md tells. Rates: Wilson's score. All else between 0 and 1, and
+means between any two numbers: Wilson's too, for as many rows as would be as uncertain. Ratios: bootstrap-t. Where rows
+cannot carry an interval (`lacking`) there is none.
 Shape letters: N rows, C clusters, K statistics, R resamples.
 """
 
@@ -71,9 +71,9 @@ def interval(
         else:
             limits = as_of_a_rate(metric, statistics_NK, level, freedom)
     if limits is None:
-        if metric.bounds == (0.0, 1.0):
+        if _is_share(metric):
             worth = metric.worth(statistics_NK.sum(axis=0)) if isinstance(metric, Weighed) else count
-            limits = wilson(value * min(count, worth), min(count, worth), level)
+            limits = _of_share(metric, value, min(count, worth), level)
         else:
             limits = metric.bounds if count == 1 else (value, value)
     return value, max(min(limits[0], value), metric.bounds[0]), min(max(limits[1], value), metric.bounds[1])
@@ -86,7 +86,7 @@ def _rate_limits(metric: RowMetric, statistics_N2: FloatArray, seed: int, level:
 def _mean_limits(
     metric: RowMetric, statistics_NK: FloatArray, seed: int, level: float, resamples: int
 ) -> Limits | None:
-    if metric.bounds != (0.0, 1.0):
+    if not _is_share(metric):
         return _ratio_limits(metric, statistics_NK, seed, level, resamples)
     return as_of_a_rate(metric, statistics_NK, level)
 
@@ -265,18 +265,30 @@ def as_of_a_rate(
     Tibshirani 1993, chapter 11), and so is the bias that is taken off; for ROC-AUC this is Kottas, Kuss and Zapf 2014
     (BMC Med. Res. Methodol. 14:26) with the score in place of Wald's.
     """
-    value, count = value_of(metric, statistics_NK), len(statistics_NK)
+    value, count, (least, most) = value_of(metric, statistics_NK), len(statistics_NK), metric.bounds
     pull_N, bias = influence(metric, statistics_NK)
     variance = float(pull_N @ pull_N) / (count * (count - 1))
-    if variance <= ROUNDING or not 0 < value < 1:
+    if variance <= ROUNDING or not least < value < most:
         return None
     if freedom is None:
         own = degrees_of_freedom(pull_N)
         freedom = RANKED * own if isinstance(metric, Joint) else max(min(LEAST_FREEDOM, count - 1.0), own)
     widening = special.ndtri((1 + level) / 2) / special.stdtrit(freedom, (1 + level) / 2)
-    worth = float(value * (1 - value) / variance * widening**2)
-    low, high = wilson(value * worth, worth, level)
+    worth = float((value - least) * (most - value) / variance * widening**2)
+    low, high = _of_share(metric, value, worth, level)
     return low - bias, high - bias
+
+
+def _is_share(metric: RowMetric) -> bool:
+    """Whether the metric is between 0 and 1, or a mean between two other finite numbers."""
+    return metric.bounds == (0.0, 1.0) or (metric.kind == "mean" and all(map(math.isfinite, metric.bounds)))
+
+
+def _of_share(metric: RowMetric, value: float, worth: float, level: float) -> Limits:
+    """Wilson's limits of a share as certain as `worth` rows of a rate, in the metric's own numbers."""
+    least, most = metric.bounds
+    low, high = wilson((value - least) / (most - least) * worth, worth, level)
+    return least + low * (most - least), least + high * (most - least)
 
 
 def influence(metric: RowMetric, statistics_NK: FloatArray) -> tuple[FloatArray, float]:
