@@ -20,7 +20,7 @@ from tunesmith.evaluation.calibrated import of_card
 from tunesmith.evaluation.preflight import check_metrics
 from tunesmith.events import Listen, StopRun, Together
 from tunesmith.exporting import Exported
-from tunesmith.loaded import load
+from tunesmith.loaded import Passages, load
 from tunesmith.measurable import check_measured, is_model, measurable, run_of
 from tunesmith.models.cache import cache_dir
 from tunesmith.models.saved import folder_of
@@ -190,12 +190,12 @@ def predict(
     *,
     device: str = "auto",
     max_new_tokens: int | None = None,
-    corpus: PathLike | None = None,
+    corpus: Passages | None = None,
     plugins: Sequence[PathLike] = (),
 ) -> list[Prediction]:
     """Answers of a run's model to rows of a file or in memory; labels and answers in them are optional.
 
-    `corpus`: passages to be searched, in place of the run's. To ask more than once, `load` the model once.
+    `corpus`: passages to be searched in place of the run's, as `load` takes them. To ask again, `load` the model once.
     """
     load_plugins(plugins)
     return load(path, device, corpus).predict(rows, max_new_tokens)
@@ -253,7 +253,7 @@ def export(
         recipe, _ = load_recipe(path / "recipe.yaml")
         rows = exporting.rows_to_check(_planned(recipe, Origin(), Together([]))[1].prepared)
     else:
-        rows = to_answer(data, loaded.card.get("columns", {}))[: exporting.CHECKED_ROWS]
+        rows = to_answer(data, loaded.card.get("columns", {}), loaded.card.get("format"))[: exporting.CHECKED_ROWS]
         check_kinds(rows, loaded.objective.needs, asking=True)
     parts = (loaded.policy, loaded.objective, loaded.method, loaded.renderer, loaded.card)
     if gguf:
@@ -269,7 +269,7 @@ def evaluate(
     metrics: Sequence[str] | None = None,
     keep: int | Literal["all"] | None = None,
     base: bool = True,
-    corpus: PathLike | None = None,
+    corpus: Passages | None = None,
     device: str = "auto",
     plugins: Sequence[PathLike] = (),
     listen: Listeners | None = None,
@@ -280,7 +280,7 @@ def evaluate(
     `name`: of these rows in the results; left out, the file's own without its ending, or "rows" for rows in memory.
     `metrics`, `keep` (answers, or "all"): in place of the recipe's.
     `base`: whether the base (or what the objective is compared with) is measured beside it.
-    `corpus`: passages to be searched, in place of the run's. Without `data`, returns what the run has measured.
+    `corpus`: passages to be searched, as `load` takes them. Without `data`, returns what the run has measured.
     """
     load_plugins(plugins)
     of_what = measurable(path := run_of(Path(path)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from tunesmith.models.policy import Policy
 from tunesmith.models.saved import folder_of
 from tunesmith.protocols import Converses, Method, Objective, Searches
 from tunesmith.recipe import CorpusFile
-from tunesmith.recipe_file import load_recipe
+from tunesmith.recipe_file import load_recipe, parse_corpus
 from tunesmith.types import Prediction, Row, SampleSpec
+
+Passages = PathLike | Mapping[str, Any]  # a file that is searched, or its path and the names of its columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +69,7 @@ class Loaded:
         return made, [row.where for row, answer in answered if not answer.finished]
 
     def _asked(self, rows: PathLike | Rows) -> list[Row]:
-        asked = to_answer(rows, self.card.get("columns", {}))
+        asked = to_answer(rows, self.card.get("columns", {}), self.card.get("format"))
         check_kinds(asked, self.objective.needs, asking=True)
         return asked
 
@@ -75,10 +78,11 @@ class Loaded:
         return calibrated(self.objective.predict(self.policy, asked, self.renderer, spec), self.card)
 
 
-def load(path: PathLike, device: str = "auto", corpus: PathLike | None = None) -> Loaded:
+def load(path: PathLike, device: str = "auto", corpus: Passages | None = None) -> Loaded:
     """The model of a run (or an exported model folder), ready to predict.
 
-    `corpus`: the passages that a model which searches is asked for; left out, those of the run's recipe, if it has any.
+    `corpus`: the passages that a model which searches is asked for: a path, or `{"path": ..., "columns": ...}` as in
+    a recipe, whose own names of columns hold for a path alone. Left out, those of the run's recipe, if it has any.
     Raises InputError where there is no model (yet), RefusedError where its base has other bytes than at training.
     """
     loaded = Loaded(*session.load(folder_of(Path(path)), str(choose_device(device))))
@@ -103,8 +107,10 @@ def _question(row: Row) -> list[dict[str, Any]]:
     return messages[:-1] if messages[-1]["role"] == "assistant" else messages
 
 
-def _corpus(run: Path, given: PathLike | None) -> CorpusFile | None:
-    """What is searched: the file that was given, read by the recipe's names of its columns, or the recipe's."""
+def _corpus(run: Path, given: Passages | None) -> CorpusFile | None:
+    """What is searched: what was given, a path alone read by the recipe's names of its columns, or the recipe's."""
+    if isinstance(given, Mapping):
+        return parse_corpus(given)
     recipe = run / "recipe.yaml"
     own = load_recipe(recipe)[0].data.corpus if recipe.is_file() else None
     if given is None:

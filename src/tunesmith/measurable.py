@@ -49,7 +49,7 @@ def measurable(path: Path) -> Measurable:
     card = read_card(path)
     asked = {
         "model": card["base"]["name"],
-        "data": {"train": "unknown", "columns": card.get("columns", {})},
+        "data": {"train": "unknown", "columns": card.get("columns"), "format": card.get("format")},
         "objective": {"name": card["objective"]["name"], **card["objective"]["options"]},
         "method": card["method"]["name"],
         "seed": SEED,

@@ -370,7 +370,7 @@ def _warnings(recipe: Recipe, prepared: Prepared) -> list[str]:
 
 def _shown(prepared: Prepared, renderer: Renderer) -> list[tuple[str, bool]]:
     """The example of median length, in pieces, with whether each is trained; of windows the first."""
-    from tunesmith.data.chat import Encoded
+    from tunesmith.data.encoded import Encoded
     from tunesmith.data.store import trained_of
 
     pieces = prepared.train.example(prepared.audit.shown).pieces

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 from pydantic import BaseModel, ValidationError
 
 from tunesmith.errors import InputError
-from tunesmith.recipe import Recipe
+from tunesmith.recipe import CorpusFile, Recipe
 from tunesmith.recipe_keys import Choice
 from tunesmith.recipe_problems import Origin, find_problems, refuse, show
 from tunesmith.recipe_schema import recipe_schema
@@ -25,6 +25,7 @@ __all__ = [
     "dump_recipe",
     "leaves",
     "load_recipe",
+    "parse_corpus",
     "parse_recipe",
     "recipe_schema",
     "resolve_paths",
@@ -68,6 +69,11 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Orig
 def parse_recipe(mapping: Mapping[str, Any]) -> Recipe:
     """A recipe from a mapping made in Python; raises InputError that lists every problem."""
     return _validated(dict(mapping), Recipe, Origin())
+
+
+def parse_corpus(mapping: Mapping[str, Any]) -> CorpusFile:
+    """What stands under `data.corpus`, from a mapping made in Python; raises InputError that lists every problem."""
+    return _validated(dict(mapping), CorpusFile, Origin(), "corpus")
 
 
 def check_options(choice: Choice, model: type[Model], where: str, origin: Origin | None = None) -> Model:

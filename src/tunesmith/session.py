@@ -121,6 +121,7 @@ def save(
         "tokens": method.facts.tokens,
         "precision": plan.placement.precision,
         "columns": dict(recipe.data.columns),
+        "format": recipe.data.format,
         "templates": dict(assets.renderer.templates),
         "sequence_length": plan.training.sequence_length,
         "max_new_tokens": plan.training.max_new_tokens,

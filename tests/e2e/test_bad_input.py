@@ -196,6 +196,13 @@ def classifier(project: Path) -> Path:
     return project / "classifier"
 
 
+def test_blank_labels_are_labels_that_are_not_known(project: Path, classifier: Path) -> None:
+    (project / "new.csv").write_text("text,label\na 1,b\na 2,\n")
+    done = call("predict", classifier, "--input", project / "new.csv")
+    assert done.code == 0, done.err
+    assert [json.loads(line)["reference"] for line in done.out.splitlines()] == ["b", None]
+
+
 MISMATCHED: dict[str, tuple[list[str], str]] = {
     "text to a model that answers": (["predict", "{run}", "--input", "text-test.jsonl"], "asks nothing of a model"),
     "labels to a model that answers": (["evaluate", "{run}", "--data", "labels.jsonl"], "no column 'question'"),
@@ -205,6 +212,14 @@ MISMATCHED: dict[str, tuple[list[str], str]] = {
     "unknown metric": (
         ["evaluate", "{classifier}", "--data", "labels.jsonl", "--metrics", "f2"],
         "unknown metric 'f2'",
+    ),
+    "columns of no corpus": (
+        ["predict", "{classifier}", "--input", "labels.jsonl", "--corpus-columns", "id=doc"],
+        "--corpus-columns is given, and no file that it is of",
+    ),
+    "columns that are no pairs": (
+        ["predict", "{classifier}", "--input", "labels.jsonl", "--corpus-columns", "doc"],
+        "it must be names and columns, as in id=doc_id,text=body",
     ),
     "no metric": (["evaluate", "{classifier}", "--data", "labels.jsonl", "--metrics", ","], "it names none"),
 }

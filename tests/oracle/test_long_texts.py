@@ -42,16 +42,20 @@ def test_windows_hold_all_of_a_text(
 ) -> None:
     folder = {"tiny_bert": tiny_bert, "tiny_llama": tiny_llama}[model]
     renderer, whole = _renderer(folder, length), _renderer(folder, None).text(text).input_ids.tolist()
+    begin = int(model == "tiny_bert")  # a CLS; the decoder's tokenizer puts nothing before a text
+    opening, ids, end = whole[:begin], whole[begin:-1], whole[-1]
+    room = length - 1 - begin
+    if len(whole) > length and stride is not None and stride > room:
+        with pytest.raises(InputError, match=f"objective.stride is {stride}, and a window has room for {room} tokens"):
+            renderer.stretches(text, stride)
+        return
     found = [ids.tolist() for ids in renderer.stretches(text, stride)]
     if len(whole) <= length:
         assert found == [whole]
         return
-    begin = int(model == "tiny_bert")  # a CLS; the decoder's tokenizer puts nothing before a text
-    opening, ids, end = whole[:begin], whole[begin:-1], whole[-1]
-    room = length - 1 - begin
     assert len(found) > 1
     assert all((w[:begin], w[-1], len(w)) == (opening, end, length) for w in found)
-    step = min(stride or room, room)
+    step = stride or room
     starts = [at for at in range(0, len(ids), step) if at + room < len(ids)] + [len(ids) - room]
     assert [w[begin:-1] for w in found] == [ids[at : at + room] for at in starts]
     read = {place for at in starts for place in range(at, at + room)}
@@ -95,6 +99,7 @@ def test_the_loss_is_that_of_each_texts_mean_vector(
 ) -> None:
     """Each window alone through the plain model of transformers, the vectors averaged, the head applied."""
     folder = {"tiny_bert": tiny_bert, "tiny_llama": tiny_llama}[model]
+    stride = stride and min(stride, length - 2)  # no more than has room beside CLS and SEP
     objective = Classify(Classify.Options(long="windows", stride=stride))
     objective.adopt({"labels": ["a", "b", "c"]})
     renderer = _renderer(folder, length)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunesmith.data.checks import as_keys, duplicates, normalise, row_keys, shared
+from tunesmith.data.checks import as_keys, contradicting, duplicates, normalise, row_keys, shared
 
 
 @pytest.mark.parametrize(
@@ -86,6 +88,15 @@ def test_duplicates_and_shared_against_sets(mine: list[bytes], theirs: list[byte
     keys, others = as_keys(b"".join(mine)), as_keys(b"".join(theirs))
     assert duplicates(keys).tolist() == [i for i, key in enumerate(mine) if key in mine[:i]]
     assert shared(keys, others).tolist() == [i for i, key in enumerate(mine) if key in set(theirs)]
+
+
+@given(_KEYS, st.randoms())
+def test_contradictions_against_sets(mine: list[bytes], random: Random) -> None:
+    answers = [random.choice([b"a", b"b"]).ljust(16) for _ in mine]
+    found = contradicting(as_keys(b"".join(mine)), as_keys(b"".join(answers)))
+    said = {key: {a for k, a in zip(mine, answers, strict=True) if k == key} for key in mine}
+    wanted = [[i for i, k in enumerate(mine) if k == key] for key in sorted(said) if len(said[key]) > 1]
+    assert [group.tolist() for group in found] == wanted
 
 
 def test_keys_that_end_in_zero_bytes_stay_apart() -> None:

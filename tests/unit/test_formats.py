@@ -210,6 +210,14 @@ def test_unknown_columns_are_told_how_to_be_mapped() -> None:
             {"messages": [{**ANSWER, "weight": -1}]},
             "messages[0]: weight must be a number of at least 0",
         ),
+        (
+            {"messages": [{**ANSWER, "train": False, "weight": 2}]},
+            "messages[0]: train is false, and weight is 2: one says what the other denies",
+        ),
+        (
+            {"messages": [{**ANSWER, "train": True, "weight": 0}]},
+            "messages[0]: train is true, and weight is 0: one says what the other denies",
+        ),
         ({"messages": [USER], "tools": "x"}, "tools: not JSON"),
         ({"messages": [USER], "tools": [1]}, "tools: must be a list of objects"),
         ({"conversations": [{"from": "narrator", "value": "a"}]}, "conversations[0]: unknown role 'narrator'"),

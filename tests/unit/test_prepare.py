@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from tunesmith.data import tokenise
+from tunesmith.data.audit import Contradictions
 from tunesmith.data.prepare import Prepared, prepare
 from tunesmith.declared import ObjectiveNeeds
 from tunesmith.errors import InputError, RefusedError, ResourceError
@@ -186,6 +187,24 @@ def test_duplicates_are_counted_and_kept(run: Any) -> None:
     got = run(train=[*asked(10), ask("question  number 3", "ANSWER 3"), ask("question number 3", "other")])
     assert got.audit.duplicates == 1
     assert len(got.train) == 12
+
+
+def test_the_same_text_with_different_answers_is_told(run: Any) -> None:
+    rows = [*classed(4, ["a", "b"]), {"text": "x", "label": "a"}, {"text": "x", "label": "a"}]
+    assert run(Labels(), train=rows).audit.contradictions == Contradictions(0, [])
+    rows += [{"text": " X", "label": "b"}, {"text": "y", "label": "b"}, {"text": "Y", "label": "a"}]
+    places = [("train.jsonl:5", "train.jsonl:7"), ("train.jsonl:8", "train.jsonl:9")]
+    found = run(Labels(), train=rows).audit.contradictions
+    assert (found.rows, found.places) == (5, places)
+    conversations = [ask("q?", "one answer"), ask("q?", "another")]
+    assert run(train=conversations).audit.contradictions is None  # both may be right
+
+
+def test_one_label_is_one_however_its_accents_are_written(run: Any) -> None:
+    labels = ["caf\u00e9", "cafe\u0301", "bar"]
+    got = run(Labels(), train=classed(6, labels), test=classed(3, labels, start=6))
+    assert got.audit.train.labels == {"bar": 2, "caf\u00e9": 4}
+    assert got.audit.tests["test"].labels == {"bar": 1, "caf\u00e9": 2}
 
 
 def test_a_validation_fraction_is_stratified_and_leak_free(run: Any) -> None:

@@ -250,7 +250,8 @@ def test_clean_data_are_called_fine_and_each_fault_is_told() -> None:
         dropped={"shared": 1, "empty": 2, "masked": 0},
         shared_with_tests={"test": {"rows": 1, "of": 9, "train_rows": 1, "places": [["/a/t.jsonl:1", "/a/r.jsonl:5"]]}},
         unknown_labels={"test": {"new": 4}},
-        train={"truncated": 2, "truncated_answers": 1},
+        train={"truncated": 2, "truncated_answers": 1, "labels": {"Card": 1, "card": 1200, "top up": 2}},
+        contradictions={"rows": 5, "places": [["/a/r.jsonl:2", "/a/r.jsonl:7"]]},
     )
     told = [finding.text for finding in findings(faults) if not finding.fine]
     assert told == [
@@ -258,6 +259,8 @@ def test_clean_data_are_called_fine_and_each_fault_is_told() -> None:
         "3 rows of train repeat an earlier one; they are kept",
         "2 rows of train were dropped: they are empty",
         "2 rows of train were cut to train.sequence_length, the answers of 1 among them",
+        "5 rows of train show the same as another and have a different answer, such as r.jsonl:2 and r.jsonl:7",
+        "labels of train that differ in capitals or spaces alone are two: 'Card' (1), 'card' (1,200)",
         "labels of test that train lacks, so that no answer can be right: new (4)",
     ]
 

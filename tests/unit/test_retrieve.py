@@ -187,6 +187,13 @@ def test_a_run_beats_its_base(
     assert [answer.output for answer in api.predict(result.path, asked)] == ["p-eagle", "p-coin"]
     other = _write(tmp_path / "other.jsonl", [{"text": text} for text in ("the nest", "the mint, no 2")])
     assert [a.output for a in api.predict(result.path, asked, corpus=other)] == ["the nest", "the mint, no 2"]
+    named = _write(tmp_path / "named.jsonl", [{"doc": 7, "body": "the nest"}, {"doc": 8, "body": "the mint, no 2"}])
+    columns = {"path": str(named), "columns": {"id": "doc", "text": "body"}}
+    assert [a.output for a in api.predict(result.path, asked, corpus=columns)] == ["7", "8"]
+    words = ["--input", str(_write(tmp_path / "asked.jsonl", asked)), "--corpus", str(named)]
+    capsys.readouterr()
+    assert cli.main(["predict", str(result.path), *words, "--corpus-columns", "id=doc,text=body"]) == 0
+    assert [json.loads(line)["output"] for line in capsys.readouterr().out.splitlines()] == ["7", "8"]
     again = api.evaluate(result.path, _rows(30, 3), name="more")
     assert {r["model"] for r in again.records if r["data"] == "more"} == {"base", "tuned"}
     page = (result.path / "report.html").read_text(encoding="utf-8")

@@ -64,7 +64,7 @@ TEXTS = st.text("abc, \n\u00e9\u4e2d\U0001f600", min_size=1, max_size=60).filter
 SHAPES = (
     st.lists(st.tuples(TEXTS, st.integers(0, 50), st.integers(1, 9)), min_size=1, max_size=4),
     st.one_of(st.none(), st.integers(14, 40)),
-    st.one_of(st.none(), st.integers(1, 20)),
+    st.one_of(st.none(), st.integers(1, 11)),  # 14 less CLS and two SEP
 )
 
 
@@ -345,3 +345,10 @@ def test_a_merged_model_answers_as_the_run_does(tiny_bert: Path, tmp_path: Path)
     answers = [[answer.output for answer in api.predict(path, rows)] for path in (run.path, tmp_path / "merged")]
     assert answers[0] == answers[1]
     assert all(answer.reference is None for answer in api.predict(run.path, rows))
+
+
+def test_a_stride_that_would_pass_over_tokens_is_refused(tiny_bert: Path) -> None:
+    renderer = Renderer(AutoTokenizer.from_pretrained(tiny_bert), sequence_length=14)
+    with pytest.raises(InputError, match=r"objective\.stride is 12, and a window has room for 11 tokens"):
+        renderer.passages("a?", "b" * 30, 12)
+    assert len(renderer.passages("a?", "b" * 9, 12)[0]) == 1  # there is one window alone

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from tunesmith.cli.train import show_result
-from tunesmith.cli.verb import Call, Verb, add_corpus, add_plugins, add_run, names
+from tunesmith.cli.verb import Call, Verb, add_corpus, add_plugins, add_run, corpus_of, names
 from tunesmith.errors import InputError
 
 
@@ -52,7 +52,7 @@ def _run(options: argparse.Namespace, call: Call) -> int:
             metrics=options.metrics,
             keep=options.keep,
             base=not options.no_base,
-            corpus=options.corpus,
+            corpus=corpus_of(options),
             plugins=options.plugins,
             listen=view.listen,
         )

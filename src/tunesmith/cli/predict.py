@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.cli.verb import Call, Verb, add_corpus, add_plugins, add_run, json_text
+from tunesmith.cli.verb import Call, Verb, add_corpus, add_plugins, add_run, corpus_of, json_text
 from tunesmith.errors import InputError
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def _rows(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]
     from tunesmith.plugins import load_plugins
 
     load_plugins(options.plugins)
-    return api.load(options.path, corpus=options.corpus).answered(options.input, options.max_new_tokens)
+    return api.load(options.path, corpus=corpus_of(options)).answered(options.input, options.max_new_tokens)
 
 
 def _answers(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
@@ -85,7 +85,7 @@ def _answers(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[st
         options.path,
         options.input,
         max_new_tokens=options.max_new_tokens,
-        corpus=options.corpus,
+        corpus=corpus_of(options),
         plugins=options.plugins,
     )
     return [_answer(prediction) for prediction in predictions], []

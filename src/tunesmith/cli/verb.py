@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tunesmith.errors import InputError
+
 
 @dataclass(slots=True)
 class Call:
@@ -80,10 +82,33 @@ def add_plugins(parser: argparse.ArgumentParser) -> None:
 
 
 def add_corpus(parser: argparse.ArgumentParser) -> None:
-    """--corpus, for a model that finds passages."""
+    """--corpus and --corpus-columns, for a model that finds passages."""
     parser.add_argument(
         "--corpus", metavar="F", type=Path, help="passages that are searched; those of the run's recipe if left out"
     )
+    parser.add_argument(
+        "--corpus-columns",
+        metavar="NAME=COLUMN,...",
+        type=_columns,
+        help="what that file calls the columns `id` and `text`, as in id=doc_id,text=body; as in the run's recipe if "
+        "left out",
+    )
+
+
+def corpus_of(options: argparse.Namespace) -> Path | dict[str, Any] | None:
+    """What is to be searched, as the command line says it."""
+    if options.corpus_columns is None:
+        return options.corpus
+    if options.corpus is None:
+        raise InputError("--corpus-columns is given, and no file that it is of", "give the file with --corpus FILE")
+    return {"path": str(options.corpus), "columns": options.corpus_columns}
+
+
+def _columns(text: str) -> dict[str, str]:
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    if not all(usual.strip() and equals and own.strip() for usual, equals, own in pairs):
+        raise argparse.ArgumentTypeError("it must be names and columns, as in id=doc_id,text=body")
+    return {usual.strip(): own.strip() for usual, _, own in pairs}
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:

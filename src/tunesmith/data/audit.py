@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.checks import duplicates, shared
+from tunesmith.data.checks import contradicting, duplicates, shared
 from tunesmith.data.pool import Pool
 from tunesmith.data.store import TokenStore
 from tunesmith.errors import InputError, RefusedError
 
 LEAK_LIMIT = 0.01
+ONE_ANSWER = ("label", "score", "tags", "pair", "choices")  # kinds of which a row that is right makes others wrong
 _PLACES = 5
 
 Indices = NDArray[np.int64]
@@ -28,6 +29,14 @@ class Overlap:
     rows: int
     of: int
     train_rows: int
+    places: list[tuple[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Contradictions:
+    """Rows of train that show the same as another and have a different answer, and two `places` of the first ones."""
+
+    rows: int
     places: list[tuple[str, str]]
 
 
@@ -62,7 +71,8 @@ class Audit:
 
     `dropped`: rows taken out of train by reason (shared, empty, masked). `unknown_labels`: by held-out
     set, labels that train lacks with their rows. `shown`: the train example of median length. `corpus`: name, sha256
-    and passages (`rows`) of each file that is searched; None where no corpus was given.
+    and passages (`rows`) of each file that is searched; None where no corpus was given. `contradictions`: None where
+    rows may have several right answers.
     """
 
     train: SplitAudit
@@ -76,6 +86,7 @@ class Audit:
     lengths: Histogram
     shown: int
     corpus: list[dict[str, Any]] | None = None
+    contradictions: Contradictions | None = None
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -195,6 +206,19 @@ def split_audit(pool: Pool, store: TokenStore, masked: int, empty: int) -> Split
 def count_duplicates(train: Pool) -> int:
     """Rows that repeat an earlier one, answer and all."""
     return len(duplicates(train.whole))
+
+
+def contradictions(train: Pool) -> Contradictions | None:
+    """What no model can learn: the same shown with different answers."""
+    if train.stores[0].kind not in ONE_ANSWER:
+        return None
+    whole_N = train.whole
+    groups = sorted(contradicting(train.keys, whole_N), key=lambda group: int(group[0]))
+    places: list[tuple[str, str]] = []
+    for group in groups[:_PLACES]:
+        other = group[np.flatnonzero(whole_N[group] != whole_N[group[0]])[0]]
+        places.append((train.row(int(group[0])).where, train.row(int(other)).where))
+    return Contradictions(sum(len(group) for group in groups), places)
 
 
 def histogram(lengths: Indices) -> Histogram:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from tunesmith.data.align import Aligner, with_processor
+from tunesmith.data.encoded import Encoded, Words
 from tunesmith.data.template import Messages, Tools, templates_of
 from tunesmith.data.turns import Rendering, Turns
 from tunesmith.data.two_texts import Frame, Window, frame_of, kept
@@ -45,28 +45,6 @@ PLAIN = (
 )
 
 Kind = Literal["encoder", "decoder"]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Encoded:
-    """Tokens with their weights (0 for what is not learned), and how many tokens, and trained tokens, truncation took.
-
-    `typed_from`: as in `Piece`.
-    """
-
-    input_ids: NDArray[np.int32]
-    weights: NDArray[np.float32]
-    cut: int = 0
-    cut_trained: int = 0
-    typed_from: int = 0
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Words:
-    """Tokens of words that follow each other. `first`: of each word by its index, the position of its first token."""
-
-    input_ids: NDArray[np.int32]
-    first: Mapping[int, int]
 
 
 class Renderer:
@@ -190,8 +168,8 @@ class Renderer:
     def stretches(self, text: str, stride: int | None = None) -> list[NDArray[np.int32]]:
         """A text as `text` reads it; where that would cut it, windows of the sequence length, each a text by itself.
 
-        Windows begin `stride` tokens apart (None, or more than fits: as many as fit, so that none is read twice). The
-        last one ends with the text and is as long as the others.
+        Windows begin `stride` tokens apart (None: as many as fit, so that none is read twice). The last one ends with
+        the text and is as long as the others. InputError: a stride that would pass over tokens.
         """
         whole = self.text(text)
         if not whole.cut:
@@ -202,7 +180,7 @@ class Renderer:
         if room < 1:
             raise self._no_room(len(before) + len(after))
         last = len(ids) - room
-        parts = [ids[at : at + room] for at in (*range(0, last, min(stride or room, room)), last)]
+        parts = [ids[at : at + room] for at in (*range(0, last, self._step(stride or room, room)), last)]
         return [np.array([*before, *p, *after] if encoder else self._document(p)[0], np.int32) for p in parts]
 
     def pair(self, first: str, second: str) -> Encoded:
@@ -230,8 +208,10 @@ class Renderer:
         first_ids, (second_ids, characters) = self._aligner.read(first), self._second(second)
         room = self._room(frame, total := len(first_ids) + len(second_ids))
         of_first = len(first_ids) if total <= room else min(len(first_ids), room // 2)
-        stride = stride or max(1, (self.sequence_length or 1) // 3)
-        windows = frame.windows(first_ids[:of_first], second_ids, characters, room, stride)
+        step = max(1, (self.sequence_length or 1) // 3) if stride is None else stride
+        if total > room:
+            self._step(step, room)
+        windows = frame.windows(first_ids[:of_first], second_ids, characters, room, step)
         return list(windows), len(first_ids) - of_first
 
     def windows(self, text: str) -> list[Encoded]:
@@ -372,6 +352,14 @@ class Renderer:
         if self._eos is None:
             raise InputError("the tokenizer has no EOS token, so a text has no end", "set eos_token in its config")
         return [self._eos]
+
+    def _step(self, stride: int, room: int) -> int:
+        if stride > room:
+            raise InputError(
+                f"objective.stride is {stride}, and a window has room for {room} tokens, so some would be left out",
+                f"set objective.stride to {room} or less, or leave it out",
+            )
+        return stride
 
     def _no_room(self, around: int) -> InputError:
         return InputError(

@@ -63,6 +63,18 @@ def duplicates(keys: Keys) -> NDArray[np.int64]:
     return np.flatnonzero(later)
 
 
+def contradicting(keys: Keys, whole: Keys) -> list[NDArray[np.int64]]:
+    """Of rows that show the same and are answered differently, the indices; a group for each thing shown."""
+    shown_N = np.unique(keys, return_inverse=True)[1]
+    answer_N = np.unique(whole, return_inverse=True)[1]
+    pairs_P = np.unique(np.column_stack([shown_N, answer_N]), axis=0)
+    several = np.flatnonzero(np.bincount(pairs_P[:, 0]) > 1)
+    order = np.argsort(shown_N, kind="stable")
+    starts = np.searchsorted(shown_N[order], several)
+    stops = np.searchsorted(shown_N[order], several, side="right")
+    return [order[start:stop] for start, stop in zip(starts, stops, strict=True)]
+
+
 def shared(keys: Keys, others: Keys) -> NDArray[np.int64]:
     """Indices, ascending, of the `keys` that stand among the `others`."""
     return np.flatnonzero(np.isin(keys, others))

@@ -143,6 +143,9 @@ def _weight(fields: Fields, at: str, turn: Mapping[str, Any], role: str) -> Mess
     train, weight = turn.get("train"), turn.get("weight")
     if train is not None and not isinstance(train, bool):
         raise fields.wrong(at, f"train must be true or false, this is {shown(train)}", "mend the turn")
+    if isinstance(train, bool) and weight is not None and train != bool(weight):
+        said = f"train is {str(train).lower()}, and weight is {weight!r:.40}"
+        raise fields.wrong(at, f"{said}: one says what the other denies", "keep one of them")
     if train is False or weight == 0:
         return {"train": False}
     if weight is None or weight == 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
+import unicodedata
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
@@ -54,7 +55,7 @@ class Fields:
         return None if value is None or value == "" else self.text(name)
 
     def label(self, name: str) -> str:
-        """A class: text, or a whole number turned into its decimal text."""
+        """A class: text, in Unicode's NFC so that it is one however it is stored; or a whole number as text."""
         return self._label(name, self.need(name))
 
     def labels(self, name: str) -> list[str]:
@@ -101,7 +102,7 @@ class Fields:
                     f"must be a tag without spaces, this is {shown(tag)}",
                     "write tags as B-ORG, I-ORG and O; numbers that stand for tags by their names",
                 )
-        return found
+        return [unicodedata.normalize("NFC", tag) for tag in found]
 
     def number(self, name: str) -> float:
         """A finite number, also one written as text, as tables of text have it."""
@@ -144,7 +145,7 @@ class Fields:
         if not isinstance(value, str):
             bad = "null" if value is None else shown(value)
             raise self.wrong(name, f"a label must be text or a whole number, this is {bad}", "name the class in words")
-        label = self._filled(name, value).strip()
+        label = unicodedata.normalize("NFC", self._filled(name, value).strip())
         if label.casefold() == "nan":
             raise self.wrong(name, "the label is NaN", "name the class, or leave the row out")
         return label

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tunesmith import rundir
-from tunesmith.data.formats import Raw, rows
+from tunesmith.data.formats import FORMATS, Raw, convert, detect, rows
 from tunesmith.data.read import read, read_memory
 from tunesmith.declared import ObjectiveNeeds
 from tunesmith.errors import InputError
@@ -37,6 +37,8 @@ _SAID: Mapping[str, str] = {
     "question": "a question about a text",
     "text": "a single text",
 }
+# What rows to be answered may leave out, or leave empty.
+_ANSWERS = ("completion", "output", "label", "labels", "score", "tags", "positive", "positive_ids", "answers")
 Rows = Iterable[Mapping[str, Any]] | Table  # a list of mappings, a `datasets.Dataset`, a table
 
 
@@ -113,12 +115,18 @@ def questions(
     return list(rows(_askable(_raw(given)), format, columns or {}, tags)[1])
 
 
-def to_answer(given: PathLike | Rows, columns: Mapping[str, str]) -> list[Row]:
-    """Rows to be answered, of a file or in memory: their answers and labels may lack.
+def to_answer(given: PathLike | Rows, columns: Mapping[str, str], format: str | None = None) -> list[Row]:
+    """Rows to be answered, of a file or in memory: their answers and labels may lack, of each row by itself.
 
-    `columns` are those that the model was trained on; rows may have the usual names all the same.
+    `columns` and `format` are those that the model was trained on; rows may have the usual names all the same, and
+    another format where they lack a column of that one.
     """
-    return list(rows(_askable(_renamed(_raw(given), columns)), None, {})[1])
+    needed = None if format is None else set(FORMATS[format].required)
+    found: list[Row] = []
+    for raw, where in _askable(_without_blanks(_renamed(_raw(given), columns))):
+        asked_as = format if needed is not None and needed <= raw.keys() else None
+        found.append(Row(convert(raw, asked_as or detect([(raw, where)]), {}, where), where))
+    return found
 
 
 def check_kinds(given: Sequence[Row], needs: ObjectiveNeeds, *, asking: bool) -> None:
@@ -148,6 +156,15 @@ def _renamed(found: Iterator[Raw], columns: Mapping[str, str]) -> Iterator[Raw]:
         here = {usual: own for usual, own in columns.items() if own in raw}
         kept = {name: value for name, value in raw.items() if name not in here.values()}
         yield {**kept, **{usual: raw[own] for usual, own in here.items()}}, where
+
+
+def _without_blanks(found: Iterator[Raw]) -> Iterator[Raw]:
+    for raw, where in found:
+        yield {name: value for name, value in raw.items() if not (name in _ANSWERS and _blank(value))}, where
+
+
+def _blank(value: Any) -> bool:
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
 
 
 def _askable(found: Iterator[Raw]) -> Iterator[Raw]:

@@ -140,6 +140,7 @@ def prepare(
         lengths=audit.histogram(train.lengths),
         shown=audit.median_example(train.lengths),
         corpus=None if corpus is None else corpus.sources,
+        contradictions=audit.contradictions(splits.train),
     )
     source_N = splits.train.source_N[kept]
     weights = np.array([source.weight for source in splits.sets], dtype=np.float64)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tunesmith.data.chat import Encoded
+from tunesmith.data.encoded import Encoded
 from tunesmith.errors import InputError
 from tunesmith.types import Example, Piece
 

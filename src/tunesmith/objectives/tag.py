@@ -36,7 +36,8 @@ from tunesmith.types import (
 )
 
 if TYPE_CHECKING:
-    from tunesmith.data.chat import Renderer, Words
+    from tunesmith.data.chat import Renderer
+    from tunesmith.data.encoded import Words
 
 
 @OBJECTIVES.register("tag")

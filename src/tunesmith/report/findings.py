@@ -23,6 +23,25 @@ def findings(audit: Json) -> list[Finding]:
     return [*_leaks(audit), *_repeats(audit), *_cut(audit), *_labels(audit)]
 
 
+def doubtful_labels(audit: Json) -> list[str]:
+    """What of train cannot be right as it stands: the same text answered in two ways, one label spelled in two."""
+    found: list[str] = []
+    against = audit.get("contradictions")
+    if against and against["rows"]:
+        here, there = (file_name(place) for place in against["places"][0])
+        found.append(
+            f"{_rows(against['rows'])} of train show the same as another and have a different answer, such as {here} "
+            f"and {there}"
+        )
+    alike: dict[str, list[str]] = {}
+    for label, count in (audit["train"].get("labels") or {}).items():
+        alike.setdefault(" ".join(label.casefold().split()), []).append(f"{label!r} ({count:,})")
+    for spelled in alike.values():
+        if len(spelled) > 1:
+            found.append(f"labels of train that differ in capitals or spaces alone are two: {', '.join(spelled)}")
+    return found
+
+
 def splits(audit: Json) -> dict[str, Json]:
     """Train, validation and every test set, by name."""
     held = {"validation": audit["validation"]} if audit["validation"] else {}
@@ -76,6 +95,7 @@ def _cut(audit: Json) -> Iterator[Finding]:
 
 
 def _labels(audit: Json) -> Iterator[Finding]:
+    yield from (Finding(False, text) for text in doubtful_labels(audit))
     for name, missing in audit["unknown_labels"].items():
         listed = ", ".join(f"{label} ({count:,})" for label, count in list(missing.items())[:LABELS])
         yield Finding(False, f"labels of {name} that train lacks, so that no answer can be right: {listed}")

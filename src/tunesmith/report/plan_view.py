@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tunesmith.report.figures import duration, gibibytes, large
+from tunesmith.report.findings import doubtful_labels
 from tunesmith.report.visible import shortened, visible
 
 if TYPE_CHECKING:
@@ -108,6 +109,7 @@ def _findings(audit: Audit) -> list[Line]:
         more = f", and {len(most) - LABELS} more" if len(most) > LABELS else ""
         found.append(("labels", f"{len(most)}: {listed}{more}"))
     found.append(("duplicates", f"{audit['duplicates']:,} rows of train repeat an earlier one; they are kept"))
+    found += [("doubtful", text) for text in doubtful_labels(audit)]
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in audit["dropped"].items())
     found.append(("dropped", f"{dropped}; of train"))
     overlaps = {"validation": audit["shared_with_validation"], **audit["shared_with_tests"]}
