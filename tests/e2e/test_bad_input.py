@@ -209,6 +209,10 @@ MISMATCHED: dict[str, tuple[list[str], str]] = {
     "a question to a classifier": (["predict", "{classifier}", "--input", "ask.jsonl"], "no text to be read"),
     "questions to a classifier": (["evaluate", "{classifier}", "--data", "chat-test.jsonl"], "no known format"),
     "no labels to measure by": (["evaluate", "{classifier}", "--data", "text.jsonl"], "accuracy needs a reference"),
+    "lists of labels to a model that gives one": (
+        ["evaluate", "{classifier}", "--data", "lists.jsonl"],
+        "lists.jsonl:1: this row has a list of labels, and the training rows have one each",
+    ),
     "unknown metric": (
         ["evaluate", "{classifier}", "--data", "labels.jsonl", "--metrics", "f2"],
         "unknown metric 'f2'",
@@ -231,6 +235,7 @@ def test_rows_that_a_model_cannot_read_are_refused_before_it_runs(
 ) -> None:
     words, cause = MISMATCHED[case]
     write_rows(project / "ask.jsonl", [{"prompt": "q?"}])
+    write_rows(project / "lists.jsonl", [{"text": "a 1", "labels": ["a"]}])
     given = [str(project / word) if word.endswith(".jsonl") else word for word in words]
     done = call(*(word.format(run=run, classifier=classifier) for word in given))
     code, error = told(done)

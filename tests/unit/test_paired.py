@@ -14,19 +14,33 @@ from scipy.stats import t as t_distribution
 from sklearn.metrics import f1_score
 
 from tunesmith.errors import InputError
-from tunesmith.evaluation.calibration import BINS, Ece
+from tunesmith.evaluation.calibration import BINS, Brier, Ece
 from tunesmith.evaluation.class_metrics import RocAuc, areas
-from tunesmith.evaluation.intervals import degrees_of_freedom, influence, paired_rate, square_and_add, wilson
+from tunesmith.evaluation.intervals import degrees_of_freedom, influence, interval, paired_rate, square_and_add, wilson
 from tunesmith.evaluation.json_metrics import FieldAccuracy
 from tunesmith.evaluation.likelihood_metrics import Loss, Perplexity
-from tunesmith.evaluation.metrics import Accuracy, ExactMatch, FloatArray, MacroF1
-from tunesmith.evaluation.paired import Effect, compare, holm, hypothesis, mcnemar, side_by_side
+from tunesmith.evaluation.metrics import Accuracy, ExactMatch, FloatArray, MacroF1, RowMetric, statistics
+from tunesmith.evaluation.paired import (
+    ALIKE,
+    RANKED_TOGETHER,
+    Effect,
+    compare,
+    holm,
+    hypothesis,
+    mcnemar,
+    side_by_side,
+)
+from tunesmith.evaluation.paired import effect as effect_of
 from tunesmith.evaluation.run import measure
 from tunesmith.types import Prediction
 
 
 def answered(outputs: str, references: str) -> list[Prediction]:
     return [Prediction(o, r, f"row {i}") for i, (o, r) in enumerate(zip(outputs, references, strict=True))]
+
+
+def compare_tables(metric: RowMetric, before_NK: FloatArray, after_NK: FloatArray) -> Effect:
+    return effect_of(side_by_side(metric, before_NK, after_NK), metric, 0)
 
 
 def scored(nll: Sequence[float], tokens: Sequence[float]) -> list[Prediction]:
@@ -56,16 +70,46 @@ def test_mcnemar_is_the_binomial_test(gained: int, lost: int) -> None:
 def test_a_model_compared_with_itself_has_no_effect() -> None:
     rng = np.random.default_rng(0)
     rows = scored(rng.gamma(2, 20, 60), np.full(60, 40))
-    assert compare(rows, rows, Loss(), 0) == Effect(0.0, 0.0, 0.0, 1.0)
-    assert compare(rows, rows, Perplexity(), 0) == Effect(0.0, 0.0, 0.0, 1.0)
+    for metric in (Loss(), Perplexity()):
+        effect = compare(rows, rows, metric, 0)
+        assert (effect.difference, effect.tested, effect.reason) == (0.0, False, ALIKE)
+        pairing = side_by_side(metric, statistics(metric, rows), statistics(metric, rows))
+        assert (pairing.units_needed(0.05), pairing.detectable(0.05)) == (None, None)
     labels = answered("ab" * 30, "aab" * 20)
     # 60 rows that did not change do not prove that none ever will.
+    parts = np.column_stack([rng.random(60), np.ones(60)])
+    for metric, table in ((FieldAccuracy(), parts), (Brier(), parts)):
+        span = metric.bounds[1] - metric.bounds[0]
+        limits = side_by_side(metric, table, table).limits(0, 100)
+        assert limits == pytest.approx(np.array(paired_rate(0, 0, 60)) * span)
     for metric in (Accuracy(), MacroF1("ab")):
         effect = compare(labels, labels, metric, 0)
         assert effect.low < effect.difference == 0 < effect.high
         assert effect.p == 1.0
     worth = int(4 / (1 / 40 + 1 / 20))
     assert (effect.low, effect.high) == pytest.approx(paired_rate(0, 0, worth))
+
+
+def test_what_ranks_nothing_is_certain_to() -> None:
+    """A model that gives all rows the same scores: one half, and a difference as uncertain as the other's area."""
+    rng = np.random.default_rng(3)
+    actual, metric = (np.arange(60) % 3 == 0).astype(np.int64), RocAuc("ab")
+    truths, apart_N = np.column_stack([actual == 0, actual == 1]), actual == 1
+    scores = rng.normal(size=60) + actual
+    constant, able = (areas(truths, np.column_stack([-s, s]), apart_N) for s in (np.full(60, 0.3), scores))
+    perfect = areas(truths, np.column_stack([-actual, actual]).astype(np.float64), apart_N)
+    assert interval(metric, constant, 0) == (0.5, 0.5, 0.5)
+    assert interval(metric, perfect, 0)[1] < 1.0 == interval(metric, perfect, 0)[2]
+    found = compare_tables(metric, constant, able)
+    together = RANKED_TOGETHER * degrees_of_freedom(influence(metric, able)[0])
+    value, low, high = interval(metric, able, 0, freedom=together)
+    assert (found.low, found.high) == pytest.approx((low - 0.5, high - 0.5))
+    assert found.difference == pytest.approx(value - 0.5)
+    assert (found.p < 0.05) == (found.low > 0)
+    assert compare_tables(metric, constant, constant) == Effect(0.0, 0.0, 0.0, 1.0)
+    itself = compare_tables(metric, able, able)
+    assert (itself.low, itself.high) == pytest.approx(paired_rate(0, 0, 20))  # as many as are of the smaller class
+    assert itself.p == 1.0
 
 
 def test_pairing_sees_what_two_intervals_hide() -> None:

@@ -5,6 +5,7 @@ Shape letters: N rows, L labels, P rows of a class, M all others.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -119,8 +120,11 @@ class RocAuc:
         return f"{rows} row{'s' * (rows != 1)} outside the largest class; {LEAST_WORTH} are needed"
 
     def worth(self, sums_K: FloatArray) -> float:
-        """Where all rows are ranked right, what is known of the smaller side is all that is known."""
-        return float(sums_K[2])
+        """Where all rows are ranked right, what is known of the smaller side is all that is known.
+
+        What ranks no row before another has an area of one half on any rows.
+        """
+        return math.inf if quotient(sums_K) == 0.5 else float(sums_K[2])
 
 
 @METRICS.register("average_precision")
@@ -142,6 +146,9 @@ class AveragePrecision(RocAuc):
     @staticmethod
     def ranked(actual_NL: Truths, scores_NL: FloatArray, apart_N: Truths) -> FloatArray:
         return average_precisions(actual_NL, scores_NL)
+
+    def worth(self, sums_K: FloatArray) -> float:
+        return float(sums_K[2])
 
     def lacks(self, statistics_NK: FloatArray, compared: bool) -> str | None:
         rows = int(statistics_NK[:, 2].sum())

@@ -71,9 +71,9 @@ def interval(
         else:
             limits = as_of_a_rate(metric, statistics_NK, level, freedom)
     if limits is None:
-        if _is_share(metric):
+        if is_share(metric):
             worth = metric.worth(statistics_NK.sum(axis=0)) if isinstance(metric, Weighed) else count
-            limits = _of_share(metric, value, min(count, worth), level)
+            limits = (value, value) if math.isinf(worth) else _of_share(metric, value, min(count, worth), level)
         else:
             limits = metric.bounds if count == 1 else (value, value)
     return value, max(min(limits[0], value), metric.bounds[0]), min(max(limits[1], value), metric.bounds[1])
@@ -86,7 +86,7 @@ def _rate_limits(metric: RowMetric, statistics_N2: FloatArray, seed: int, level:
 def _mean_limits(
     metric: RowMetric, statistics_NK: FloatArray, seed: int, level: float, resamples: int
 ) -> Limits | None:
-    if not _is_share(metric):
+    if not is_share(metric):
         return _ratio_limits(metric, statistics_NK, seed, level, resamples)
     return as_of_a_rate(metric, statistics_NK, level)
 
@@ -279,7 +279,7 @@ def as_of_a_rate(
     return low - bias, high - bias
 
 
-def _is_share(metric: RowMetric) -> bool:
+def is_share(metric: RowMetric) -> bool:
     """Whether the metric is between 0 and 1, or a mean between two other finite numbers."""
     return metric.bounds == (0.0, 1.0) or (metric.kind == "mean" and all(map(math.isfinite, metric.bounds)))
 

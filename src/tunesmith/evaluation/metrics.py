@@ -89,7 +89,10 @@ class Biased(Limited, Protocol):
 
 @runtime_checkable
 class Weighed(Protocol):
-    """A metric that says how many rows of a rate would tell as much, where all rows are right."""
+    """A metric that says how many rows of a rate would tell as much, where all rows are right.
+
+    Infinitely many where it has this value on any rows.
+    """
 
     def worth(self, sums_K: FloatArray) -> float: ...
 

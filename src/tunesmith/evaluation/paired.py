@@ -25,6 +25,7 @@ from tunesmith.evaluation.intervals import (
     degrees_of_freedom,
     influence,
     interval,
+    is_share,
     paired_rate,
     percentile,
     slope,
@@ -37,6 +38,7 @@ from tunesmith.types import Prediction
 
 LEVEL = 0.95
 SWAPS = 10_000
+ALIKE = "no interval: the answers to all rows are equally good, and nothing bounds how far those to others are apart"
 RANKED_TOGETHER = (
     0.7  # of the degrees of freedom are left to two models' ranks: with 0.75 20 rows of a class hold 93.3%
 )
@@ -116,6 +118,8 @@ def side_by_side(
         return _Silent(value_of(metric, after_NK) - value_of(metric, before_NK), units, reason)
     if clusters_N is not None:
         before_NK, after_NK = clustered(before_NK, clusters_N), clustered(after_NK, clusters_N)
+    if not is_share(metric) and len(before_NK) > 1 and np.array_equal(before_NK, after_NK):
+        return _Silent(0.0, len(before_NK), ALIKE)
     if metric.kind == "rate" and clusters_N is None:
         return _Rates.of(before_NK, after_NK)
     if metric.kind != "general" and np.array_equal(before_NK[:, 1], after_NK[:, 1]):
@@ -229,7 +233,8 @@ class _Means:
             return self.metric.aggregate(sums[..., width:]) - self.metric.aggregate(sums[..., :width])
 
         both_NK = np.hstack([self.before_NK, self.after_NK])
-        return percentile(difference, both_NK, seed, LEVEL, resamples) or (self.difference, self.difference)
+        limits = percentile(difference, both_NK, seed, LEVEL, resamples)
+        return limits or _as_unchanged(self.metric, self.difference, self.units)
 
     def p(self, seed: int, swaps: int = SWAPS) -> float:
         return _randomisation(self.change_N, seed, swaps)
@@ -292,9 +297,9 @@ class _Smooth:
             change_N = change_N * math.sqrt((squares + float(slope_N @ slope_N)) / (2 * squares))
         error = math.sqrt(float(change_N @ change_N) / (units * (units - 1)))
         error = error if error > 1e-12 else 0.0  # what rounding leaves of rows that all agree
-        if not error and not isinstance(metric, Joint) and isinstance(metric, Weighed):
-            low, high = paired_rate(0, 0, math.floor(min(units, metric.worth(after_NK.sum(axis=0)))), LEVEL)
-            ends = difference + low, difference + high
+        if not error and (not isinstance(metric, Joint) or np.array_equal(before_NK, after_NK)):
+            worth = metric.worth(after_NK.sum(axis=0)) if isinstance(metric, Weighed) else units
+            ends = _as_unchanged(metric, difference, min(units, worth)) if math.isfinite(worth) else (0.0, 0.0)
         return _Smooth(difference, difference, error, change_N, ends, degrees_of_freedom(change_N))
 
     @property
@@ -318,6 +323,15 @@ class _Smooth:
 
     def detectable(self, level: float) -> float | None:
         return power.detectable_mean(power.Spread.of(self.change_N), self.units, level)
+
+
+def _as_unchanged(metric: RowMetric, difference: float, rows: float) -> Limits:
+    """Of rows that change alike: as far from the difference as a rate of so many may lie, none of which changed."""
+    if not is_share(metric):
+        return difference, difference
+    span = metric.bounds[1] - metric.bounds[0]
+    low, high = paired_rate(0, 0, math.floor(rows), LEVEL)
+    return difference + low * span, difference + high * span
 
 
 def mcnemar(gained: int, lost: int) -> float:

@@ -143,6 +143,8 @@ class Classify:
 
         Of lists of labels, those that more than half of the rows have take its place, if there are any.
         """
+        for row in rows:
+            self.answers.columns(row)  # rows of the other kind are refused
         return self.answers.unread(label_counts, rows) if label_counts else None
 
     @property

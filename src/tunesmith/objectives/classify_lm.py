@@ -131,6 +131,8 @@ class ClassifyLm:
 
     def unread(self, rows: Sequence[Row], label_counts: LabelCounts | None) -> list[Prediction] | None:
         """The most frequent label of training for every row: such answers as the model will give."""
+        for row in rows:
+            self._answers.columns(row)  # lists of labels are refused
         return self._answers.unread(label_counts, rows) if label_counts else None
 
     def scores(self, policy: Policy, batch: Batch) -> Tensor:
