@@ -12,6 +12,7 @@ import textwrap
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from typing import Any
 
 # Pre-tokenizers whose digits are split one by one before GPT-2's pattern: llama.cpp's group of the
@@ -168,6 +169,7 @@ def config_class(model_type: str) -> type[Any]:
     return auto.CONFIG_MAPPING[model_type]
 
 
+@cache
 def config_keys(config_class: type[Any]) -> frozenset[str]:
     """The keys of config.json that a transformers config class understands.
 

@@ -71,7 +71,7 @@ def refuse(problems: list[Problem], origin: Origin) -> InputError:
 
 def find_problems(raw: Any, model: type[BaseModel], where: str = "") -> list[Problem]:
     """Everything that `model` refuses in `raw`, which stands at the key path `where` of the recipe."""
-    schema: dict[str, Any] = model.model_json_schema()
+    schema = _schema(model)
     prefix: Keys = (where,) if where else ()
     found = list(_unknown_keys(raw, schema, schema, prefix)) + list(_odd_values(raw, schema, schema, prefix))
     seen = {p.path for p in found}
@@ -91,6 +91,11 @@ def find_problems(raw: Any, model: type[BaseModel], where: str = "") -> list[Pro
     return found
 
 
+@cache
+def _schema(model: type[BaseModel]) -> dict[str, Any]:
+    return model.model_json_schema()
+
+
 # ---------------------------------------------------------------- unknown keys
 
 
@@ -107,7 +112,7 @@ def spellings() -> dict[str, tuple[str | None, str]]:
 
 @cache
 def _recipe_keys() -> tuple[str, ...]:
-    return tuple(key_paths(Recipe.model_json_schema()))
+    return tuple(key_paths(_schema(Recipe)))
 
 
 def _unknown_keys(raw: Any, node: dict[str, Any], schema: dict[str, Any], keys: Keys) -> Iterator[Problem]:
