@@ -15,7 +15,7 @@ from tunesmith import exporting, measuring, rundir, training
 from tunesmith.chatting import Chat, default_sampling
 from tunesmith.data.given import PathLike, Rows, check_kinds, check_name, paths, questions, to_answer
 from tunesmith.errors import InputError, StoppedError
-from tunesmith.evaluation.baselines import unread
+from tunesmith.evaluation.baselines import tried
 from tunesmith.evaluation.calibrated import of_card
 from tunesmith.evaluation.preflight import check_metrics
 from tunesmith.events import Listen, StopRun, Together
@@ -254,7 +254,7 @@ def export(
         rows = exporting.rows_to_check(_planned(recipe, Origin(), Together([]))[1].prepared)
     else:
         rows = to_answer(data, loaded.card.get("columns", {}), loaded.card.get("format"))[: exporting.CHECKED_ROWS]
-        check_kinds(rows, loaded.objective.needs, asking=True)
+        check_kinds(rows, loaded.objective.needs, asking=False)
     parts = (loaded.policy, loaded.objective, loaded.method, loaded.renderer, loaded.card)
     if gguf:
         return exporting.to_gguf(parts, rows, to, dtype or "fp32")
@@ -298,7 +298,7 @@ def evaluate(
         check_kinds(rows, loaded.objective.needs, asking=False)
         asked, usual = metrics or recipe.evaluate.metrics or [], loaded.objective.needs.metrics
         check_metrics(
-            asked, usual, of, rows, unread(loaded.objective, rows, counts), recipe.evaluate.code, loaded.gives_sets
+            asked, usual, of, rows, tried(loaded.objective, rows, counts), recipe.evaluate.code, loaded.gives_sets
         )
         measuring.check_same_set(run, of, rows)
         found = measuring.measure_rows(

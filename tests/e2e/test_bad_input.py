@@ -83,6 +83,10 @@ def test_plain_text_is_learned_and_measured_by_its_likelihood(project: Path) -> 
     done = call("train", project / "text.yaml", "--out", project / "text-run", "--json")
     assert done.code == 0, done.err
     assert {record["metric"] for record in json.loads(done.out)["records"]} == {"loss", "perplexity"}
+    exported, merged = project / "text-adapter", project / "text-merged"
+    assert call("export", project / "text-run", "--to", exported).code == 0
+    done = call("export", exported, "--to", merged, "--merge", "--data", project / "text-test.jsonl")
+    assert "checked on 4 rows: 100.0%" in done.out, done.err
 
 
 REFUSED: dict[str, tuple[str, str, str]] = {
@@ -201,6 +205,17 @@ def test_blank_labels_are_labels_that_are_not_known(project: Path, classifier: P
     done = call("predict", classifier, "--input", project / "new.csv")
     assert done.code == 0, done.err
     assert [json.loads(line)["reference"] for line in done.out.splitlines()] == ["b", None]
+
+
+def test_an_exported_classifier_is_measured_as_the_run_is(project: Path, classifier: Path) -> None:
+    exported = project / "exported-classifier"
+    assert call("export", classifier, "--to", exported).code == 0
+    measured: list[list[dict[str, Any]]] = []
+    for model in (classifier, exported):
+        done = call("evaluate", model, "--data", project / "labels.jsonl", "--json")
+        assert done.code == 0, done.err
+        measured.append([r for r in json.loads(done.out)["records"] if r["model"] == "tuned" and r["data"] == "labels"])
+    assert [(r["metric"], r["value"]) for r in measured[0]] == [(r["metric"], r["value"]) for r in measured[1]]
 
 
 MISMATCHED: dict[str, tuple[list[str], str]] = {

@@ -42,6 +42,12 @@ def test_windows_learn_every_token_once_and_are_no_longer_than_asked(tiny_llama:
     assert weights == document.weights.tolist()
 
 
+def test_a_window_of_one_token_teaches_nothing(tiny_llama: Path) -> None:
+    renderer = Renderer(AutoTokenizer.from_pretrained(tiny_llama), sequence_length=1)
+    with pytest.raises(InputError, match="no token of a window of one token follows another"):
+        renderer.windows("ab")
+
+
 def _engine(policy: Any) -> NativeEngine:
     return NativeEngine(
         policy, [{"params": list(policy.parameters())}], Optimization(1e-3, "constant", 0.0, 0.0, 1), seed=0

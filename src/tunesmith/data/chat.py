@@ -223,7 +223,9 @@ class Renderer:
         if self.kind == "encoder":
             return [self._framed(ids) for ids in self._stretches(self._aligner.read(text))]
         ids, weights = self._document(self._aligner.read(text))
-        length = len(ids) if self.sequence_length is None else max(2, self.sequence_length)
+        length = len(ids) if self.sequence_length is None else self.sequence_length
+        if self.sequence_length == 1 and len(ids) > 1:
+            raise InputError("no token of a window of one token follows another", "raise train.sequence_length")
         found = [Encoded(np.array(ids[:length], np.int32), weights[:length])]
         for start in range(length - 1, len(ids) - 1, length - 1):
             own = weights[start : start + length].copy()

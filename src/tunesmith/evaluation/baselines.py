@@ -65,3 +65,13 @@ def label_counts(train: Mapping[str, Any]) -> LabelCounts | None:
 def unread(objective: Objective, rows: Sequence[Row], label_counts: LabelCounts | None) -> list[Prediction] | None:
     """What the objective's model is compared with where its base has no head; None where that is not known."""
     return objective.unread(rows, label_counts) if isinstance(objective, Unread) else None
+
+
+def tried(objective: Objective, rows: Sequence[Row], label_counts: LabelCounts | None) -> list[Prediction] | None:
+    """What metrics are tried on before the model answers: as `unread`, and of labels whose counts are not known as if
+    all were equally frequent.
+    """
+    labels: Sequence[str] = () if label_counts else objective.describe().get("labels", ())
+    return unread(
+        objective, rows, label_counts or (LabelCounts(dict.fromkeys(labels, 1), len(labels)) if labels else None)
+    )
