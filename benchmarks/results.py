@@ -24,11 +24,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from results_page import TASKS, Task, page
+from results_page import FOLDS, TASKS, Task, page
 from spine import data_sets, rows_of
 from tfidf import RIVALS, unseen
 
 from tunesmith import demo
+from tunesmith.data.ingest import FOLD
 from tunesmith.evaluation import answers
 from tunesmith.evaluation.answers import Answered
 from tunesmith.evaluation.metrics import build
@@ -43,6 +44,7 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 RESULTS = CHECKOUT / "benchmarks" / "results" / "results.json"
 PAGE = CHECKOUT / "docs" / "results.md"
 SHRUNK = 8  # layers of the student
+PARTS = 5  # of all articles but validation's
 ELSEWHERE = {"gsm8k": ("question", "answer"), "self_instruct_seed": ("instruction", "input", "output")}
 AT_MOST = 150  # of their rows
 Clusters = NDArray[np.int64] | None
@@ -124,7 +126,39 @@ def distilled(task: Task, runs: Path) -> dict[str, Any]:
     return row
 
 
-MEASURES: Mapping[str, Callable[[Task, Path], dict[str, Any]]] = {"nist_sp800_53": adapted, "distilled": distilled}
+def crossed(task: Task, runs: Path) -> dict[str, Any]:
+    """The rows of all articles but validation's, each answered by a model that was trained without its article.
+
+    As `tunesmith crossval --by article` does, but for its last model of all rows; beside it the test rows alone.
+    """
+    recipe, of_test = CHECKOUT / "examples" / task.recipe, measured(task, runs)
+    data = resolve_paths(load_recipe(recipe)[0], recipe.parent).data
+    rows = {split: rows_of(Path(str(getattr(data, split)))) for split in ("train", "validation", "test")}
+    joined = {"train": [*rows["train"], *rows["test"]], "validation": rows["validation"]}
+    for split, kept in joined.items():
+        write_rows(runs / "joined" / f"{split}.jsonl", ({**row, "article": article(row)} for row in kept))
+    given = [f"data.{split}={runs / 'joined' / split}.jsonl" for split in joined]
+    given += ["data.test=null", "evaluate.cluster=article"]
+    parts: list[Path] = []
+    for part in range(1, PARTS + 1):
+        held = f"data.fold={{number: {part}, of: {PARTS}, by: article}}"
+        parts.append(trained(recipe, runs / f"{task.name}-folds" / str(part), *given, held))
+    asked = [row for part in parts for row in answers.read(part, FOLD)]
+    sources = clusters(parts[0], task, asked)
+    found = figures(parts[0], task.metrics, FOLDS, asked, of(asked, BASE), of(asked, TUNED), sources)
+    return told(parts, [*found, *of_test["figures"]])
+
+
+def article(row: Mapping[str, Any]) -> str:
+    """xq-21-0 is a paragraph of the article 21."""
+    return str(row["positive_ids"][0]).split("-")[1]
+
+
+MEASURES: Mapping[str, Callable[[Task, Path], dict[str, Any]]] = {
+    "nist_sp800_53": adapted,
+    "distilled": distilled,
+    "xquad_retrieval": crossed,
+}
 
 
 # ---------------------------------------------------------------- figures

@@ -10,6 +10,7 @@ from tunesmith.evaluation import METRICS
 from tunesmith.evaluation.answers import Answered
 
 LEVEL = 0.01  # below which the paired p-value must be
+FOLDS = "five folds"  # rows that were each answered by a model trained without their source
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +214,13 @@ def _notes(rows: Sequence[tuple[Task, Mapping[str, Any]]]) -> Iterator[str]:
             yield (
                 f"{task.name}: its rows come from {count:,} {task.sources}, and are kept together by them; "
                 f"if each stood for itself, p would be {alone}."
+            )
+        if row["figures"][0]["data"] == FOLDS:
+            yield (
+                f"{task.name}: Judged on the training and the test rows together, each answered by one of five models "
+                f"that had none of its {task.sources} to learn from (`tunesmith crossval`), all by the recipe as it "
+                "stands. The validation rows, by which the recipe was chosen, are not among those judged. What a model "
+                f"of the training rows alone reaches on the test rows stands beside it."
             )
         if task.note:
             yield f"{task.name}: {task.note}"

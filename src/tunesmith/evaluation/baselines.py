@@ -71,7 +71,7 @@ def tried(objective: Objective, rows: Sequence[Row], label_counts: LabelCounts |
     """What metrics are tried on before the model answers: as `unread`, and of labels whose counts are not known as if
     all were equally frequent.
     """
-    labels: Sequence[str] = () if label_counts else objective.describe().get("labels", ())
-    return unread(
-        objective, rows, label_counts or (LabelCounts(dict.fromkeys(labels, 1), len(labels)) if labels else None)
-    )
+    labels: Sequence[str] = objective.describe().get("labels", ())
+    if label_counts is None and labels:
+        label_counts = LabelCounts(dict.fromkeys(labels, 1), len(labels))
+    return unread(objective, rows, label_counts)
