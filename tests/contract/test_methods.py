@@ -338,8 +338,9 @@ def test_a_restored_state_goes_on_to_the_same_bits(case: Case, family: str, tmp_
     training.steps(3)
     other, other_method = attached(case, family)
     Training(other, other_method, family).restored(tmp_path).steps(3)
+    expected = state_of(other)
     for name, value in state_of(policy).items():
-        assert torch.equal(value, state_of(other)[name]), name
+        assert torch.equal(value, expected[name]), name
 
 
 @pytest.mark.parametrize(("case", "family"), CELLS)
