@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from tunesmith.exporting import Exported
 from tunesmith.loaded import Passages, load
 from tunesmith.measurable import check_measured, is_model, measurable, run_of
 from tunesmith.models.cache import cache_dir
+from tunesmith.models.drawing import of_card as drawn_of
 from tunesmith.models.saved import folder_of
 from tunesmith.planning import Assets, Plan, make_plan
 from tunesmith.plugins import load_plugins
@@ -30,49 +31,13 @@ from tunesmith.recipe import Recipe
 from tunesmith.recipe_file import Origin, leaves, load_recipe, parse_recipe, resolve_paths, run_name
 from tunesmith.report import notebook, write
 from tunesmith.report.live import View
+from tunesmith.result import Result, result_of
 from tunesmith.rundir import RunDir
 from tunesmith.settings import Placement
 from tunesmith.tracking import tracked, unfinished
-from tunesmith.types import Prediction, SampleSpec
+from tunesmith.types import Prediction
 
 Listeners = Listen | Sequence[Listen]
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """A finished run: its folder, and what evaluation.json, comparison.json and groups.json hold; a table in notebooks.
-
-    `report` is the page to look at; None if it could not be drawn (`tunesmith report` says why).
-    """
-
-    path: Path
-    records: list[dict[str, Any]]
-    effects: list[dict[str, Any]]
-    groups: Sequence[Mapping[str, Any]] = ()
-
-    def record(
-        self, metric: str, *, model: str = "tuned", data: str | None = None, group: str = "all"
-    ) -> dict[str, Any]:
-        """One record, with `value`, `low`, `high` and `n`; of the first data set that has it, where none is named.
-
-        Raises InputError that names what was measured, where there is no such record.
-        """
-        for found in self.records:
-            asked = (metric, model, group, data or found["data"])
-            if asked == (found["metric"], found["model"], found["group"], found["data"]):
-                return found
-        known = sorted({f"{r['metric']} of {r['model']} on {r['data']}" for r in self.records if r["group"] == "all"})
-        raise InputError(
-            f"{self.path} has no {metric} of {model} on {data or 'any data'} ({group})",
-            f"measured: {', '.join(known) or 'nothing'}",
-        )
-
-    @property
-    def report(self) -> Path | None:
-        return self.path / write.REPORT if write.is_current(self.path) else None
-
-    def _repr_html_(self) -> str:
-        return notebook.results_html(self.path, self.records, self.effects)
 
 
 def plan(
@@ -211,7 +176,7 @@ def chat(
 ) -> Chat:
     """A conversation with a run's model: `chat("runs/x", temperature=0.7).ask("Where is my parcel?").text`.
 
-    `sampling` is temperature, top_p, top_k, max_new_tokens and seed; greedy if left out.
+    `sampling` is temperature, top_p, top_k, max_new_tokens and seed; if left out as the run chose, or greedy.
     """
     load_plugins(plugins)
     loaded = load(path, device)
@@ -305,7 +270,7 @@ def evaluate(
             of,
             rows,
             *(loaded.policy, loaded.objective, loaded.method, loaded.renderer),
-            SampleSpec(int(loaded.card["max_new_tokens"])),
+            drawn_of(loaded.card).specs(int(loaded.card["max_new_tokens"])),
             base,
             counts,
             tell,
@@ -394,7 +359,3 @@ def read_recipe(
         typed = parse_recipe({**keys, "data": {**own, **held}} if held else keys)
     origin = Origin(given=frozenset(leaves(typed.model_dump(mode="json", exclude_unset=True))))
     return resolve_paths(typed, Path.cwd()), origin
-
-
-def result_of(run: RunDir, results: Mapping[str, Any]) -> Result:
-    return Result(run.path, list(results["records"]), list(results["effects"]), list(results["groups"]))

@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError
 from tunesmith import rundir
 from tunesmith.data.chat import Renderer
 from tunesmith.errors import InputError
+from tunesmith.models.drawing import of_card
 from tunesmith.protocols import Converses
 from tunesmith.recipe_keys import Positive, Strict
 from tunesmith.types import Row, SampleSpec
@@ -213,8 +214,10 @@ class Chat:
 
 
 def default_sampling(loaded: Loaded) -> Sampling:
-    """Greedy, and answers of `ANSWER_TOKENS` or what the run's evaluation allowed."""
-    return Sampling(max_new_tokens=max(ANSWER_TOKENS, int(loaded.card["max_new_tokens"])))
+    """As the run chose (greedy if it did not), and answers of `ANSWER_TOKENS` or what its evaluation allowed."""
+    setting = of_card(loaded.card).tuned
+    longest = max(ANSWER_TOKENS, int(loaded.card["max_new_tokens"]))
+    return Sampling(temperature=setting.temperature, top_p=setting.top_p, top_k=setting.top_k, max_new_tokens=longest)
 
 
 class _Stream:

@@ -15,6 +15,7 @@ from tunesmith.declared import Combination
 from tunesmith.errors import InputError
 from tunesmith.methods import METHODS
 from tunesmith.methods.low_rank_sum import WAYS
+from tunesmith.models import drawing
 from tunesmith.protocols import Combinable
 from tunesmith.rundir import check_free, replace_folder
 
@@ -66,7 +67,7 @@ def combine(adapters: Sequence[Saved], asked: Combination, to: Path) -> Path:
     with replace_folder(to) as folder:
         options = method.combine(*_with_beneath(adapters, asked), folder)
         for name in first.card["files"]:
-            if name not in beneath.FILES and not name.endswith(".md") and "/" not in name:
+            if name not in (*beneath.FILES, drawing.FILE) and not name.endswith(".md") and "/" not in name:
                 shutil.copyfile(first.folder / name, folder / name)
         session.write_card(folder, _card(adapters, asked, options.model_dump(mode="json")))
     return to
@@ -125,5 +126,5 @@ def _card(adapters: Sequence[Saved], asked: Combination, options: dict[str, Any]
     read = {"density": asked.density if way.pruned else None, "seed": asked.seed if way.drawn else None}
     told = {"how": asked.how, "of": parts, **{key: value for key, value in read.items() if value is not None}}
     longest = {key: max(one.card[key] for one in adapters) for key in ("sequence_length", "max_new_tokens")}
-    alone = {key: value for key, value in first.items() if key not in (beneath.FOLDER, "calibration")}
+    alone = {key: value for key, value in first.items() if key not in (beneath.FOLDER, "calibration", drawing.CARD_KEY)}
     return {**alone, **longest, "method": {"name": first["method"]["name"], "options": options}, "combined": told}

@@ -15,12 +15,13 @@ from tunesmith.errors import InputError
 from tunesmith.evaluation.calibrated import calibrated, of_card
 from tunesmith.measurable import run_of
 from tunesmith.models.cache import cache_dir
+from tunesmith.models.drawing import of_card as drawn_of
 from tunesmith.models.policy import Policy
 from tunesmith.models.saved import folder_of
 from tunesmith.protocols import Converses, Method, Objective, Searches
 from tunesmith.recipe import CorpusFile
 from tunesmith.recipe_file import load_recipe, parse_corpus
-from tunesmith.types import Prediction, Row, SampleSpec
+from tunesmith.types import Prediction, Row
 
 Passages = PathLike | Mapping[str, Any]  # a file that is searched, or its path and the names of its columns
 
@@ -74,7 +75,7 @@ class Loaded:
         return asked
 
     def _predict(self, asked: list[Row], max_new_tokens: int | None) -> list[Prediction]:
-        spec = SampleSpec(max_new_tokens or int(self.card["max_new_tokens"]))
+        spec, _ = drawn_of(self.card).specs(max_new_tokens or int(self.card["max_new_tokens"]))
         return calibrated(self.objective.predict(self.policy, asked, self.renderer, spec), self.card)
 
 

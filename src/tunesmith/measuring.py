@@ -35,7 +35,8 @@ from tunesmith.types import LabelCounts, Metric, Prediction, Row, SampleSpec
 if TYPE_CHECKING:
     from tunesmith.data.chat import Renderer
     from tunesmith.data.store import TokenStore
-    from tunesmith.recipe import Code, Recipe
+    from tunesmith.recipe import Recipe
+    from tunesmith.recipe_evaluation import Code
 
 BASE, TUNED, UNCALIBRATED = "base", "tuned", "uncalibrated"
 ALL = "all"
@@ -44,8 +45,10 @@ FILES: Mapping[str, str] = {
     "effects": "comparison.json",
     "details": "details.json",
     "groups": "groups.json",
+    "decoding": "decoding.json",
     "records": "evaluation.json",
 }
+SELDOM = ("groups", "decoding")  # asked for by few recipes: there is no file of them elsewhere
 
 
 def measure_run(
@@ -55,17 +58,21 @@ def measure_run(
     assets: Assets,
     policy: Policy,
     listen: Listen,
+    specs: tuple[SampleSpec, SampleSpec],
     calibration: Calibration | None = None,
+    decoding: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Measures every test set, or the validation rows where there is none, and writes what was found."""
+    """Measures every test set, or the validation rows where there is none, and writes what was found.
+
+    `specs`: as in `measure_rows`; `decoding`: what chose them, to be written beside it.
+    """
     stores: dict[str, TokenStore] = dict(assets.prepared.tests)
     if not stores and assets.prepared.validation is not None:
         stores = {"validation": assets.prepared.validation}
     counts = label_counts(plan.audit["train"])
-    spec = SampleSpec(plan.training.max_new_tokens)
-    results = _nothing()
+    results = _nothing() | {"decoding": decoding or {}}
     for name, store in stores.items():
-        rows = _rows(store, recipe.evaluate.limit, recipe.seed)
+        rows = some_rows(store, recipe.evaluate.limit, recipe.seed)
         found = measure_rows(
             name,
             rows,
@@ -73,7 +80,7 @@ def measure_run(
             assets.objective,
             assets.method,
             assets.renderer,
-            spec,
+            specs,
             recipe.evaluate.base,
             counts,
             listen,
@@ -95,7 +102,7 @@ def measure_rows(
     objective: Objective,
     method: Method,
     renderer: Renderer,
-    spec: SampleSpec,
+    specs: tuple[SampleSpec, SampleSpec],
     with_base: bool,
     counts: LabelCounts | None,
     listen: Listen,
@@ -105,9 +112,11 @@ def measure_rows(
 ) -> dict[str, list[Prediction]]:
     """Answers of the tuned model and, if asked for, of what it is compared with, to the same rows.
 
-    `code`, `metrics`: as in `answered`. Where probabilities are scaled, those of before are there as well.
+    `specs`: how the tuned model draws answers, and how the base does. `code`, `metrics`: as in `answered`. Where
+    probabilities are scaled, those of before are there as well.
     """
     listen("phase", {"name": "evaluating", "what": f"{TUNED} on {name}", "rows": len(rows)})
+    spec, base_spec = specs
     found = {TUNED: answered(policy, rows, objective, renderer, spec, code, metrics)}
     if calibration is not None:
         before = {} if calibration.scaling is None else {UNCALIBRATED: found[TUNED]}
@@ -115,12 +124,12 @@ def measure_rows(
     if with_base and not objective.heads():
         listen("phase", {"name": "evaluating", "what": f"{BASE} on {name}", "rows": len(rows)})
         with method.reference(policy):
-            found = {BASE: answered(policy, rows, objective, renderer, spec, code, metrics), **found}
+            found = {BASE: answered(policy, rows, objective, renderer, base_spec, code, metrics), **found}
     elif with_base and objective.needs.baseline is not None and isinstance(objective, Grounded):
         baseline = objective.needs.baseline
         listen("phase", {"name": "evaluating", "what": f"{baseline} on {name}", "rows": len(rows)})
         with method.reference(policy):
-            found = {baseline: objective.untuned(policy, rows, renderer, spec), **found}
+            found = {baseline: objective.untuned(policy, rows, renderer, base_spec), **found}
     elif with_base and objective.needs.baseline is not None:
         answers = unread(objective, rows, counts)
         found = found if answers is None else {objective.needs.baseline: answers, **found}
@@ -146,7 +155,8 @@ def answered(
     drawn = [[prediction.output] for prediction in found]
     if code.samples > 1:
         assert isinstance(objective, Draws), "rows that ask for an answer are read by objectives that write one"
-        drawn = objective.draw(policy, rows, renderer, replace(spec, temperature=code.temperature), code.samples)
+        several = SampleSpec(spec.max_new_tokens, code.temperature, seed=spec.seed)
+        drawn = objective.draw(policy, rows, renderer, several, code.samples)
     return judged(found, drawn, rows, code)
 
 
@@ -240,7 +250,7 @@ def read_results(run: RunDir) -> dict[str, Any]:
 
 def write_results(run: RunDir, results: Mapping[str, Any]) -> None:
     for key, name in FILES.items():
-        if key != "groups" or results[key] or (run.path / name).is_file():  # few runs ask for groups
+        if key not in SELDOM or results.get(key) or (run.path / name).is_file():
             rundir.write_json(run.path / name, results[key])
 
 
@@ -310,10 +320,11 @@ def _effects(
 
 
 def _nothing() -> dict[str, Any]:
-    return {"records": [], "effects": [], "details": {}, "groups": []}
+    return {"records": [], "effects": [], "details": {}, "groups": [], "decoding": {}}
 
 
-def _rows(store: TokenStore, limit: int | None, seed: int) -> list[Row]:
+def some_rows(store: TokenStore, limit: int | None, seed: int) -> list[Row]:
+    """All rows, or as many as `limit`, drawn with the seed."""
     chosen = np.arange(len(store))
     if limit is not None and limit < len(store):
         chosen = np.sort(np.random.default_rng(seed).permutation(len(store))[:limit])

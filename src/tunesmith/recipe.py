@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from tunesmith.recipe_evaluation import Evaluate
 from tunesmith.recipe_keys import (
     Above0,
     Fraction,
@@ -227,74 +228,6 @@ class Place(Strict):
     compile: bool | None = key(
         None, "torch compiles the layers that no kernel of ours serves; about a minute, on CUDA", True, "where it pays"
     )
-
-
-class Code(Strict):
-    """Answers that are programs, run behind what the rows hold, in a sandbox."""
-
-    tests: Annotated[
-        Text,
-        Field(
-            description="a column of Python that runs behind each answer; the answer is right where it comes to its "
-            "end without an exception",
-            examples=["test"],
-        ),
-    ]
-    before: Text | None = key(None, "a column of Python that answers go on from", "prompt", "none")
-    entry_point: Text | None = key(
-        None, "a column that names a function, which `check` of the tests is called with", "entry_point", "none"
-    )
-    samples: Positive = key(1, "answers drawn for each row; 1 is the most probable one", 20)
-    temperature: Above0 = key(0.8, "that several answers are drawn at", 0.2)
-
-    @property
-    def columns(self) -> list[str]:
-        return [column for column in (self.tests, self.before, self.entry_point) if column]
-
-
-class Evaluate(Strict):
-    """What is measured on the test sets, or on the validation rows where there is none."""
-
-    metrics: list[str] | None = key(None, "metrics by name (below)", ["accuracy", "macro_f1"], "the objective's")
-    limit: Positive | None = key(None, "at most so many rows of each set, drawn with the seed", 500, "all")
-    keep: Annotated[int, Field(ge=0)] | None = key(
-        None, "answers of each set that are written to the run's predictions", 100, "all"
-    )
-    base: bool = key(True, "whether the base (or what stands for it) is measured on the same rows", False)
-    max_new_tokens: Positive | None = key(
-        None, "the longest answer", 128, "half as long again as the longest trained answer, at most 1024"
-    )
-    by: Names = key(list, "columns whose values are groups that are measured too", ["language"])
-    smallest_group: Positive = key(20, "rows that a group must have; smaller ones are named and not judged", 50)
-    calibrate: Literal["temperature", "vector", "isotonic"] | None = key(
-        None,
-        "how probabilities of labels are made truer, fitted to the validation rows and saved with the model: "
-        "temperature changes no answer; vector (a weight and a bias for each label) and isotonic (a step function for "
-        "each) may",
-        "temperature",
-        "not at all",
-    )
-    conformal: Fraction | None = key(
-        None,
-        "how often the right label is to be in a set of labels that comes with each answer (split conformal); the "
-        "threshold is of the validation rows, of half of them beside `calibrate`",
-        0.9,
-        "there are no sets",
-    )
-    cluster: Text | None = key(
-        None, "a column whose equal values mark rows of one source, which intervals count as such", "author", "none"
-    )
-    code: Code | None = key(None, "how answers that are programs are tested (`pass_at_1`)", {"tests": "test"}, "never")
-
-    @property
-    def groups(self) -> list[str]:
-        """The columns that tell rows apart in the results."""
-        return list(dict.fromkeys([*self.by, *([self.cluster] if self.cluster else [])]))
-
-    @property
-    def tags(self) -> list[str]:
-        """The columns that rows to be measured must keep."""
-        return list(dict.fromkeys([*self.groups, *(self.code.columns if self.code else [])]))
 
 
 class Recipe(Strict):

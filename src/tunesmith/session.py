@@ -22,7 +22,7 @@ from tunesmith.engine.precision import serves_fp8
 from tunesmith.errors import InputError, RefusedError
 from tunesmith.kernels.accelerate import LAYERS, accelerate
 from tunesmith.methods import METHODS
-from tunesmith.models import sentence_files
+from tunesmith.models import drawing, sentence_files
 from tunesmith.models.cache import cache_dir
 from tunesmith.models.convert import convert_gguf
 from tunesmith.models.fetch import LocalModel, resolve
@@ -99,6 +99,7 @@ def save(
     plan: Plan,
     assets: Assets,
     calibration: Calibration | None = None,
+    drawn: drawing.Drawn | None = None,
 ) -> None:
     """Writes the result into `folder`: what PEFT or transformers loads, fresh heads, tokenizer and tunesmith's card."""
     method, objective = assets.method, assets.objective
@@ -128,7 +129,9 @@ def save(
         **({beneath.FOLDER: beneath.save(assets.beneath, folder)} if assets.beneath else {}),
         **({"teacher": plan.teacher} if plan.teacher else {}),
         **({"calibration": calibration.to_json()} if calibration else {}),
+        **({drawing.CARD_KEY: drawn.to_json()} if drawn else {}),
     }
+    _save_drawing(folder, policy, card)
     write_card(folder, card)
 
 
@@ -144,6 +147,7 @@ def save_merged(
     _save_heads(folder, policy)
     renderer.tokenizer.save_pretrained(folder)
     _save_sentence_files(folder, policy, objective, renderer)
+    _save_drawing(folder, policy, card)
     whole = {"method": {"name": "full", "options": {}}, "merged": card["method"], "precision": _whole(card)}
     write_card(folder, {key: value for key, value in {**card, **whole}.items() if key != beneath.FOLDER})
 
@@ -274,6 +278,11 @@ def _save_sentence_files(folder: Path, policy: Policy, objective: Objective, ren
     """Of whole encoders; what is read of a decoder ends with a token that sentence-transformers does not put there."""
     if isinstance(objective, Embeds) and policy.kind == "encoder" and (folder / "config.json").is_file():
         sentence_files.write(folder, policy, renderer.sequence_length, objective.prompts())
+
+
+def _save_drawing(folder: Path, policy: Policy, card: Mapping[str, Any]) -> None:
+    if drawing.CARD_KEY in card:
+        drawing.save(folder, policy, drawing.of_card(card), int(card["max_new_tokens"]))
 
 
 def _save_heads(folder: Path, policy: Policy) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tunesmith import loop, rundir, session
+from tunesmith import decoding, loop, rundir, session
 from tunesmith.data.ingest import code_version, digest
 from tunesmith.data.source import Batching, DataSource, Examples, Extended
 from tunesmith.engine import checkpoint, features
@@ -32,6 +32,7 @@ from tunesmith.events import Deferred, Listen
 from tunesmith.gradients.clip import Clip
 from tunesmith.measuring import answered, measure_run
 from tunesmith.models.cache import cache_dir
+from tunesmith.models.drawing import Drawn
 from tunesmith.models.heads import Head
 from tunesmith.models.policy import Policy
 from tunesmith.models.saved import CARD
@@ -99,10 +100,13 @@ def execute(run: RunDir, recipe: Recipe, plan: Plan, assets: Assets, policy: Pol
     with stoppable() as stop:  # only steps have something to save first; elsewhere a signal may end the process at once
         _train(run, plan, assets, policy, stop, listen)
     calibration = _calibrated(recipe, plan, assets, policy, listen)
+    longest = plan.training.max_new_tokens
+    drawn, decoded = decoding.sweep(recipe, assets, policy, longest, listen)
     listen("phase", {"name": "saving"})
     with rundir.replace_folder(run.model) as folder:
-        session.save(folder, policy, recipe, plan, assets, calibration)
-    results = measure_run(run, recipe, plan, assets, policy, listen, calibration)
+        session.save(folder, policy, recipe, plan, assets, calibration, drawn)
+    specs = (drawn or Drawn()).specs(longest)
+    results = measure_run(run, recipe, plan, assets, policy, listen, specs, calibration, decoded)
     listen("finished", {"run": str(run.path), "records": results["records"], "effects": results["effects"]})
     return results
 

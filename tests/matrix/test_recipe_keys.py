@@ -79,6 +79,7 @@ TESTED = {
     "train.max_steps": 1,
     "evaluate.code": {"tests": "judges", "before": "opens", "samples": 4, "temperature": 5.0},
 }
+DRAWN = {"evaluate.decoding": {"metric": "chrf", "temperature": [2.0]}}
 
 
 @dataclass(frozen=True)
@@ -261,6 +262,12 @@ CHANGES: dict[str, Change] = {
     "evaluate.code.entry_point": Change("remark", TESTED),
     "evaluate.code.samples": Change(5, TESTED),
     "evaluate.code.temperature": Change(0.01, TESTED),
+    "evaluate.decoding": Change({"metric": "chrf"}),
+    "evaluate.decoding.metric": Change("exact_match", DRAWN),
+    "evaluate.decoding.temperature": Change(5.0, DRAWN),
+    "evaluate.decoding.top_p": Change(0.1, DRAWN),
+    "evaluate.decoding.top_k": Change(1, DRAWN),
+    "evaluate.decoding.limit": Change(2, DRAWN),
     "report_to": Change("tensorboard"),
     "seed": Change(18),
     "out": Change("elsewhere"),
@@ -401,7 +408,12 @@ def ran(recipe: dict[str, Any], place: Path, folder: Path) -> dict[str, Any]:
         api.train(recipe, out=None if named else run)
     except TunesmithError as error:
         return {"refused": str(error)}
-    results = ["metrics.jsonl", "evaluation.json", *(f"predictions/{p.name}" for p in run.glob("predictions/*"))]
+    results = [
+        "metrics.jsonl",
+        "evaluation.json",
+        *(p.name for p in run.glob("decoding.json")),
+        *(f"predictions/{p.name}" for p in run.glob("predictions/*")),
+    ]
     trackers = run / "trackers.json"
     trained = [p for p in (run / "model").glob("*.safetensors")]
     return {

@@ -20,7 +20,7 @@ from tunesmith.evaluation.answers import read
 from tunesmith.evaluation.code_metrics import judged, pass_at_k, program
 from tunesmith.evaluation.metrics import applicable, statistics
 from tunesmith.evaluation.preflight import check_metrics
-from tunesmith.recipe import Code
+from tunesmith.recipe_evaluation import Code
 from tunesmith.rundir import read_json
 from tunesmith.types import Prediction, Row
 

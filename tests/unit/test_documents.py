@@ -17,6 +17,7 @@ from tunesmith.objectives import OBJECTIVES
 from tunesmith.recipe import Recipe
 from tunesmith.recipe_problems import find_problems
 
+REQUIRED = {"code": {"tests": "test"}, "decoding": {"metric": "rouge_l"}}  # what is not left out of a section
 BASE: dict[str, Any] = {"model": "base", "data": {"train": "rows.jsonl"}, "objective": "sft", "method": "lora"}
 SECTIONS = dict(sections(Recipe))
 OPTIONS = {f"{r.what} {name}": r.get(name).Options for r in (METHODS, OBJECTIVES) for name in builtin(r)}
@@ -67,6 +68,6 @@ def test_every_key_of_a_recipe_has_an_example_that_is_right(key: str, example: A
         part = recipe["data"]["corpus"] = {"path": "passages.jsonl"}
     else:
         for name in above:
-            part = part.setdefault(name, {"tests": "test"} if name == "code" else {})
+            part = part.setdefault(name, dict(REQUIRED.get(name, {})))
     part[last] = example
     assert find_problems(recipe, Recipe) == []

@@ -25,7 +25,11 @@ def _add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", metavar="TEXT", help="ask this and end; - reads it from stdin")
     parser.add_argument("--system", metavar="TEXT", help="said before the conversation; as in training if left out")
     parser.add_argument("--base", action="store_true", help="ask the base too, and show both answers")
-    parser.add_argument("--temperature", metavar="T", help="0 (the default) takes the most probable token each time")
+    parser.add_argument(
+        "--temperature",
+        metavar="T",
+        help="0 takes the most probable token each time; the run's choice, or 0, if left out",
+    )
     parser.add_argument("--top-p", metavar="P", help="draw from the most probable tokens that hold this share")
     parser.add_argument("--top-k", metavar="K", help="draw from this many of the most probable tokens; 0: from all")
     parser.add_argument("--max-new-tokens", metavar="N", help="longest answer; 512, or the run's own if that is more")

@@ -47,7 +47,7 @@ def _run(options: argparse.Namespace, call: Call) -> int:
     from tunesmith.report.results import show_results, spread_table
 
     result = found.result
-    show_results(result.path, result.report, result.records, result.effects, result.groups, view.console)
+    show_results(result, view.console)
     view.console.print(spread_table(found.spread, len(found.folds)))
     return 0
 

@@ -49,12 +49,13 @@ def show_result(result: Result, view: View, call: Call) -> None:
                 "records": result.records,
                 "effects": result.effects,
                 "groups": list(result.groups),
+                **({"decoding": dict(result.decoding)} if result.decoding else {}),
             }
         )
         return
     from tunesmith.report.results import show_results
 
-    show_results(result.path, result.report, result.records, result.effects, result.groups, view.console)
+    show_results(result, view.console)
 
 
 VERB = Verb("train", "train what a recipe describes, and measure it against its base", _add, _run)

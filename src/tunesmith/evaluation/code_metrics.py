@@ -15,7 +15,7 @@ from tunesmith import sandbox
 from tunesmith.errors import InputError
 from tunesmith.evaluation import METRICS
 from tunesmith.evaluation.metrics import About, Bounds, FloatArray, MetricKind, quotient
-from tunesmith.recipe import Code
+from tunesmith.recipe_evaluation import Code
 from tunesmith.types import Prediction, Row
 
 SAMPLES, PASSED = "samples", "passed"  # scores of a prediction

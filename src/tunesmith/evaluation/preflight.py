@@ -8,17 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith import sandbox
 from tunesmith.errors import InputError
+from tunesmith.evaluation import METRICS
 from tunesmith.evaluation.baselines import label_counts, unread
 from tunesmith.evaluation.code_metrics import PASSED, SAMPLES
 from tunesmith.evaluation.conformal import OF_SETS, least_rows
+from tunesmith.evaluation.likelihood_metrics import Loss
 from tunesmith.evaluation.metrics import Scoring, applicable, build, statistics
 from tunesmith.types import Prediction, Row
 
 if TYPE_CHECKING:
     from tunesmith.data.prepare import Prepared
     from tunesmith.data.store import TokenStore
+    from tunesmith.declared import ObjectiveNeeds
     from tunesmith.protocols import Objective
-    from tunesmith.recipe import Code, Evaluate, Recipe
+    from tunesmith.recipe import Recipe
+    from tunesmith.recipe_evaluation import Code, Evaluate
 
 SEEN = 100  # rows by which a metric that nobody asked for is judged
 
@@ -28,6 +32,7 @@ def measured(recipe: Recipe, objective: Objective, prepared: Prepared) -> list[s
     usual, counts = objective.needs.metrics, label_counts(prepared.audit.to_json()["train"])
     stopping, held = recipe.train.early_stopping, prepared.validation
     check_calibration(recipe.evaluate, objective.describe(), 0 if held is None else len(held), len(prepared.tests))
+    check_decoding(recipe.evaluate, objective.needs, [] if held is None else _rows(held), len(prepared.tests))
     if held is not None and stopping is not None and stopping.metric not in (None, "loss"):
         rows = _rows(held)
         code = recipe.evaluate.code
@@ -116,6 +121,39 @@ def check_calibration(evaluate: Evaluate, learned: Mapping[str, Any], validation
             f"rows{' that no scaling is fitted to' * (len(asked) == 2)}, and there are {rows:,}",
             "give more validation rows, or ask for less",
         )
+
+
+def check_decoding(evaluate: Evaluate, needs: ObjectiveNeeds, validation: Sequence[Row], tests: int) -> None:
+    """InputError where the recipe asks for a way to draw answers, and none can be told from another.
+
+    `tests`: how many sets of test rows there are.
+    """
+    asked = evaluate.decoding
+    if asked is None:
+        return
+    if not (needs.writes and "messages" in needs.formats):
+        raise InputError(
+            "evaluate.decoding is of answers that a model writes, and this objective's are none",
+            "leave it out, or choose an objective such as sft with rows of a prompt and a completion",
+        )
+    if not validation or not tests:
+        raise InputError(
+            "evaluate.decoding is chosen on the validation rows and judged on others, and there are no "
+            f"{'test' if validation else 'validation'} rows",
+            "set data.validation and data.test",
+        )
+    if isinstance(METRICS.get(asked.metric)([]), Loss):
+        raise InputError(
+            f"evaluate.decoding.metric is {asked.metric}, which is of the references and not of what the model writes",
+            "choose a metric of answers, such as rouge_l",
+        )
+    silent = next((row.where for row in validation if "messages" not in row.value), None)
+    if silent is not None:
+        raise InputError(
+            f"evaluate.decoding is of answers, and {silent} asks for none",
+            "leave it out, or give validation rows with a prompt and a completion",
+        )
+    check_metrics([asked.metric], (), "validation", validation, None, evaluate.code)
 
 
 def _rows(store: TokenStore) -> list[Row]:

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from tunesmith.evaluation.baselines import BASELINES
-from tunesmith.report import figures, verdict
+from tunesmith.report import drawings, figures, verdict
 from tunesmith.report.answers import Answer, Answers
 from tunesmith.report.before_after import model_title
 from tunesmith.report.findings import file_name
@@ -42,6 +42,7 @@ def render(template: str, context: Mapping[str, Any]) -> str:
         "limits": verdict.limits,
         "changed_by": verdict.changed_by,
         "model_title": model_title,
+        "drawings": drawings,
         "gap_line": gap_line,
         "small_line": small_line,
     }

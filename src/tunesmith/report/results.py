@@ -4,38 +4,38 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tunesmith.report import drawings
 from tunesmith.report.figures import figure, p_value
 from tunesmith.report.gaps import gap_lines
 from tunesmith.report.visible import visible
+
+if TYPE_CHECKING:
+    from tunesmith.result import Result
 
 TUNED, UNCALIBRATED = "tuned", "uncalibrated"
 OF_A_CLASS = ("precision", "recall")
 
 
-def show_results(
-    path: Path,
-    report: Path | None,
-    records: Sequence[Mapping[str, Any]],
-    effects: Sequence[Mapping[str, Any]],
-    groups: Sequence[Mapping[str, Any]],
-    console: Console,
-) -> None:
+def show_results(result: Result, console: Console) -> None:
     """The table of a run, where its model and report are, and the next commands."""
+    path, report, records, effects = result.path, result.report, result.records, result.effects
     for table in results_tables(records, effects):
         console.print(table)
     if records:
         paired = "; the difference and its p-value are paired over the same rows" if effects else ""
         console.print(Text(f"\n[low, high]: 95% intervals{paired}\n", style="dim"), soft_wrap=True)
-    for line in gap_lines(groups):
+    for line in gap_lines(result.groups):
         console.print(Text(visible(line)), soft_wrap=True)
+    for model in result.decoding.get("models", {}):
+        console.print(drawing_table(result.decoding, model))
+        console.print(Text(f"{drawings.taken(result.decoding, model)}\n"), soft_wrap=True)
     for line in [*calibrations(records), *reasons(records, effects), *signatures(records)]:
         console.print(Text(visible(line), style="dim"), soft_wrap=True)
     for warning in weaknesses(records):
@@ -158,6 +158,18 @@ def spread_table(spread: Mapping[str, Mapping[str, Any]], folds: int) -> Table:
     for metric, found in spread.items():
         values = found["values"]
         table.add_row(visible(metric), *(figure(v) for v in (found["mean"], found["sd"], min(values), max(values))))
+    return table
+
+
+def drawing_table(decoding: Mapping[str, Any], model: str) -> Table:
+    """The settings by which a model's answers were drawn on validation rows."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
+    title = f"\nways to draw answers, {model}: {decoding['metric']} of {decoding['n']:,} validation rows"
+    table.title, table.title_justify = Text(visible(title)), "left"
+    for place, heading in enumerate(drawings.HEADINGS):
+        table.add_column(heading, justify="right" if place else "left", no_wrap=place > 0)
+    for row in drawings.rows(decoding, model):
+        table.add_row(*row)
     return table
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tunesmith.report import page, verdict
+from tunesmith.report import drawings, page, verdict
 from tunesmith.report.answers import OUTCOMES, compact
 from tunesmith.report.before_after import model_title
 from tunesmith.report.classes import SHADES, Classes
@@ -54,6 +54,7 @@ def run_page(summary: Summary) -> str:
             "columns": _columns(summary),
             "groups": _groups(summary),
             "apart": {(entry["data"], entry["column"]): entry for entry in summary.groups},
+            "drawings": drawings,
             "gap_line": gap_line,
             "small_line": small_line,
             "changed": _changed(summary),

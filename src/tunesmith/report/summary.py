@@ -33,6 +33,7 @@ MEASURED = {
     "effects": "comparison.json",
     "details": "details.json",
     "groups": "groups.json",
+    "decoding": "decoding.json",
 }
 
 
@@ -69,6 +70,7 @@ class Summary:
     records: list[Json]
     effects: list[Json]
     groups: list[Json]
+    decoding: Json | None
     tables: list[Table]
     classes: list[Classes]
     answers: dict[str, Answers]
@@ -123,6 +125,7 @@ def summarise(run: Path) -> Summary:
         records=records,
         effects=effects,
         groups=found["groups"] or [],
+        decoding=found["decoding"],
         tables=measured,
         classes=classes_of(records, found["details"] or {}, plan["audit"]["train"]["labels"]) if finished else [],
         answers=answers,
