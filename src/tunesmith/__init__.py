@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from tunesmith.events import Callback, StopRun
     from tunesmith.loaded import Loaded, load
     from tunesmith.recipe import Recipe
+    from tunesmith.suites import evaluate_suite
 
 __version__ = "0.1.0"
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "compare",
     "crossval",
     "evaluate",
+    "evaluate_suite",
     "export",
     "load",
     "load_adapters",
@@ -45,6 +47,7 @@ _ELSEWHERE = {  # the rest are the verbs of the API
     "StopRun": "events",
     "compare": "comparing",
     "crossval": "cross_validating",
+    "evaluate_suite": "suites",
     "load": "loaded",
     "load_adapters": "adapters",
 }

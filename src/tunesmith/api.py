@@ -55,7 +55,7 @@ def plan(
     spoil the run, ResourceError where it cannot fit.
     """
     load_plugins(plugins)
-    with _listening(listen, progress) as tell:
+    with listening(listen, progress) as tell:
         planned = _planned(*read_recipe(recipe, overrides, data), tell)[0]
     if listen is None and progress is None and notebook.in_notebook():
         notebook.show_plan(planned)
@@ -92,7 +92,7 @@ def train(
     typed, origin = read_recipe(recipe, overrides, data)
     folder = Path(out) if out else typed.out or rundir.free_folder(run_name(origin.file) if origin.file else "run")
     training.check_run_folder(folder)
-    with _listening(listen, progress, folder) as tell:
+    with listening(listen, progress, folder) as tell:
         planned, assets = _planned(typed, origin, tell)
         run = RunDir(folder)
         with run.hold():
@@ -121,7 +121,7 @@ def resume(
     """
     path = Path(path)
     run = RunDir.open(path)
-    with run.hold(), _listening(listen, progress, path) as tell:
+    with run.hold(), listening(listen, progress, path) as tell:
         hashes = load_plugins(plugins)
         recipe, _ = load_recipe(path / "recipe.yaml")
         stored = rundir.read_record(path / "plan.json", "hash", "placement")
@@ -257,7 +257,7 @@ def evaluate(
     if name is not None:
         check_name(name)
     of = name or (Path(data).stem if isinstance(data, str | os.PathLike) else "rows")
-    with run.hold(), _listening(listen, progress) as tell:
+    with run.hold(), listening(listen, progress) as tell:
         loaded = load(path, device, corpus)
         rows = questions(data, recipe.data.format, recipe.data.columns, recipe.evaluate.tags)
         check_kinds(rows, loaded.objective.needs, asking=False)
@@ -319,7 +319,7 @@ def report(
 
 
 @contextmanager
-def _listening(listen: Listeners | None, progress: bool | None, run: Path | None = None) -> Generator[Listen]:
+def listening(listen: Listeners | None, progress: bool | None, run: Path | None = None) -> Generator[Listen]:
     """Everyone who hears the events, as one; a listener that asks for a stop outside of a step is obeyed at once."""
     given = [] if listen is None else [listen] if callable(listen) else list(listen)
     drawn = notebook.in_notebook() if progress is None else progress

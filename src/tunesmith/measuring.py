@@ -202,7 +202,7 @@ def score(
         if before is not None and group == ALL:
             having = set(applicable([metric.name for metric in built], before))
             tested = [m for m in built if m.name in having and (BASE in found or not isinstance(m, WithoutFloor))]
-            effects = _effects(name, before, tuned, tested, recipe.seed, own)
+            effects = paired_effects(name, before, tuned, tested, recipe.seed, own)
     details: dict[str, Any] = {}
     if labels is not None:
         known = sorted({*labels, *(label for p in found[TUNED] for label in p.expected)})
@@ -296,7 +296,7 @@ def _groups(count: int, columns: Sequence[Parted]) -> Iterator[tuple[str, NDArra
             yield f"{of.column}={value}", places_N
 
 
-def _effects(
+def paired_effects(
     name: str,
     before: Sequence[Prediction],
     tuned: Sequence[Prediction],

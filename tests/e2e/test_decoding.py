@@ -83,7 +83,8 @@ def test_every_setting_is_measured_for_both_models_and_shown(run: Path, capsys: 
     assert main(["evaluate", str(run)]) == 0
     told = capsys.readouterr().out
     assert "ways to draw answers, tuned: chrf of 6 validation rows" in told
-    assert "tuned answers by greedy: of 3 settings the simplest that 6 validation rows" in told
+    assert "tuned answers greedily: of 3 settings the simplest that 6 validation rows" in told
+    assert "\\n" not in told
     assert main(["evaluate", str(run), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["decoding"] == found
     assert "How answers are drawn" in (run / "report.html").read_text()

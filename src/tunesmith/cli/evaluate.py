@@ -23,9 +23,27 @@ def _add(parser: argparse.ArgumentParser) -> None:
         type=_keep,
         help="answers to keep in the run, or `all`; the recipe's evaluate.keep if left out",
     )
+    parser.add_argument(
+        "--suite",
+        metavar="lm-eval:TASK",
+        help="in place of rows: a standard task of lm-evaluation-harness, where that and the task's data are installed",
+    )
+    parser.add_argument("--tasks", metavar="DIR", type=Path, help="with --suite: a folder of tasks; their code is run")
+    parser.add_argument("--limit", metavar="N", type=_above_0, help="with --suite: the first rows of each task alone")
+    parser.add_argument("--shots", metavar="N", type=_count, help="with --suite: examples before each question")
     parser.add_argument("--no-base", action="store_true", help="measure the tuned model alone")
     add_corpus(parser)
     add_plugins(parser)
+
+
+def _count(text: str, least: int = 0) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"it must be a whole number of at least {least}")
+    return int(text)
+
+
+def _above_0(text: str) -> int:
+    return _count(text, 1)
 
 
 def _keep(text: str) -> int | Literal["all"]:
@@ -37,27 +55,50 @@ def _keep(text: str) -> int | Literal["all"]:
 
 
 def _run(options: argparse.Namespace, call: Call) -> int:
-    given = [f"--{name}" for name in ("name", "metrics", "keep", "corpus") if getattr(options, name) is not None]
-    if options.data is None and (given or options.no_base):
-        flags = " and ".join([*given, *(["--no-base"] if options.no_base else [])])
-        raise InputError(f"{flags}: how to measure new rows, and there are none", "give the rows with --data FILE")
-    from tunesmith import api
+    _check(options)
+    from tunesmith import api, suites
     from tunesmith.report.live import View
 
     with View(sys.stderr if call.json else sys.stdout) as view:
-        result = api.evaluate(
-            options.path,
-            options.data,
-            name=options.name,
-            metrics=options.metrics,
-            keep=options.keep,
-            base=not options.no_base,
-            corpus=corpus_of(options),
-            plugins=options.plugins,
-            listen=view.listen,
-        )
+        if options.suite is not None:
+            result = suites.evaluate_suite(
+                options.path,
+                options.suite,
+                tasks=options.tasks,
+                limit=options.limit,
+                shots=options.shots,
+                base=not options.no_base,
+                plugins=options.plugins,
+                listen=view.listen,
+            )
+        else:
+            result = api.evaluate(
+                options.path,
+                options.data,
+                name=options.name,
+                metrics=options.metrics,
+                keep=options.keep,
+                base=not options.no_base,
+                corpus=corpus_of(options),
+                plugins=options.plugins,
+                listen=view.listen,
+            )
     show_result(result, view, call)
     return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    """InputError for flags that are of something else than what is asked for."""
+    given = [f"--{name}" for name in ("name", "metrics", "keep", "corpus") if getattr(options, name) is not None]
+    of_suite = [f"--{name}" for name in ("tasks", "limit", "shots") if getattr(options, name) is not None]
+    if options.suite is None and of_suite:
+        raise InputError(f"{' and '.join(of_suite)}: how to ask a standard task", "name it with --suite lm-eval:TASK")
+    if options.suite is not None and (given or options.data is not None):
+        flags = " and ".join([*given, *(["--data"] if options.data is not None else [])])
+        raise InputError(f"{flags}: of rows of your own, and --suite has its own", "leave it out, or leave --suite out")
+    if options.suite is None and options.data is None and (given or options.no_base):
+        flags = " and ".join([*given, *(["--no-base"] if options.no_base else [])])
+        raise InputError(f"{flags}: how to measure new rows, and there are none", "give the rows with --data FILE")
 
 
 VERB = Verb("evaluate", "measure a run's model on more rows, beside its base", _add, _run)

@@ -144,7 +144,12 @@ def tables(records: Sequence[Json], effects: Sequence[Json]) -> list[Table]:
     made: list[Table] = []
     for (data, group), metrics in found.items():
         lines = tuple(
-            Line(facts_of(name), _other(models), models[TUNED], changes.get((data, name)) if group == "all" else None)
+            Line(
+                facts_of(name, models[TUNED].get("facts")),
+                _other(models),
+                models[TUNED],
+                changes.get((data, name)) if group == "all" else None,
+            )
             for name, models in metrics.items()
             if TUNED in models
         )
@@ -154,9 +159,14 @@ def tables(records: Sequence[Json], effects: Sequence[Json]) -> list[Table]:
     return made
 
 
-def facts_of(name: str) -> MetricFacts:
-    """What is known of a metric by its name."""
-    title = " ".join(_SPELLED.get(word, word) for word in name.split("_")).replace("ROUGE ", "ROUGE-")
+def facts_of(name: str, told: Json | None = None) -> MetricFacts:
+    """What is known of a metric by its name, or by what its record tells of it (`told`): another library's."""
+    own, _, filtered = name.partition(",")
+    title = " ".join(_SPELLED.get(word, word) for word in own.split("_")).replace("ROUGE ", "ROUGE-")
+    if told is not None:
+        title += f" ({filtered})" * (filtered not in ("", "none"))
+        least, most = told["bounds"] or (float("-inf"), float("inf"))
+        return MetricFacts(name, title, "", told["higher_is_better"], told["kind"], (least, most))
     try:
         metric = METRICS.get(name)([])
     except InputError:

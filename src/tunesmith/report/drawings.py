@@ -16,7 +16,7 @@ def taken(decoding: Json, model: str) -> str:
     """Which setting a model answers by, and why, in a sentence without its stop."""
     own = decoding["models"][model]
     setting, tried = Setting(**own["chosen"]), own["tried"]
-    said = f"{model} answers by {setting}"
+    said = f"{model} answers " + (f"at {setting}" if setting.temperature else "greedily")
     if len(tried) == 1:
         return f"{said}, the one setting that was tried"
     return (

@@ -164,8 +164,8 @@ def spread_table(spread: Mapping[str, Mapping[str, Any]], folds: int) -> Table:
 def drawing_table(decoding: Mapping[str, Any], model: str) -> Table:
     """The settings by which a model's answers were drawn on validation rows."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
-    title = f"\nways to draw answers, {model}: {decoding['metric']} of {decoding['n']:,} validation rows"
-    table.title, table.title_justify = Text(visible(title)), "left"
+    title = f"ways to draw answers, {model}: {decoding['metric']} of {decoding['n']:,} validation rows"
+    table.title, table.title_justify = Text(f"\n{visible(title)}"), "left"
     for place, heading in enumerate(drawings.HEADINGS):
         table.add_column(heading, justify="right" if place else "left", no_wrap=place > 0)
     for row in drawings.rows(decoding, model):
