@@ -88,13 +88,13 @@ def merge(
             f"export it without --merge: its folder is {held} already",
         )
     spec = SampleSpec(int(card["max_new_tokens"]))
-    before = calibrated(objective.predict(policy, rows, renderer, spec), card)
+    before = calibrated(objective.predict(policy, rows, renderer, spec), rows, card)
     method.merge(policy)
     card = _folded(policy, card)
     with rundir.replace_folder(to) as folder:
         session.save_merged(folder, policy, objective, renderer, card, DTYPES[dtype])
         merged, *_ = session.load(folder, str(policy.device))
-        check = _passed(before, calibrated(objective.predict(merged, rows, renderer, spec), card), dtype, card)
+        check = _passed(before, calibrated(objective.predict(merged, rows, renderer, spec), rows, card), dtype, card)
         for name, content in cards.items():
             (folder / name).write_bytes(content)
     return Exported(to, check)

@@ -76,7 +76,7 @@ class Loaded:
 
     def _predict(self, asked: list[Row], max_new_tokens: int | None) -> list[Prediction]:
         spec, _ = drawn_of(self.card).specs(max_new_tokens or int(self.card["max_new_tokens"]))
-        return calibrated(self.objective.predict(self.policy, asked, self.renderer, spec), self.card)
+        return calibrated(self.objective.predict(self.policy, asked, self.renderer, spec), asked, self.card)
 
 
 def load(path: PathLike, device: str = "auto", corpus: Passages | None = None) -> Loaded:

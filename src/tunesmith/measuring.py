@@ -120,7 +120,7 @@ def measure_rows(
     found = {TUNED: answered(policy, rows, objective, renderer, spec, code, metrics)}
     if calibration is not None:
         before = {} if calibration.scaling is None else {UNCALIBRATED: found[TUNED]}
-        found = {TUNED: calibration.apply(found[TUNED]), **before}
+        found = {TUNED: calibration.apply(found[TUNED], rows), **before}
     if with_base and not objective.heads():
         listen("phase", {"name": "evaluating", "what": f"{BASE} on {name}", "rows": len(rows)})
         with method.reference(policy):

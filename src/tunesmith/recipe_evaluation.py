@@ -52,6 +52,24 @@ class Code(Strict):
         return [column for column in (self.tests, self.before, self.entry_point) if column]
 
 
+class Conformal(Strict):
+    """Sets of labels that hold the right one as often as is asked for. A number alone is short for its `coverage`."""
+
+    coverage: Annotated[Fraction, Field(description="how often the right label is in the set", examples=[0.9])]
+    sets: Literal["lac", "aps"] = key(
+        "lac",
+        "which labels: lac, the probable ones, as few as can be; aps, the first ones, hard and easy rows alike",
+        "aps",
+    )
+
+
+def _as_conformal(value: Any) -> Any:
+    return {"coverage": value} if isinstance(value, int | float) else value
+
+
+Conformity = Annotated[Conformal, BeforeValidator(_as_conformal, json_schema_input_type=float | Conformal)]
+
+
 class Decoding(Strict):
     """How answers are drawn: every setting of these is measured, and the best one is the model's own."""
 
@@ -86,7 +104,7 @@ class Evaluate(Strict):
         "temperature",
         "not at all",
     )
-    conformal: Fraction | None = key(
+    conformal: Conformity | None = key(
         None,
         "how often the right label is to be in a set of labels that comes with each answer (split conformal); the "
         "threshold is of the validation rows, of half of them beside `calibrate`",

@@ -119,7 +119,7 @@ def _calibrated(recipe: Recipe, plan: Plan, assets: Assets, policy: Policy, list
     rows = [store.row(i) for i in range(len(store))]
     listen("phase", {"name": "evaluating", "what": "what its probabilities are worth", "rows": len(rows)})
     found = assets.objective.predict(policy, rows, assets.renderer, SampleSpec(plan.training.max_new_tokens))
-    return Calibration.fit(found, asked.calibrate, asked.conformal, recipe.seed)
+    return Calibration.fit(found, rows, asked.calibrate, asked.conformal, recipe.seed)
 
 
 def _train(run: RunDir, plan: Plan, assets: Assets, policy: Policy, stop: StopRequest, listen: Listen) -> None:

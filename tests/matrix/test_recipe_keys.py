@@ -254,6 +254,8 @@ CHANGES: dict[str, Change] = {
     "evaluate.smallest_group": Change(1, {"evaluate.by": ["remark"]}),
     "evaluate.calibrate": Change("temperature", JUDGED),
     "evaluate.conformal": Change(0.5, JUDGED),
+    "evaluate.conformal.coverage": Change(0.75, {**JUDGED, "evaluate.conformal": {"coverage": 0.2}}),
+    "evaluate.conformal.sets": Change("aps", {**JUDGED, "evaluate.conformal": {"coverage": 0.7}}),
     "evaluate.cluster": Change("of"),
     "evaluate.max_new_tokens": Change(2),
     "evaluate.code": Change(None, TESTED),

@@ -19,10 +19,11 @@ from tunesmith.errors import InputError
 from tunesmith.evaluation import scaling
 from tunesmith.evaluation.calibrated import Calibration, of_card
 from tunesmith.evaluation.calibration import BINS, AdaptiveEce, Brier
-from tunesmith.evaluation.conformal import ConformalCoverage, ConformalSetSize, Sets, least_rows
+from tunesmith.evaluation.conformal import SCORES, ConformalCoverage, ConformalSetSize, Sets, chance, least_rows
 from tunesmith.evaluation.metrics import FloatArray, statistics
 from tunesmith.evaluation.scaling import Isotonic, Temperature, Vector
-from tunesmith.types import Prediction
+from tunesmith.recipe_evaluation import Conformal
+from tunesmith.types import Prediction, Row
 
 LABELS = ("a", "b", "c", "d")
 
@@ -134,12 +135,13 @@ def test_isotonic_scaling_is_that_of_scikit_learn(seed: int, count: int) -> None
 @pytest.mark.parametrize("name", ["temperature", "vector", "isotonic"])
 def test_answers_are_calibrated_and_a_card_keeps_how(name: str) -> None:
     """The likelihood follows; only temperature promises the same answers; a label that training lacked stays wrong."""
-    fitted = Calibration.fit(drawn(2000, 3, 3.0), name, 0.9, seed=5)
+    known = drawn(2000, 3, 3.0)
+    fitted = Calibration.fit(known, as_rows(known), name, Conformal(coverage=0.9, sets="aps"), seed=5)
     assert fitted.rows == (1000, 1000)
     again = of_card(json.loads(json.dumps({"calibration": fitted.to_json()})))
     assert again == fitted
     new = [*drawn(1500, 4, 3.0), replace(drawn(1, 5)[0], reference="never", scores={"nll": 87.0, "tokens": 1.0})]
-    found = again.apply(new)
+    found = again.apply(new, as_rows(new))
     assert sum(p.scores["nll"] for p in found) < sum(p.scores["nll"] for p in new) * 0.9
     for before, after in zip(new, found, strict=True):
         shares = after.probabilities or {}
@@ -153,34 +155,78 @@ def test_answers_are_calibrated_and_a_card_keeps_how(name: str) -> None:
     assert ece[1] < ece[0] / 2
 
 
-def test_sets_cover_what_they_promise_over_many_splits() -> None:
+def as_rows(predictions: list[Prediction]) -> list[Row]:
+    return [Row({"text": f"{number}"}, p.where) for number, p in enumerate(predictions)]
+
+
+@pytest.mark.parametrize("by", ["lac", "aps"])
+def test_sets_cover_what_they_promise_over_many_splits(by: str) -> None:
     """The mean over 200 splits is in the binomial band of all rows that were judged; one split is as theory has it.
 
     Of n rows that fitted and m that are judged the number of covered rows is beta-binomial (Vovk 2012).
     """
-    rows = drawn(3000, 6, 0.5)
-    right = np.array([(p.probabilities or {})[p.reference or ""] for p in rows])
+    drawn_rows = drawn(3000, 6, 0.5)
+    rows = [
+        (p.probabilities or {}, p.reference or "", chance(row))
+        for p, row in zip(drawn_rows, as_rows(drawn_rows), strict=True)
+    ]
+    score_N = np.array([SCORES[by](shares, own)[label] for shares, label, own in rows])
     for coverage in (0.8, 0.9, 0.99):
         draw, fitted, shares = np.random.default_rng(7), 500, list[float]()
         for _ in range(200):
-            order = draw.permutation(len(right))
-            sets = Sets.fit(right[order[:fitted]], coverage)
-            shares.append(float((1 - right[order[fitted:]] <= sets.threshold).mean()))
+            order = draw.permutation(len(rows))
+            sets = Sets.fit([rows[i] for i in order[:fitted]], coverage, by)
+            shares.append(float((score_N[order[fitted:]] <= sets.threshold).mean()))
         needed = math.ceil((fitted + 1) * coverage - 1e-9)
-        count = len(right) - fitted
+        count = len(rows) - fitted
         law = stats.betabinom(count, needed, fitted + 1 - needed)
         low, high = law.ppf([0.025, 0.975]) / count
         inside = np.mean([low <= share <= high for share in shares])
         assert stats.binom.ppf(1e-3, 200, 0.95) / 200 <= inside
         assert abs(np.mean(shares) - needed / (fitted + 1)) < 4 * law.std() / count / math.sqrt(200)
         assert np.mean(shares) >= coverage - 4 * law.std() / count / math.sqrt(200)
+        held = [sets.of(own, part) for own, _, part in rows[:500]]
+        covered = [label in held_labels for held_labels, (_, label, _) in zip(held, rows, strict=False)]
+        assert np.mean(covered) == np.mean(score_N[:500] <= sets.threshold)
+
+
+def test_sets_by_rank_cover_hard_rows_nearly_as_easy_ones() -> None:
+    """Half of the rows are nearly sure, half are not, and probabilities are true: LAC leaves the latter short."""
+    rng, labels = np.random.default_rng(9), "abcdefgh"
+    rows: list[tuple[dict[str, float], str, float]] = []
+    for number in range(6000):
+        shares = rng.dirichlet([30.0, *[0.2] * 7] if number % 2 else [1.0] * 8)
+        rows.append((dict(zip(labels, shares.tolist(), strict=True)), labels[rng.choice(8, p=shares)], rng.random()))
+
+    def covered(by: str) -> list[float]:
+        sets = Sets.fit(rows[:3000], 0.9, by)
+        judged = [label in sets.of(shares, own) for shares, label, own in rows[3000:]]
+        return [float(np.mean(judged[hard::2])) for hard in (0, 1)]
+
+    (hard, easy), (hard_lac, easy_lac) = covered("aps"), covered("lac")
+    assert hard == pytest.approx(0.9, abs=0.03)
+    assert easy == pytest.approx(0.9, abs=0.03)
+    assert hard_lac < 0.87
+    assert easy_lac > 0.92
+
+
+def test_a_set_by_rank_is_that_of_the_paper() -> None:
+    """Labels from the most probable on, until the threshold falls inside one; that one by chance."""
+    sets = Sets(0.9, 0.8, "aps")
+    shares = {"a": 0.5, "b": 0.2, "c": 0.3}
+    assert sets.of(shares, 0.0) == ("a", "c", "b")
+    assert sets.of(shares, 0.99) == ("a", "c")
+    assert SCORES["aps"](shares, 0.5) == pytest.approx({"a": 0.25, "c": 0.65, "b": 0.9})
+    one, other = (Row({"text": text}, "here") for text in ("one", "other"))
+    assert chance(one) == chance(Row({"text": "one", "label": "x"}, "elsewhere")) != chance(other)
+    assert 0 <= chance(one) < 1
 
 
 def test_a_set_holds_what_is_probable_enough() -> None:
-    sets = Sets.fit(np.array([0.9, 0.7, 0.4, 0.95]), 0.6)
+    sets = Sets.fit([({"x": share}, "x", 0.0) for share in (0.9, 0.7, 0.4, 0.95)], 0.6)
     assert sets.threshold == pytest.approx(1 - 0.7)  # the third smallest of 1 - p: ceil(5 * 0.6)
-    assert sets.of({"a": 0.1, "b": 0.71, "c": 0.75}) == ("c", "b")
-    assert sets.of({"a": 0.4, "b": 0.6}) == ()
+    assert sets.of({"a": 0.1, "b": 0.71, "c": 0.75}, 0.0) == ("c", "b")
+    assert sets.of({"a": 0.4, "b": 0.6}, 0.0) == ()
     assert [least_rows(coverage) for coverage in (0.5, 0.9, 0.99)] == [1, 9, 99]
     made = [replace(p, label_set=("a", "b")) for p in drawn(50, 8)]
     covered = ConformalCoverage()
@@ -196,4 +242,4 @@ def test_a_set_holds_what_is_probable_enough() -> None:
 def test_rows_of_unknown_labels_alone_fit_nothing() -> None:
     unknown = [replace(p, reference="never") for p in drawn(4, 0)]
     with pytest.raises(InputError, match="of 4 none has a label of training"):
-        Calibration.fit(unknown, "temperature", None, seed=0)
+        Calibration.fit(unknown, as_rows(unknown), "temperature", None, seed=0)

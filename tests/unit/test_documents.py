@@ -17,7 +17,11 @@ from tunesmith.objectives import OBJECTIVES
 from tunesmith.recipe import Recipe
 from tunesmith.recipe_problems import find_problems
 
-REQUIRED = {"code": {"tests": "test"}, "decoding": {"metric": "rouge_l"}}  # what is not left out of a section
+REQUIRED = {
+    "code": {"tests": "test"},
+    "decoding": {"metric": "rouge_l"},
+    "conformal": {"coverage": 0.9},
+}  # what is not left out of a section
 BASE: dict[str, Any] = {"model": "base", "data": {"train": "rows.jsonl"}, "objective": "sft", "method": "lora"}
 SECTIONS = dict(sections(Recipe))
 OPTIONS = {f"{r.what} {name}": r.get(name).Options for r in (METHODS, OBJECTIVES) for name in builtin(r)}

@@ -11,9 +11,10 @@ import numpy as np
 
 from tunesmith.errors import InputError
 from tunesmith.evaluation import conformal, scaling
-from tunesmith.evaluation.conformal import Sets
+from tunesmith.evaluation.conformal import Sets, chance
 from tunesmith.evaluation.scaling import IntArray, Scaling
-from tunesmith.types import Prediction
+from tunesmith.recipe_evaluation import Conformal
+from tunesmith.types import Prediction, Row
 
 LEAST = float(np.finfo(np.float32).tiny)  # a probability below it is as good as none, and has no logarithm
 
@@ -29,15 +30,20 @@ class Calibration:
 
     @classmethod
     def fit(
-        cls, predictions: Sequence[Prediction], calibrate: str | None, coverage: float | None, seed: int
+        cls,
+        predictions: Sequence[Prediction],
+        rows: Sequence[Row],
+        calibrate: str | None,
+        asked: Conformal | None,
+        seed: int,
     ) -> Calibration:
-        """Of answers to validation rows; rows of a label that training never saw are left out for the scaling.
+        """Of answers to validation rows; those of a label that training never saw are left out for the scaling.
 
         Where both are asked for, one half of the rows, drawn with the seed, is for each: sets keep their coverage
         only on rows that nothing else was fitted to. InputError for too few rows.
         """
         order = np.random.default_rng(seed).permutation(len(predictions))
-        half = len(order) // 2 if calibrate and coverage else len(order) if calibrate else 0
+        half = len(order) // 2 if calibrate and asked else len(order) if calibrate else 0
         labels = tuple(predictions[0].probabilities or ())
         known = [predictions[i] for i in sorted(order[:half]) if predictions[i].reference in labels]
         scaled: Scaling | None = None
@@ -49,14 +55,15 @@ class Calibration:
                 )
             scaled = scaling.fit(calibrate, _logprobs(known, labels), _places(known, labels))
         made = cls(labels, scaled, None, (len(known), 0))
-        if coverage is None:
+        if asked is None:
             return made
-        others = made.apply([predictions[i] for i in sorted(order[half:])])
-        right_N = np.array([(p.probabilities or {}).get(p.reference or "", 0.0) for p in others])
-        return replace(made, sets=Sets.fit(right_N, coverage), rows=(len(known), len(others)))
+        left = sorted(order[half:])
+        others = made.apply([predictions[i] for i in left], [rows[i] for i in left])
+        told = [(p.probabilities or {}, p.reference or "", chance(rows[i])) for p, i in zip(others, left, strict=True)]
+        return replace(made, sets=Sets.fit(told, asked.coverage, asked.sets), rows=(len(known), len(others)))
 
-    def apply(self, predictions: Sequence[Prediction]) -> list[Prediction]:
-        """The answers with scaled probabilities and the likelihood that follows, and with their sets.
+    def apply(self, predictions: Sequence[Prediction], rows: Sequence[Row]) -> list[Prediction]:
+        """The answers to the rows with scaled probabilities and the likelihood that follows, and with their sets.
 
         By vector and isotonic scaling another label may be the most probable: it is the answer then.
         """
@@ -65,7 +72,8 @@ class Calibration:
             shares_NV = self.scaling(_logprobs(found, self.labels))
             found = [self._scaled(p, shares) for p, shares in zip(found, shares_NV.tolist(), strict=True)]
         if self.sets is not None:
-            found = [replace(p, label_set=self.sets.of(p.probabilities or {})) for p in found]
+            parts = zip(found, map(chance, rows), strict=True)
+            found = [replace(p, label_set=self.sets.of(p.probabilities or {}, own)) for p, own in parts]
         return found
 
     def to_json(self) -> dict[str, Any]:
@@ -100,10 +108,10 @@ def of_card(card: Mapping[str, Any]) -> Calibration | None:
     )
 
 
-def calibrated(predictions: list[Prediction], card: Mapping[str, Any]) -> list[Prediction]:
+def calibrated(predictions: list[Prediction], rows: Sequence[Row], card: Mapping[str, Any]) -> list[Prediction]:
     """The answers of a saved model as they are with what its card says of their probabilities."""
     calibration = of_card(card)
-    return predictions if calibration is None else calibration.apply(predictions)
+    return predictions if calibration is None else calibration.apply(predictions, rows)
 
 
 def _logprobs(predictions: Sequence[Prediction], labels: Sequence[str]) -> Any:

@@ -6,19 +6,18 @@ Shape letters: N rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
-import numpy as np
-
+from tunesmith.data.checks import row_keys
 from tunesmith.errors import InputError
 from tunesmith.evaluation import METRICS
 from tunesmith.evaluation.metrics import About, Bounds, FloatArray, MetricKind, quotient, reference_of
-from tunesmith.types import Prediction
+from tunesmith.types import Prediction, Row
 
 OF_SETS = ("conformal_coverage", "conformal_set_size")
-SOURCE = "Sadinle et al. 2019, arXiv 1609.00451"
+SOURCE = "Sadinle et al. 2019, arXiv 1609.00451; Romano et al. 2020, arXiv 2006.02544"
 
 
 def least_rows(coverage: float) -> int:
@@ -26,28 +25,60 @@ def least_rows(coverage: float) -> int:
     return math.ceil(coverage / (1 - coverage) - 1e-9)
 
 
+def by_probability(shares: Mapping[str, float], chance: float) -> dict[str, float]:
+    """How little each label fits: 1 - its probability (LAC: Sadinle et al. 2019, arXiv 1609.00451).
+
+    No sets of one coverage are smaller; they take it from hard rows to give it to easy ones.
+    """
+    del chance
+    return {label: 1 - share for label, share in shares.items()}
+
+
+def by_rank(shares: Mapping[str, float], chance: float) -> dict[str, float]:
+    """How little each label fits: the probability of all that are more probable, and a random part of its own.
+
+    APS, randomised: Romano, Sesia and Candes 2020 (arXiv 2006.02544), section 2.1. Coverage is exact, and hard rows
+    have it nearly as easy ones do.
+    """
+    above, found = 0.0, dict[str, float]()
+    for label in sorted(shares, key=lambda label: (-shares[label], label)):
+        found[label] = above + chance * shares[label]
+        above += shares[label]
+    return found
+
+
+SCORES: Mapping[str, Callable[[Mapping[str, float], float], dict[str, float]]] = {"lac": by_probability, "aps": by_rank}
+
+
+def chance(row: Row) -> float:
+    """A number between 0 and 1 that is the row's own, so that it has the same set whenever it is asked."""
+    return int.from_bytes(row_keys(row.value)[0][:8]) / 2**64
+
+
 @dataclass(frozen=True, slots=True)
 class Sets:
-    """All labels whose probability is at least 1 - `threshold` (Sadinle et al. 2019, arXiv 1609.00451).
+    """All labels whose score, by one of SCORES, is at most `threshold`: split conformal prediction.
 
     Of rows drawn as those it was fitted to, a share `coverage` or more have their label in it, whatever the model:
     between it and it + 1 / (N + 1) where no two scores are equal. A set may be empty: then nothing fits the row as
-    well as the right labels fit theirs.
+    well as the right labels fit theirs, or, by rank, chance left the only label out.
     """
 
     coverage: float
     threshold: float
+    by: str = "lac"
 
     @classmethod
-    def fit(cls, right_N: FloatArray, coverage: float) -> Sets:
-        """`right_N`: the probability of each row's own label, of `least_rows` rows or more."""
-        needed = math.ceil((len(right_N) + 1) * coverage - 1e-9)
-        return cls(coverage, float(np.sort(1 - right_N)[needed - 1]))
+    def fit(cls, rows: Sequence[tuple[Mapping[str, float], str, float]], coverage: float, by: str = "lac") -> Sets:
+        """`rows`: probabilities, the right label and the chance of each, of `least_rows` or more."""
+        scores_N = [SCORES[by](shares, own).get(label, 1.0) for shares, label, own in rows]
+        needed = math.ceil((len(scores_N) + 1) * coverage - 1e-9)
+        return cls(coverage, sorted(scores_N)[needed - 1], by)
 
-    def of(self, probabilities: Mapping[str, float]) -> tuple[str, ...]:
-        """The most probable first."""
-        held = [label for label, share in probabilities.items() if 1 - share <= self.threshold]
-        return tuple(sorted(held, key=lambda label: (-probabilities[label], label)))
+    def of(self, shares: Mapping[str, float], chance: float) -> tuple[str, ...]:
+        """Of a row's probabilities and its chance; the most probable first."""
+        held = [label for label, score in SCORES[self.by](shares, chance).items() if score <= self.threshold]
+        return tuple(sorted(held, key=lambda label: (-shares[label], label)))
 
 
 class _OfSets:
@@ -103,4 +134,4 @@ class ConformalSetSize(_OfSets):
 
 
 def to_json(sets: Sets) -> dict[str, Any]:
-    return {"coverage": sets.coverage, "threshold": sets.threshold}
+    return asdict(sets)

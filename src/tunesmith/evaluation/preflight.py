@@ -115,9 +115,10 @@ def check_calibration(evaluate: Evaluate, learned: Mapping[str, Any], validation
             "set data.validation and data.test",
         )
     rows = validation - validation // 2 if len(asked) == 2 else validation
-    if evaluate.conformal is not None and rows < least_rows(evaluate.conformal):
+    sets = evaluate.conformal
+    if sets is not None and rows < least_rows(sets.coverage):
         raise InputError(
-            f"evaluate.conformal is {evaluate.conformal:g}, which takes {least_rows(evaluate.conformal):,} validation "
+            f"evaluate.conformal is {sets.coverage:g}, which takes {least_rows(sets.coverage):,} validation "
             f"rows{' that no scaling is fitted to' * (len(asked) == 2)}, and there are {rows:,}",
             "give more validation rows, or ask for less",
         )
