@@ -70,7 +70,8 @@ def crossval(
         )
     path = Path(out) if out else typed.out or Path("runs") / name
     options: dict[str, Any] = {"plugins": plugins, "listen": listen, "progress": progress}
-    _trained(typed, path, options)
+    whole = typed.data.model_copy(update={"fold": Fold(number=0, of=folds, by=by)})
+    _trained(typed.model_copy(update={"data": whole}), path, options)
     parts: list[Path] = []
     for number in range(1, folds + 1):
         held = typed.data.model_copy(update={"fold": Fold(number=number, of=folds, by=by), "test": None})

@@ -64,10 +64,11 @@ def measure_run(
 ) -> dict[str, Any]:
     """Measures every test set, or the validation rows where there is none, and writes what was found.
 
+    A run that folds judge has nothing measured without test rows: its numbers are those of the folds.
     `specs`: as in `measure_rows`; `decoding`: what chose them, to be written beside it.
     """
     stores: dict[str, TokenStore] = dict(assets.prepared.tests)
-    if not stores and assets.prepared.validation is not None:
+    if not stores and assets.prepared.validation is not None and not recipe.data.judged_by_folds:
         stores = {"validation": assets.prepared.validation}
     counts = label_counts(plan.audit["train"])
     results = _nothing() | {"decoding": decoding or {}}

@@ -354,7 +354,7 @@ def _describe_base(local: LocalModel, facts: Facts) -> dict[str, Any]:
 
 def _warnings(recipe: Recipe, prepared: Prepared) -> list[str]:
     found: list[str] = []
-    if not prepared.tests:
+    if not prepared.tests and not recipe.data.judged_by_folds:
         judged = (
             "the validation rows, which also chose the checkpoint" if prepared.validation is not None else "nothing"
         )

@@ -56,7 +56,9 @@ Searched = Annotated[CorpusFile, BeforeValidator(_as_set, json_schema_input_type
 class Fold(Strict):
     """One of several equal parts of the training rows, which judges the result in place of teaching it."""
 
-    number: Positive = key(1, "which part, from 1", 2)
+    number: Annotated[int, Field(ge=0)] = key(
+        1, "which part, from 1; 0 is none: all rows teach, and runs of the parts judge the recipe", 2
+    )
     of: Annotated[int, Field(ge=2)] = key(5, "how many parts there are", 10)
     by: Text | None = key(None, "a column whose equal values stay in one part", "patient", "rows of one text do")
 
@@ -112,6 +114,11 @@ class Data(Strict):
         "what would stop the run and is accepted. " + ". ".join(f"{word}: {done}" for word, done in ALLOWED.items()),
         ["leaks"],
     )
+
+    @property
+    def judged_by_folds(self) -> bool:
+        """Whether other runs, of the parts of train, judge this one in place of test rows."""
+        return self.fold is not None and self.fold.number == 0
 
 
 class EarlyStopping(Strict):

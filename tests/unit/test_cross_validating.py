@@ -139,6 +139,18 @@ def test_what_exists_is_gone_on_with_and_another_recipe_is_refused(
         tunesmith.crossval(project / "recipe.yaml", ["train.max_steps=4"], folds=3, by="of", out=found.path)
 
 
+def test_folds_judge_what_is_fitted_to_validation_rows(project: Path, tmp_path: Path) -> None:
+    """Calibration asks for other rows to judge it: those of the folds will do, and no plan says that nothing does."""
+    overrides = ["data.validation=0.3", "evaluate.calibrate=temperature", "evaluate.conformal=0.5"]
+    made = tunesmith.crossval(project / "recipe.yaml", overrides, folds=2, out=tmp_path / "run")
+    assert {record["data"] for record in made.result.records} == {"folds"}
+    assert made.result.record("conformal_coverage", data="folds")["n"] == len(ROWS)
+    card = json.loads((tmp_path / "run" / "model" / "tunesmith.json").read_text())
+    assert card["calibration"]["sets"]["coverage"] == 0.5
+    assert json.loads((tmp_path / "run" / "plan.json").read_text())["warnings"] == []
+    assert tunesmith.predict(tmp_path / "run", [{"text": "good"}])[0].label_set is not None
+
+
 @pytest.mark.parametrize(
     ("overrides", "options", "cause"),
     [

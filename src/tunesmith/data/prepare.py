@@ -179,7 +179,7 @@ def _split(
     train, leaks = audit.remove_leaks(train, held, set(tests), data.allow)
     audit.check_enough(train, "that no held-out set has too")
     train = _limited(train, sets, seed)
-    if data.fold is not None:
+    if data.fold is not None and data.fold.number:
         train, held[FOLD] = _without_fold(train, data.fold, seed)
     if isinstance(data.validation, float) and validation is None:
         kept, taken = split(train.keys, data.validation, seed, train.classes)

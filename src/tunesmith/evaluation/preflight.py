@@ -31,8 +31,9 @@ def measured(recipe: Recipe, objective: Objective, prepared: Prepared) -> list[s
     """The metrics that the rows will be measured by; refuses what could not be measured once the model is trained."""
     usual, counts = objective.needs.metrics, label_counts(prepared.audit.to_json()["train"])
     stopping, held = recipe.train.early_stopping, prepared.validation
-    check_calibration(recipe.evaluate, objective.describe(), 0 if held is None else len(held), len(prepared.tests))
-    check_decoding(recipe.evaluate, objective.needs, [] if held is None else _rows(held), len(prepared.tests))
+    judges = len(prepared.tests) + recipe.data.judged_by_folds
+    check_calibration(recipe.evaluate, objective.describe(), 0 if held is None else len(held), judges)
+    check_decoding(recipe.evaluate, objective.needs, [] if held is None else _rows(held), judges)
     if held is not None and stopping is not None and stopping.metric not in (None, "loss"):
         rows = _rows(held)
         code = recipe.evaluate.code
@@ -97,7 +98,8 @@ def _check_programs(rows: Sequence[Row]) -> None:
 def check_calibration(evaluate: Evaluate, learned: Mapping[str, Any], validation: int, tests: int) -> None:
     """InputError where the recipe asks for truer probabilities or sets of labels and the run can have none.
 
-    `learned`: what the objective did of the training rows; `validation`: how many rows; `tests`: how many sets.
+    `learned`: what the objective did of the training rows; `validation`: how many rows; `tests`: how many sets, or
+    other judges.
     """
     asked = [name for name in ("calibrate", "conformal") if getattr(evaluate, name) is not None]
     if not asked:
@@ -127,7 +129,7 @@ def check_calibration(evaluate: Evaluate, learned: Mapping[str, Any], validation
 def check_decoding(evaluate: Evaluate, needs: ObjectiveNeeds, validation: Sequence[Row], tests: int) -> None:
     """InputError where the recipe asks for a way to draw answers, and none can be told from another.
 
-    `tests`: how many sets of test rows there are.
+    `tests`: how many sets of test rows there are, or other judges.
     """
     asked = evaluate.decoding
     if asked is None:
