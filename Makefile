@@ -6,7 +6,8 @@ BIN := .venv/bin
 # The environment is made again only when what it is made of has changed (by content: git changes times).
 STAMP := .venv/made-of-$(shell cat pyproject.toml constraints.txt | cksum | tr ' ' '-')
 
-# One thread a process: pytest runs two of them, and sums in one order repeat to the same bits.
+# One thread a process: pytest runs two of them, and sums in one order repeat to the same bits. A file stays in one
+# process, so that the runs its tests share are trained once.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 step = @printf '\n== %s\n' '$(1)'
 
@@ -65,7 +66,7 @@ test: $(STAMP)
 	$(call step,import borders)
 	@$(BIN)/lint-imports --no-cache
 	$(call step,tests)
-	@$(PYTEST) -n 2 -m 'not slow and not gpu' --durations=10
+	@$(PYTEST) -n 2 --dist loadfile -m 'not slow and not gpu' --durations=10
 
 test-kill: $(STAMP)
 	$(call step,a killed run resumes to the same bits)

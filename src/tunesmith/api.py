@@ -201,7 +201,7 @@ def export(
     path, to = Path(path), Path(to)
     folder = folder_of(path)
     load_plugins(plugins)
-    gguf = to.suffix == ".gguf"
+    gguf = to.suffix.lower() == ".gguf"
     if gguf and to.is_dir():
         raise InputError(f"{to} is a folder, and a GGUF file is a file", "give another path")
     rundir.check_free(to)

@@ -226,7 +226,7 @@ MISMATCHED: dict[str, tuple[list[str], str]] = {
     "no labels to measure by": (["evaluate", "{classifier}", "--data", "text.jsonl"], "accuracy needs a reference"),
     "lists of labels to a model that gives one": (
         ["evaluate", "{classifier}", "--data", "lists.jsonl"],
-        "lists.jsonl:1: this row has a list of labels, and the training rows have one each",
+        "lists.jsonl:1: this row has a list of labels, and the training rows have one label each",
     ),
     "unknown metric": (
         ["evaluate", "{classifier}", "--data", "labels.jsonl", "--metrics", "f2"],

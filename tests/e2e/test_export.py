@@ -137,7 +137,7 @@ def test_a_gguf_file_answers_as_the_run_does(
 
 
 def test_a_gguf_file_takes_no_others_place(run: Path, tmp_path: Path) -> None:
-    file, folder = tmp_path / "a.gguf", tmp_path / "b.gguf"
+    file, folder = tmp_path / "a.gguf", tmp_path / "b.GGUF"
     file.write_bytes(b"mine")
     folder.mkdir()
     for to, cause in ((file, "is a file that exists already"), (folder, "is a folder, and a GGUF file is a file")):

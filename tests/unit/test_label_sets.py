@@ -149,6 +149,8 @@ def test_a_list_of_labels_is_refused_where_training_had_one_each(tiny_bert: Path
     run = api.train(recipe, data={"train": one}, out=tmp_path / "run").path
     with pytest.raises(InputError, match="this row has a list of labels"):
         api.predict(run, _rows(2))
+    with pytest.raises(InputError, match=r"rows\[0\]: this row has a score, and the training rows have one label each"):
+        api.evaluate(run, [{"text": "a 1", "score": 1.5}])
 
 
 def test_one_label_is_refused_where_training_had_lists() -> None:

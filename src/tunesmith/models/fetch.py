@@ -50,13 +50,13 @@ def resolve(model: str, progress: Progress | None = None) -> LocalModel:
     if entry := entry_of_hub_id(model):
         return _from_hub(model, entry, model, progress)
     path = Path(model).expanduser()
-    if path.is_file() and path.suffix == ".gguf":
+    if path.is_file() and path.suffix.lower() == ".gguf":
         return _from_gguf(path.absolute(), progress)
     if path.is_dir():
         return _local(str(path.absolute()), path.absolute(), None, f"the folder {path.absolute()}", progress)
     if path.is_file():
         raise InputError(f"{model} is neither a folder nor a .gguf file", "give the folder that holds config.json")
-    if model.startswith((".", "/", "~")) or os.path.isabs(model) or model.endswith(".gguf"):
+    if model.startswith((".", "/", "~")) or os.path.isabs(model) or model.lower().endswith(".gguf"):
         raise InputError(f"there is no {path.absolute()}", "check the path")
     if _HUB_ID.match(model):
         return _from_hub(model, None, model, progress)

@@ -163,10 +163,11 @@ class OneLabel:
         self.labels, self._emphasis = labels, emphasis
 
     def columns(self, row: Row) -> dict[str, int]:
-        if "labels" in row.value:
+        other = {"labels": "a list of labels", "score": "a score"}
+        if found := next((said for key, said in other.items() if key in row.value), None):
             raise InputError(
-                f"{row.where}: this row has a list of labels, and the training rows have one each",
-                "give all rows a `label`, or all of them `labels`",
+                f"{row.where}: this row has {found}, and the training rows have one label each",
+                "give all rows a `label`, or train on rows such as these",
             )
         known = "label" in row.value and row.value["label"] in self.labels
         return {"label": self.labels.index(row.value["label"]) if known else UNKNOWN}
