@@ -85,7 +85,7 @@ def test_a_run_learns_its_text_and_measures_bytes(tiny_llama: Path, tmp_path: Pa
         "model": str(tiny_llama),
         "objective": "pretrain",
         "method": "full",
-        "train": {"epochs": 8, "batch_size": 8, "learning_rate": 3e-3, "sequence_length": 24, "micro_batch_size": 1},
+        "train": {"epochs": 3, "batch_size": 4, "learning_rate": 6e-3, "sequence_length": 24, "micro_batch_size": 1},
     }
     result = api.train(recipe, data={"train": rows, "test": held}, out=tmp_path / "run")
     values = {(r["model"], r["metric"]): r["value"] for r in result.records}
