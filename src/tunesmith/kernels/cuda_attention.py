@@ -1,11 +1,11 @@
 """Attention over segments on CUDA: the backend follows the rows, and a mask is made once for all layers.
 
-Rows whose segments are all of one length are a dense batch for cuDNN. Little rows are padded_attention's, which
-compiles nothing. Everything else goes through FlexAttention, compiled once for a few lengths, with the blocks of
-each row's segments; what neither serves takes one call per segment. On an H100 (bfloat16, 32 heads, 8 key heads,
-width 128, 8,192 positions, forward and backward): 2 x 4,096 took 2.00 ms in cuDNN and 3.05 in FlexAttention;
-28 segments 1.05 ms in FlexAttention (compiled for any length 2.93), 2.92 in torch's varlen. cuDNN's ragged layout
-fails in torch 2.11.
+Rows whose segments are all of one length are a dense batch, for cuDNN where its plan of that length pays. Little rows
+are padded_attention's, which compiles nothing. Everything else goes through FlexAttention, compiled once for a few
+lengths, with the blocks of each row's segments; what neither serves takes one call per segment. On an H100 (bfloat16,
+32 heads, 8 key heads, width 128, 8,192 positions, forward and backward): 2 x 4,096 took 2.00 ms in cuDNN and 3.05 in
+FlexAttention; 28 segments 1.05 ms in FlexAttention (compiled for any length 2.93), 2.92 in torch's varlen. cuDNN's
+ragged layout fails in torch 2.11.
 """
 
 from __future__ import annotations
@@ -32,6 +32,10 @@ log = logging.getLogger("tunesmith.kernels")
 
 BLOCK = 128
 SHORTEST = 512  # below, compiling costs more than it saves
+# cuDNN plans each new length for 0.1 s, which a length of many rows earns back: one that examples are cut at. On an
+# H200 (16 heads of width 128, both passes) 1 x 1,100 took 0.36 ms in cuDNN and 0.38 in FlashAttention-2, and 1 x 3,000
+# 0.65 and 0.83.
+CUDNN_PAYS = 2048
 SMALL = 4 << 20  # features of a padded batch: up to here it takes as long as blocks, for both wait for launches
 FORWARD = 16  # times as many where nothing is learnt: blocks would be compiled for a few forwards
 HALF = (torch.bfloat16, torch.float16)
@@ -135,12 +139,9 @@ def _dense(query_BHTD: Tensor, key_BKTD: Tensor, value_BKTD: Tensor, look: Look)
     def cut(x_BHTD: Tensor) -> Tensor:
         return x_BHTD.transpose(1, 2).reshape(-1, look.dense or 0, x_BHTD.shape[1], x_BHTD.shape[3]).transpose(1, 2)
 
-    order = [
-        SDPBackend.CUDNN_ATTENTION,
-        SDPBackend.FLASH_ATTENTION,
-        SDPBackend.EFFICIENT_ATTENTION,
-        SDPBackend.MATH,
-    ]
+    order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    if look.dense >= CUDNN_PAYS and look.dense % BLOCK == 0:
+        order.insert(0, SDPBackend.CUDNN_ATTENTION)
     with sdpa_kernel(order, set_priority=True):
         out = F.scaled_dot_product_attention(
             cut(query_BHTD),
@@ -264,7 +265,8 @@ def _flex(softcap: float | None) -> Any:
     known: set[Any] = set()
 
     def run(*tensors: Tensor, kind: tuple[Any, ...], **keywords: Any) -> Any:
-        key = (*[x.shape for x in tensors], tensors[0].dtype, torch.is_grad_enabled(), keywords["scale"], kind)
+        learns = (torch.is_grad_enabled(), *[x.requires_grad for x in tensors])
+        key = (*[x.shape for x in tensors], tensors[0].dtype, learns, keywords["scale"], kind)
         if key in known:
             return compiled(*tensors, **keywords)
         known.add(key)

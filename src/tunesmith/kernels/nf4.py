@@ -61,7 +61,7 @@ class Nf4Linear(nn.Linear):
 
     def dequantise_into(self, out_OI: Tensor) -> None:
         """The same in bfloat16, into rows that may lie apart."""
-        if out_OI.is_cuda and find_spec("triton") is not None:
+        if out_OI.is_cuda and _triton_is_there():
             from tunesmith.kernels import triton_nf4
 
             triton_nf4.dequantise(self.codes, self.scale_codes, self.scales, self.mean, out_OI)
@@ -81,13 +81,27 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, layer: Nf4Linear) -> Tensor:
         ctx.layer = layer
         bias: Any = layer.bias
-        return F.linear(x, layer.dequantise(x.dtype), None if bias is None else bias.to(x.dtype))
+        return F.linear(x, _made(layer, x), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         grad = grad_outputs[0]
-        return grad @ ctx.layer.dequantise(grad.dtype), None
+        return grad @ _made(ctx.layer, grad), None
+
+
+def _made(layer: Nf4Linear, like: Tensor) -> Tensor:
+    """The weights in the dtype of `like`."""
+    if like.dtype != torch.bfloat16:
+        return layer.dequantise(like.dtype)
+    made_OI = like.new_empty(layer.out_features, layer.in_features)
+    layer.dequantise_into(made_OI)
+    return made_OI
+
+
+@cache
+def _triton_is_there() -> bool:
+    return find_spec("triton") is not None
 
 
 def quantise(weight: Tensor) -> dict[str, Tensor]:
@@ -109,7 +123,7 @@ def quantise(weight: Tensor) -> dict[str, Tensor]:
 
 def dequantise(codes: Tensor, scale_codes: Tensor, scales: Tensor, mean: Tensor) -> Tensor:
     """What `quantise` made, flat and in fp32; the last block is whole."""
-    levels = dynamic_levels().to(codes.device)
+    levels = tables(str(codes.device))[1]
     scale_N = levels[scale_codes.int()] * scales.repeat_interleave(GROUP)[: len(scale_codes)] + mean
     pairs = F.embedding(codes.int(), _pairs(str(codes.device)))  # two weights for each byte
     return (pairs.view(-1, BLOCK) * scale_N[:, None]).flatten()
