@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
+import sys
 import textwrap
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 # Pre-tokenizers whose digits are split one by one before GPT-2's pattern: llama.cpp's group of the
@@ -68,6 +70,33 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
             return inner(*given, **named)
 
     return run
+
+
+def recompute(model: Any, kept: Iterable[Any]) -> bool:
+    """Layers of `model` are run again in the backward, but for those in `kept`, where its family can tell them apart.
+
+    False for a family that cannot run layers again. transformers has a method for it, whose name differs between
+    versions; the attributes below are older than both.
+    """
+    from torch.utils.checkpoint import checkpoint
+
+    able = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+    for module in able:
+        module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        module.gradient_checkpointing = True
+    for layer in kept:
+        if hasattr(layer, "gradient_checkpointing"):
+            layer.gradient_checkpointing = False
+    return bool(able)
+
+
+def segments_grow() -> None:
+    """torch's allocator on CUDA enlarges what it has reserved, so that batches of other lengths leave no holes in it.
+
+    By its own variable, which is read with the first allocation; one that the user has set stays.
+    """
+    if sys.platform.startswith("linux") and "PYTORCH_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
 def compiler_errors() -> tuple[type[Exception], ...]:

@@ -204,9 +204,9 @@ class Monitor:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes this process has held: on the device, or resident where the device is the CPU."""
+    """Most bytes this process has held: reserved on the device, or resident where the device is the CPU."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_reserved(device)
     info = psutil.Process().memory_info()
     return int(getattr(info, "peak_wset", 0) or _max_rss() or info.rss)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from tunesmith import __version__, beneath, rundir
 from tunesmith.beneath import Beneath
@@ -30,6 +31,7 @@ from tunesmith.models.heads import Head
 from tunesmith.models.layers import layers, set_dropout, whole_state
 from tunesmith.models.load import context_length, decoder_start, load_backbone, load_tokenizer
 from tunesmith.models.policy import Policy, Tokens
+from tunesmith.models.recompute import recompute
 from tunesmith.models.saved import CARD, read_card
 from tunesmith.models.shared import SharedBase
 from tunesmith.models.vocabulary import add_tokens, widen
@@ -46,10 +48,14 @@ if TYPE_CHECKING:
 HEADS = "heads.safetensors"
 WHOLE = "bf16"  # what the base is in where the fewer bits of a run do not serve
 FIT_TOKENS = 2048  # of training examples that a method may look at before it trains
+BaseOf = Callable[[Any], nn.Module]  # the kind of head that an objective needs -> the model
 
 
-def build(plan: Plan, assets: Assets) -> Policy:
-    """The policy of a run before its first step: the base with the method attached, or the earlier run's."""
+def build(plan: Plan, assets: Assets, base: BaseOf | None = None) -> Policy:
+    """The policy of a run before its first step: the base with the method attached, or the earlier run's.
+
+    `base` makes the base's model where it is not the one on disk.
+    """
     placement = plan.placement
     torch.set_num_threads(placement.threads)
     policy = _policy(
@@ -60,6 +66,7 @@ def build(plan: Plan, assets: Assets) -> Policy:
         placement,
         assets.facts.model.pooling,
         assets.method.facts.tokens,
+        base,
     )
     set_dropout(policy.model, plan.training.dropout)
     seed_step(plan.training.seed, 0)  # the fresh parameters' draw
@@ -73,8 +80,7 @@ def build(plan: Plan, assets: Assets) -> Policy:
         _load_trained(policy, assets.method, assets.previous / "model", placement, assets.beneath)
     policy.as_base = _reentrant(partial(assets.method.reference, policy))
     _accelerate(policy, placement.precision, compiled=placement.compiled)
-    if placement.recompute:
-        policy.model.activation_checkpointing_enable({"use_reentrant": False})
+    recompute(policy.model, placement.recompute, placement.recomputed)
     return policy
 
 
@@ -84,7 +90,7 @@ def teach(plan: Plan, assets: Assets, student: Policy) -> None:
     assert teacher is not None
     assert isinstance(objective, Taught)
     if teacher.folder is None:
-        where = replace(placement, packed=teacher.packable, recompute=False)
+        where = replace(placement, packed=teacher.packable)
         policy = _plain(teacher.local, assets.renderer, objective, where)
     else:
         policy = load(teacher.folder, placement.device)[0]
@@ -201,8 +207,9 @@ def load(
     renderer = Renderer(tokenizer, card["templates"].get("default"), card["sequence_length"], decoder_start(local))
     in_fp8 = shared is None and serves_fp8(torch.device(device))  # weights in fp8 are one adapter's alone
     precision = card["precision"] if card["precision"] != "fp8" or in_fp8 else WHOLE
-    placement = Placement(device, torch.get_num_threads(), 1, precision, card["packed"], None, 4096, False, 1)
-    policy = _policy(local, renderer, objective, method, placement, card["pooling"], tokens, shared)
+    placement = Placement(device, torch.get_num_threads(), 1, precision, card["packed"], None, 4096, 1)
+    base = None if shared is None else shared.model
+    policy = _policy(local, renderer, objective, method, placement, card["pooling"], tokens, base)
     if trained:
         _load_trained(policy, method, folder, placement, beneath.held(folder, card))
         policy.as_base = _reentrant(partial(method.reference, policy))
@@ -228,9 +235,7 @@ def load_gguf(
         rundir.write_json(aside / "config.json", {**found, "rope_parameters": rope})
     local = resolve(str(aside))
     renderer = Renderer(load_tokenizer(local), None, card["sequence_length"])
-    placement = Placement(
-        str(like.device), torch.get_num_threads(), 1, _whole(card), card["packed"], None, 4096, False, 1
-    )
+    placement = Placement(str(like.device), torch.get_num_threads(), 1, _whole(card), card["packed"], None, 4096, 1)
     return _plain(local, renderer, objective, placement, card["pooling"]), renderer
 
 
@@ -317,14 +322,14 @@ def _policy(
     placement: Placement,
     pooling: str,
     tokens: Sequence[str] = (),
-    shared: SharedBase | None = None,
+    base: BaseOf | None = None,
 ) -> Policy:
     head = objective.needs.head
     precision = "fp32" if placement.precision == "fp32" else "bf16"
     changes = method.facts.reference == "snapshot"
     dtype = "fp32" if changes else precision
     in_nf4 = placement.precision == "int4"
-    model = shared.model(head) if shared else load_backbone(local, dtype, head, placement.device, in_nf4=in_nf4)
+    model = base(head) if base else load_backbone(local, dtype, head, placement.device, in_nf4=in_nf4)
     added = add_tokens(renderer.tokenizer, tokens)
     widen(model, max(added, default=-1) + 1)
     kind = _kind(model)

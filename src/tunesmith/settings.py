@@ -12,6 +12,7 @@ from tunesmith.data.source import Batching, EasyFirst, count_steps
 from tunesmith.engine import memory
 from tunesmith.engine.precision import Speed, choose_device
 from tunesmith.errors import ResourceError
+from tunesmith.models.recompute import Again
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,7 +65,10 @@ class Meaning:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where and in what pieces it runs; kept by a resume, free to differ between runs."""
+    """Where and in what pieces it runs; kept by a resume, free to differ between runs.
+
+    recompute: what the first `recomputed` layers run again in the backward; see `models.recompute`.
+    """
 
     device: str
     threads: int
@@ -73,9 +77,10 @@ class Placement:
     packed: bool
     micro_batch_size: int | None
     micro_batch_tokens: int
-    recompute: bool
     save_every: int
     compiled: bool = False
+    recompute: Again = "none"
+    recomputed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,11 +188,19 @@ def resolve_meaning(
 
 
 def resolve_placement(
-    facts: Facts, meaning: Meaning, speed: Speed, trainable: int, longest: int, epoch: Epoch, defaults: list[Default]
+    facts: Facts,
+    meaning: Meaning,
+    speed: Speed,
+    trainable: int,
+    longest: int,
+    epoch: Epoch,
+    defaults: list[Default],
+    *,
+    measured: bool = False,
 ) -> tuple[Placement, memory.Shape, int]:
     """Device, precision, micro-batch and recomputation: the fastest that fits into free memory.
-    Returns the shape that memory was predicted from, and the predicted peak in bytes. Raises
-    ResourceError where not even one example fits.
+    Returns the shape that memory was predicted from, and the predicted peak in bytes. `measured`: what fits will be
+    measured (see `probing`), and all of it is taken to. Raises ResourceError where not even one example fits.
     """
     recipe, train = facts.recipe, facts.recipe.train
     device = choose_device(recipe.place.device)
@@ -196,7 +209,7 @@ def resolve_placement(
     free = memory.free_bytes(device)
     each = 4 if precision == "fp32" else 2
     taught = 0 if facts.teacher is None else facts.teacher.parameters * each
-    room = MEMORY_SHARE * free - memory.static_bytes(shape, device) - taught
+    room = math.inf if measured else MEMORY_SHARE * free - memory.static_bytes(shape, device) - taught
     kept = math.ceil(memory.activation_bytes(shape, each, recompute=False) / epoch.density)
     less = math.ceil(memory.activation_bytes(shape, each, recompute=True) / epoch.density)
     recompute = bool(train.recompute)
@@ -209,9 +222,9 @@ def resolve_placement(
         raise ResourceError(
             f"the longest example ({longest} tokens) needs about {needed / memory.GIB:.1f} GiB, "
             f"and {MEMORY_SHARE * free / memory.GIB:.1f} GiB may be used on {device}",
-            f"{_shorter(facts)}, choose a smaller base, or free memory",
+            f"{shorter(facts)}, choose a smaller base, or free memory",
         )
-    size, tokens, step_tokens = _micro_batch(facts, meaning, longest, room // per_token, free, epoch, defaults)
+    size, tokens, step_tokens = _micro_batch(facts, meaning, longest, room / per_token, free, epoch, defaults)
     save = train.save_every
     if save is None:
         save = max(1, math.ceil(meaning.total_steps / 10))
@@ -227,8 +240,9 @@ def resolve_placement(
         packed=facts.packed,
         micro_batch_size=size,
         micro_batch_tokens=tokens,
-        recompute=recompute,
         save_every=save,
+        recompute="whole" if recompute else "none",
+        recomputed=facts.model.layers if recompute else 0,
     )
     held = memory.process_bytes(device) + memory.static_bytes(shape, device) + taught
     return placement, shape, held + per_token * step_tokens
@@ -268,7 +282,7 @@ def predict(
     total = epoch.tokens if facts.caches_vectors else _tokens_of_a_run(meaning, epoch)
     step_tokens = epoch.tokens / max(1.0, epoch.examples) * (meaning.batch_size or 1)
     twice = facts.needs.coupling == "batch" and step_tokens > placement.micro_batch_tokens
-    flop = memory.flop_per_token(shape, share, facts.method.frozen_backbone, placement.recompute or twice)
+    flop = memory.flop_per_token(shape, share, facts.method.frozen_backbone, bool(placement.recomputed) or twice)
     flop += 0.0 if facts.teacher is None else 2.0 * facts.teacher.parameters
     gain = {"fp8": FP8_GAIN, "int4": INT4_GAIN}.get(placement.precision, 1.0)
     rate = gain * (speed.fp32 if placement.precision == "fp32" else speed.bf16)
@@ -291,6 +305,12 @@ def as_json(value: Meaning | Placement | Prediction | Default) -> dict[str, Any]
     return asdict(value)
 
 
+def recomputed(placement: Placement) -> str:
+    """What runs again in the backward, in words; empty for nothing."""
+    what = {"none": "", "feed": "the feed-forward half of ", "whole": ""}[placement.recompute]
+    return f"{what}{placement.recomputed} layers" if placement.recomputed else ""
+
+
 def _precision(facts: Facts, speed: Speed, defaults: list[Default]) -> str:
     if facts.recipe.precision != "auto":
         return facts.recipe.precision
@@ -304,7 +324,7 @@ def _precision(facts: Facts, speed: Speed, defaults: list[Default]) -> str:
     return speed.best
 
 
-def _shorter(facts: Facts) -> str:
+def shorter(facts: Facts) -> str:
     """How the longest example comes to need less."""
     if facts.recipe.objective.options.get("long") == "windows":
         return "set objective.long to cut, take out the longest texts"

@@ -16,6 +16,7 @@ from tunesmith.kernels.bordered import base_of
 from tunesmith.kernels.nf4 import Nf4Linear, hold_in_nf4
 from tunesmith.methods.lora import Lora
 from tunesmith.models.policy import Policy, Tokens
+from tunesmith.models.recompute import Again, recompute
 
 pytestmark = pytest.mark.gpu
 
@@ -110,6 +111,39 @@ def test_in_4_bits_it_is_the_layer_over_the_dequantised_base(rows: str) -> None:
     assert found.keys() == expected.keys()
     errors = {k: float((found[k] - expected[k]).norm() / expected[k].norm().clamp_min(1e-9)) for k in expected}
     assert max(errors.values()) < 0.05, errors
+
+
+@pytest.mark.parametrize("again", ["feed", "whole"])
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "int4"])
+@pytest.mark.parametrize("rows", ["alike", "mixed"])
+def test_layers_that_run_again_keep_less_and_give_the_same_bits(again: Again, precision: str, rows: str) -> None:
+    policy = _policy("llama", over=(lambda m: hold_in_nf4(m, "cuda")) if precision == "int4" else lambda m: m)
+    assert accelerate(policy, fp8=precision == "fp8")[LAYERS] == 2
+    policy.train()
+    lengths = ROWS[rows]
+    x = torch.randn(1, sum(lengths), policy.width, device="cuda", dtype=torch.bfloat16)
+    grad = torch.randn_like(x)
+    found: list[dict[str, Tensor]] = []
+    kept: list[int] = []
+    for way in ("none", again):
+        recompute(policy.model, way, 2)
+        found.append(_through(policy, lengths, x, grad))
+        kept.append(_kept(policy, lengths, x))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert kept[1] < {"feed": 0.6, "whole": 0.3}[again] * kept[0]
+
+
+def _kept(policy: Policy, lengths: list[int], x: Tensor) -> int:
+    """Bytes that a forward leaves for its backward."""
+    spans = [(sum(lengths[:i]), sum(lengths[: i + 1])) for i in range(len(lengths))]
+    core = policy.model.model
+    angles = core.rotary_emb(x, torch.arange(sum(lengths), device="cuda")[None])
+    bounds = Bounds([spans])
+    before = torch.cuda.memory_allocated()
+    hidden = x.clone().requires_grad_()
+    for layer in core.layers:
+        hidden = layer(hidden, position_embeddings=angles, **{KEYWORD: bounds})
+    return torch.cuda.memory_allocated() - before
 
 
 def test_layers_without_adapters_pass_the_gradient_on() -> None:

@@ -29,7 +29,7 @@ EPOCH = Epoch(examples=100.0, tokens=5000, trained=1000)
 def test_tokens_and_seconds_of_a_run(keys: dict[str, Any], frozen: bool, tokens: int) -> None:
     meaning: Any = SimpleNamespace(**{"epochs": None, "batch_size": 16, "batch_tokens": None, **keys})
     facts = _facts(frozen=frozen)
-    placement: Any = SimpleNamespace(precision="fp32", device="cpu", recompute=False)
+    placement: Any = SimpleNamespace(precision="fp32", device="cpu", recomputed=0)
     shape, speed = Shape(1000, 100, 10, 2, 32, 64, 100, 4), Speed("cpu", 1e9, 1e9)
     found = predict(facts, meaning, placement, shape, speed, 1, EPOCH)
     assert found.tokens == tokens
@@ -53,7 +53,7 @@ def test_layers_are_compiled_as_asked_or_where_a_run_is_long_enough(
     facts = _facts(frozen=frozen)
     facts.recipe = SimpleNamespace(place=SimpleNamespace(compile=asked))
     defaults: list[Default] = []
-    placement = Placement(device, 1, 1, "bf16", True, None, 4096, False, 1)
+    placement = Placement(device, 1, 1, "bf16", True, None, 4096, 1)
     assert with_compiling(facts, placement, Prediction(1, 1, seconds, 1), defaults).compiled is expected
     told = [(default.key, default.value) for default in defaults]
     assert told == ([("place.compile", expected)] if asked is None and device != "cpu" and not frozen else [])
@@ -79,7 +79,7 @@ def test_a_coupled_step_that_is_cut_runs_twice() -> None:
         predict(
             _facts(coupling),
             meaning,
-            SimpleNamespace(precision="fp32", device="cpu", recompute=False, micro_batch_tokens=tokens),  # type: ignore[arg-type]
+            SimpleNamespace(precision="fp32", device="cpu", recomputed=0, micro_batch_tokens=tokens),  # type: ignore[arg-type]
             shape,
             speed,
             1,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from tunesmith import rundir
+from tunesmith import compat, rundir
 
 SHAPE = (1024, 768, 2048)  # tokens, in, out: a linear layer of a small model
 GPU_SHAPE = (8192, 4096, 4096)
@@ -41,6 +41,7 @@ class Speed:
 
 def choose_device(asked: str) -> torch.device:
     """The device that `asked` names; auto takes CUDA, then MPS, then the CPU."""
+    compat.segments_grow()
     served = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if asked == "auto":
         return torch.device(next(name for name, there in served.items() if there))

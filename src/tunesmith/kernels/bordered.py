@@ -98,8 +98,12 @@ class Bordered:
 
     def project(self, x: Rows, out: Tensor | None = None) -> Tensor:
         """[N, O], in `out` if given; fills the border of x."""
-        self._thin(x, self.inputs, self._down_PI[: self.rank].T, 1.0 / FOLD)
+        self.border_in(x)
         return self._product(x, forward=True, out=out)
+
+    def border_in(self, x: Rows) -> None:
+        """Fills the border of x, of which `project` is asked."""
+        self._thin(x, self.inputs, self._down_PI[: self.rank].T, 1.0 / FOLD)
 
     def back(self, grad: Rows, out: Tensor | None = None) -> Tensor:
         """The gradient of x [N, I]; `border_of` must have filled the border of grad."""

@@ -13,6 +13,7 @@ from rich.text import Text
 from tunesmith.report.figures import duration, gibibytes, large
 from tunesmith.report.findings import doubtful_labels
 from tunesmith.report.visible import shortened, visible
+from tunesmith.settings import recomputed
 
 if TYPE_CHECKING:
     from tunesmith.planning import Plan
@@ -183,7 +184,7 @@ def _training(plan: Plan) -> list[Line]:
             f"{placement.device}, {placement.precision}, {placement.threads} thread{'s' * (placement.threads > 1)}"
             + (", layers compiled" if placement.compiled else ""),
         ),
-        ("micro-batch", f"{micro}, {layout}" + (", layers recomputed" if placement.recompute else "")),
+        ("micro-batch", f"{micro}, {layout}" + (f", {again} run again" if (again := recomputed(placement)) else "")),
         ("resume", _resume(plan.resume)),
         ("metrics", ", ".join(plan.metrics)),
         *([("tracked by", ", ".join(plan.trackers))] if plan.trackers else []),
