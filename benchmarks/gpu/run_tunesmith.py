@@ -6,14 +6,12 @@ import argparse
 import json
 import os
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import workload
 from marks import Marks
-from torch.utils.checkpoint import checkpoint
 
 from tunesmith.data.pack import collate
 from tunesmith.engine.native import NativeEngine, Optimization
@@ -24,12 +22,15 @@ from tunesmith.methods.full import Full
 from tunesmith.methods.lora import Lora
 from tunesmith.models.layers import layers
 from tunesmith.models.policy import Policy, Tokens
+from tunesmith.models.recompute import recompute
 from tunesmith.objectives.sft import Sft
 from tunesmith.types import Example, Piece, Step
 
 
 def main() -> None:
     asked = arguments()
+    if asked.gib:
+        torch.cuda.set_per_process_memory_fraction(asked.gib * 2**30 / torch.cuda.get_device_properties(0).total_memory)
     shape = workload.SHAPES[asked.shape]
     began = time.perf_counter()
     policy = build(shape, asked.method, int4=asked.precision == "int4")
@@ -38,9 +39,7 @@ def main() -> None:
         if asked.unfused
         else accelerate(policy, fp8=asked.precision == "fp8", compiled=layers(policy.model).values())
     )
-    for layer in list(policy.model.model.layers)[: asked.recompute]:
-        layer.gradient_checkpointing = True
-        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+    recompute(policy.model, asked.again, asked.recompute)
     objective = Sft(Sft.Options())
     optimization = Optimization(workload.LEARNING_RATES[asked.method], "constant", 0.0, 0.0, asked.steps)
     engine = NativeEngine(
@@ -60,7 +59,8 @@ def main() -> None:
         clip.after_step(engine, index + 1)
         losses.append(stats.loss)
 
-    recomputed = f", {asked.recompute} layers recomputed" if asked.recompute else ""
+    half = "the feed-forward half of " if asked.again == "feed" else ""
+    recomputed = f", {half}{asked.recompute} layers recomputed" if asked.recompute else ""
     unfused = ", unfused" if asked.unfused else ""
     method = ", full" if asked.method == "full" else ""
     marks.begin()
@@ -136,6 +136,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--warm-up", type=int, default=5)
     parser.add_argument("--recompute", type=int, default=0, help="so many layers run again in the backward")
+    parser.add_argument("--again", choices=["feed", "whole"], default="whole", help="what of them does")
+    parser.add_argument("--gib", type=float, help="as a card of so many GiB would run it")
     parser.add_argument("--unfused", action="store_true", help="without our kernels")
     parser.add_argument("--profile", type=Path)
     return parser.parse_args()
