@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from tunesmith import exporting, measuring, rundir, training
+from tunesmith import exporting, measuring, probing, rundir, training
 from tunesmith.chatting import Chat, default_sampling
 from tunesmith.data.given import PathLike, Rows, check_kinds, check_name, paths, questions, to_answer
 from tunesmith.errors import InputError, StoppedError
@@ -25,7 +25,7 @@ from tunesmith.measurable import check_measured, is_model, measurable, run_of
 from tunesmith.models.cache import cache_dir
 from tunesmith.models.drawing import of_card as drawn_of
 from tunesmith.models.saved import folder_of
-from tunesmith.planning import Assets, Plan, make_plan
+from tunesmith.planning import Assets, Plan
 from tunesmith.plugins import load_plugins
 from tunesmith.recipe import Recipe
 from tunesmith.recipe_file import Origin, leaves, load_recipe, parse_recipe, resolve_paths, run_name
@@ -337,7 +337,7 @@ def _planned(recipe: Recipe, origin: Origin, listen: Listen) -> tuple[Plan, Asse
     def progress(what: str, done: int, of: int | None) -> None:
         listen("progress", {"what": what, "done": done, "of": of})
 
-    return make_plan(recipe, Path.cwd(), origin, progress=progress)
+    return probing.planned(recipe, Path.cwd(), origin, progress)
 
 
 def read_recipe(

@@ -30,6 +30,7 @@ from tunesmith.models.policy import Policy, Tokens
 from tunesmith.models.saved import CARD, read_card
 from tunesmith.models.vocabulary import add_tokens, widen
 from tunesmith.objectives import OBJECTIVES
+from tunesmith.placing import is_measured, placed
 from tunesmith.recipe_file import Origin, check_options
 from tunesmith.settings import Default
 from tunesmith.teachers import Teacher
@@ -119,11 +120,14 @@ def make_plan(
     origin: Origin | None = None,
     memory: Memory | None = None,
     progress: Progress | None = None,
+    *,
+    measures: bool = True,
 ) -> tuple[Plan, Assets]:
     """Plans `recipe`, whose relative paths start at `base`.
 
-    Raises InputError with every conflict of the compatibility rules, before any weight is loaded;
-    RefusedError for data that would spoil the run; ResourceError where the run cannot fit.
+    Where a step `is_measured`, what fits into memory is left to that, unless not `measures`. Raises InputError with
+    every conflict of the compatibility rules, before any weight is loaded; RefusedError for data that would spoil the
+    run; ResourceError where the run cannot fit.
     """
     from tunesmith.data.chat import Renderer
 
@@ -151,12 +155,11 @@ def make_plan(
     training = settings.resolve_meaning(
         facts, length, prepared.train.lengths, prepared.repeats, answer, defaults, order
     )
-    longest, epoch = extent.longest(facts, prepared, objective, length), extent.epoch(facts, prepared, objective)
-    placement, shape, peak = settings.resolve_placement(facts, training, speed, trainable, longest, epoch, defaults)
-    prediction = settings.predict(facts, training, placement, shape, speed, peak, epoch)
+    measures = measures and is_measured(facts, objective)
+    placement, prediction = placed(facts, prepared, objective, training, speed, trainable, defaults, measured=measures)
     plan = Plan(
         meaning=_meaning(recipe, facts, method, objective, local, renderer, prepared, training),
-        placement=settings.with_compiling(facts, placement, prediction, defaults),
+        placement=placement,
         training=training,
         prediction=prediction,
         base=_describe_base(local, facts),

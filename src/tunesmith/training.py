@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -129,16 +129,7 @@ def _train(run: RunDir, plan: Plan, assets: Assets, policy: Policy, stop: StopRe
     examples = _mined("train", prepared.train, plan, assets, policy, listen)
     own = method.rules(policy, training.total_steps) if isinstance(method, Ruled) else []
     rules: list[GradientRule] = [*own, Clip(training.clip)]
-    engine = NativeEngine(
-        policy,
-        _groups(plan, assets, policy),
-        Optimization(
-            training.learning_rate, training.schedule, training.warmup, training.weight_decay, training.total_steps
-        ),
-        seed=training.seed,
-        mode=_mode(assets),
-        rules=rules,
-    )
+    engine = engine_of(plan, assets, policy, rules)
     source = _source(plan, assets, policy, examples, columns)
     validation, heard = prepared.validation, Deferred(listen)
     held: Examples | None = validation
@@ -172,6 +163,21 @@ def _train(run: RunDir, plan: Plan, assets: Assets, policy: Policy, stop: StopRe
     finally:
         monitor.close()
     policy.eval()
+
+
+def engine_of(plan: Plan, assets: Assets, policy: Policy, rules: Sequence[GradientRule]) -> NativeEngine:
+    """The engine of a run, before its first step."""
+    training = plan.training
+    return NativeEngine(
+        policy,
+        _groups(plan, assets, policy),
+        Optimization(
+            training.learning_rate, training.schedule, training.warmup, training.weight_decay, training.total_steps
+        ),
+        seed=training.seed,
+        mode=_mode(assets),
+        rules=rules,
+    )
 
 
 def _ground(assets: Assets, policy: Policy) -> None:

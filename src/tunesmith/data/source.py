@@ -155,6 +155,14 @@ def _spans(lengths: NDArray[np.int64], size: int | None, tokens: int) -> Iterato
         yield start, len(lengths)
 
 
+def micro_batches(
+    lengths_N: NDArray[np.int64], chosen: NDArray[np.int64], batching: Batching
+) -> list[NDArray[np.int64]]:
+    """The examples of a step by what goes through the model at once."""
+    spans = _spans(lengths_N[chosen], batching.micro_batch_size, batching.micro_batch_tokens)
+    return [chosen[a:b] for a, b in spans]
+
+
 def first_batches(
     examples: Examples, repeats_N: NDArray[np.float64], seed: int, tokens: int, *, packed: bool, pad_id: int
 ) -> Iterator[Batch]:
@@ -236,10 +244,8 @@ class DataSource:
             epoch, position = epoch + 1, 0
 
     def _make(self, state: dict[str, int], epoch: float, chosen: NDArray[np.int64]) -> Step:
-        spans = _spans(
-            self._examples.lengths[chosen], self._batching.micro_batch_size, self._batching.micro_batch_tokens
-        )
-        made = [replace(batch, step=state["step"]) for a, b in spans for batch in self._batches(chosen[a:b].tolist())]
+        parts = micro_batches(self._examples.lengths, chosen, self._batching)
+        made = [replace(batch, step=state["step"]) for part in parts for batch in self._batches(part.tolist())]
         return Step(state["step"], made, state, epoch)
 
     def _batches(self, indices: Sequence[int]) -> Iterator[Batch]:

@@ -67,9 +67,11 @@ def process_bytes(device: torch.device) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that this process may still take on the device."""
+    """Memory that this process may still take on the device, within the share of it that torch was told to keep to."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        free, total = torch.cuda.mem_get_info(device)
+        share = torch.cuda.get_per_process_memory_fraction(device.index or torch.cuda.current_device())
+        return min(free, int(share * total) - torch.cuda.memory_reserved(device))
     return psutil.virtual_memory().available
 
 

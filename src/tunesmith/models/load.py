@@ -24,6 +24,7 @@ log = logging.getLogger("tunesmith.models")
 
 Head = Literal["lm", "pooled"]
 Dtype = Literal["fp32", "bf16"]
+DTYPES: dict[Dtype, str] = {"fp32": "float32", "bf16": "bfloat16"}  # as torch calls them
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # Buffers that older checkpoints saved and models now compute.
@@ -108,13 +109,13 @@ def load_backbone(
 
     check_folder(local.folder)
     config = safe_config(local.folder)
-    auto, extra = _builder(config, kind_of_head)
+    auto, extra = builder(config, kind_of_head)
     try:
         with compat.quiet_transformers():
             model, report = auto.from_pretrained(
                 str(local.folder),
                 config=config,
-                dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[dtype],
+                dtype=getattr(torch, DTYPES[dtype]),
                 attn_implementation=_checked_attention(attn_implementation),
                 use_safetensors=True,
                 local_files_only=True,
@@ -141,7 +142,7 @@ def meta_model(local: LocalModel, head: Head) -> MetaModel:
     import torch
 
     config = safe_config(local.folder)
-    auto, extra = _builder(config, head)
+    auto, extra = builder(config, head)
     with compat.quiet_transformers(), torch.device("meta"):
         module = auto.from_config(config, dtype=torch.float32, **extra)
     text = config.get_text_config()
@@ -194,7 +195,7 @@ def decoder_start(local: LocalModel) -> int | None:
     return int(start)
 
 
-def _builder(config: PreTrainedConfig, head: Head) -> tuple[Any, dict[str, Any]]:
+def builder(config: PreTrainedConfig, head: Head) -> tuple[Any, dict[str, Any]]:
     """The Auto class for the head, and arguments of its constructor."""
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 

@@ -1,0 +1,294 @@
+"""Steps measured on few layers: the lines read off them, what is chosen by them, and a plan that was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tunesmith import api, probing, session
+from tunesmith.engine.costs import Choice, Cost, Line, choose, peak
+from tunesmith.errors import ResourceError
+from tunesmith.models.fetch import resolve
+from tunesmith.models.few import few_layers, numbers
+from tunesmith.models.layers import layers
+from tunesmith.models.recompute import recompute
+
+MANY = 24
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model whose steps are played through allocation by allocation: what each thing holds, in MiB."""
+
+    outside: float  # embeddings and the like: weights and state
+    weights: float  # of a layer, with its optimizer's state
+    gradients: float  # of a layer
+    kept: float  # of a layer for the backward
+    kept_again: float  # of a layer that runs again
+    scratch: float  # of a layer's backward
+    loss: float  # while the loss is there
+    embedding: float  # the gradient of the embeddings, last of all
+
+    def step(self, layers: int, again: int) -> tuple[float, float, float]:
+        """The peaks of the loss, of the topmost layer's backward, and from there on; the lowest `again` run again."""
+        held = self.outside + layers * self.weights
+        held += sum(self.kept_again if i < again else self.kept for i in range(layers))
+        loss, turns, rests = held + self.loss, [], []
+        for i in reversed(range(layers)):
+            ran = self.kept if i < again else 0.0
+            (turns if i == layers - 1 else rests).append(held + ran + self.scratch + self.gradients)
+            held += self.gradients - (self.kept_again if i < again else self.kept)
+        rests.append(held + self.embedding)
+        return loss, max(turns), max(rests)
+
+    def line(self, again: bool) -> Line:
+        few, more = (Cost(*self.step(n, n if again else 0), 0.1 * n, 0.01 * n) for n in (2, 4))
+        return Line(2, 4, few, more)
+
+
+def models() -> st.SearchStrategy[Model]:
+    size = st.floats(1, 1000)
+    return st.builds(
+        lambda kept, share, **rest: Model(kept=kept, kept_again=share * kept, **rest),
+        kept=size,
+        share=st.floats(0.01, 0.6),
+        outside=size,
+        weights=size,
+        gradients=st.floats(0, 1000),
+        scratch=size,
+        loss=size,
+        embedding=st.floats(0, 1000),
+    )
+
+
+@given(models(), st.integers(0, MANY))
+def test_the_peak_of_many_layers_is_read_off_few(model: Model, again: int) -> None:
+    true = max(model.step(MANY, again))
+    found = peak(model.line(again=False), model.line(again=True), MANY, again)
+    # Where gradients grow as what is kept falls, the highest point may lie between two that are looked at.
+    assert true <= found * 1.05
+    assert found <= true * 1.05 + model.kept_again * MANY * (0 < again < MANY)
+
+
+def _lines() -> dict[Any, Line]:
+    """Whole and partial recomputation of a model: 10 a layer is kept, 4 or 1 of it where it runs again."""
+
+    def line(kept: float, micro: float) -> Line:
+        few, more = (Cost(100 + 10 * n + kept * n, 100 + 10 * n, 100 + 10 * n, micro * n, 0.5) for n in (2, 4))
+        return Line(2, 4, few, more)
+
+    return {"none": line(10, 1.0), "feed": line(4, 1.2), "whole": line(1, 1.5)}
+
+
+def test_what_fits_as_it_is_runs_once() -> None:
+    assert choose(_lines(), 10, 300.0) == Choice("none", 0, 300.0, 10.0, 0.5)
+
+
+def test_no_more_layers_run_again_than_must() -> None:
+    found = choose(_lines(), 10, 282.0)
+    assert found is not None
+    assert (found.again, found.count) == ("feed", 3)
+    assert found.micro == pytest.approx(10.6)
+    assert found.peak == pytest.approx(282.0)
+
+
+def test_all_of_a_layer_runs_again_where_half_of_it_is_not_enough() -> None:
+    found = choose(_lines(), 10, 230.0)
+    assert found is not None
+    assert found.again == "whole"
+    assert choose(_lines(), 10, 209.0) is None
+
+
+def test_all_layers_run_again_where_that_was_asked() -> None:
+    found = choose(_lines(), 10, 1000.0, all_of="whole")
+    assert found is not None
+    assert (found.again, found.count) == ("whole", 10)
+
+
+# ---------------------------------------------------------------- a plan, on a CPU that passes for a card
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[int], None]:
+    """A device whose peaks are those that a test names, so many bytes for each layer that runs once."""
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    sizes = {"layer": 0, "layers": 0, "again": 0}
+    build = session.build
+
+    def built(plan: Any, assets: Any, base: Any = None) -> Any:
+        policy = build(plan, assets, base)
+        sizes["layers"] = policy.config.num_hidden_layers
+        sizes["again"] = plan.placement.recomputed
+        return policy
+
+    def most(*_: Any) -> int:
+        return (1 << 20) + sizes["layer"] * (sizes["layers"] - sizes["again"])
+
+    monkeypatch.setattr(session, "build", built)
+    monkeypatch.setattr(probing, "is_measured", lambda *_: True)
+    monkeypatch.setattr("tunesmith.planning.is_measured", lambda *_: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", most)
+    monkeypatch.setattr("tunesmith.engine.memory.free_bytes", lambda *_: 100 << 20)
+    return lambda layer: sizes.update(layer=layer)
+
+
+def _deep(base: Path, folder: Path, layers: int) -> Path:
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig.from_pretrained(base)
+    config.num_hidden_layers = layers
+    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
+
+
+def _recipe(model: Path, **more: Any) -> dict[str, Any]:
+    return {
+        "model": str(model),
+        "objective": "sft",
+        "method": "lora",
+        "place": {"device": "cpu"},
+        "train": {"epochs": 2, "batch_size": 8, **more},
+    }
+
+
+ROWS = [{"prompt": f"say {i} " * (1 + i % 7), "completion": f"{i}"} for i in range(24)]
+UNSEEN = [{"prompt": f"tell me {i}", "completion": f"{i}"} for i in range(3)]
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "prompt", "dora"])
+def test_a_plan_tells_what_was_measured(
+    card: Callable[[int], None], tiny_llama: Path, tmp_path: Path, method: str
+) -> None:
+    card(1 << 20)
+    deep = _deep(tiny_llama, tmp_path / "deep", 8)
+    plan = api.plan({**_recipe(deep), "method": method}, data={"train": ROWS})
+    assert plan.placement.recompute == "none"
+    assert plan.prediction.peak_memory_bytes == pytest.approx(probing.RESERVED * 9 * 2**20, rel=1e-6)
+    assert 0 < plan.prediction.seconds < 600
+    (why,) = [d.why for d in plan.defaults if d.key == "train.recompute"]
+    assert why.startswith("measured: fastest that fits into 0.1 GiB")
+
+
+def test_layers_run_again_where_they_must_and_what_was_measured_is_kept(
+    card: Callable[[int], None], tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card(20 << 20)
+    deep = _deep(tiny_llama, tmp_path / "deep", 8)
+    asked = _recipe(deep, micro_batch_size=4)
+    plan = api.plan(asked, data={"train": ROWS})
+    # 94% of 100 MiB, less 2% of reserve: 92 MiB hold four layers that run once.
+    assert (plan.placement.recompute, plan.placement.recomputed) == ("whole", 4)
+
+    monkeypatch.setattr(session, "build", lambda *_: pytest.fail("measured again"))
+    assert api.plan(asked, data={"train": ROWS}).placement == plan.placement
+    with pytest.raises(pytest.fail.Exception, match="measured again"):
+        api.plan(asked, data={"train": ROWS[:16]})
+
+
+def test_asked_for_layers_all_run_again(card: Callable[[int], None], tiny_llama: Path, tmp_path: Path) -> None:
+    card(1 << 20)
+    deep = _deep(tiny_llama, tmp_path / "deep", 8)
+    plan = api.plan(_recipe(deep, recompute=True), data={"train": ROWS})
+    assert (plan.placement.recompute, plan.placement.recomputed) == ("whole", 8)
+
+
+def test_smaller_micro_batches_are_tried_before_a_run_is_refused(
+    card: Callable[[int], None], tiny_llama: Path, tmp_path: Path
+) -> None:
+    card(200 << 20)
+    deep = _deep(tiny_llama, tmp_path / "deep", 8)
+    with pytest.raises(ResourceError, match=r"one example at a time does not fit into 0\.1 GiB free"):
+        api.plan(_recipe(deep, recompute=False), data={"train": ROWS})
+
+
+def test_what_cannot_be_measured_is_predicted_and_said(
+    card: Callable[[int], None], tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise KeyError("layer_types")
+
+    card(1 << 20)
+    monkeypatch.setattr(probing, "few_layers", broken)
+    monkeypatch.setattr("tunesmith.engine.memory.free_bytes", lambda *_: 10 << 30)
+    plan = api.plan(_recipe(tiny_llama), data={"train": ROWS})
+    assert "a step cannot be measured, and is predicted from shapes: KeyError: 'layer_types'" in caplog.text
+    assert any(d.key == "train.recompute" and d.why == "memory allows it" for d in plan.defaults)
+
+
+@pytest.mark.parametrize("family", ["tiny_llama", "tiny_bert", "tiny_t5"])
+def test_the_backward_is_seen_to_pass_the_topmost_layer(
+    family: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three families, with layers that run once and again: each part of a step is told from the next."""
+    clock = iter(range(1, 10_000))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: next(clock))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda *_: None)
+    local = resolve(str(request.getfixturevalue(family)))
+    model: Any = few_layers(local, "lm", "fp32", 2, "cpu", in_nf4=False).train()
+    gauge = probing._Gauge(torch.device("cpu"), list(layers(model).values())[-1])  # pyright: ignore[reportPrivateUsage]
+    ids = torch.tensor([[5, 6, 7, 8]])
+    for again in (0, 2):
+        recompute(model, "whole" if again else "none", again)
+        gauge.begin()
+        model(input_ids=ids, labels=ids).loss.backward()
+        loss, turn, rest = gauge.ended()
+        assert loss < turn < rest
+
+
+def test_a_model_of_few_layers_is_of_the_bases_shape(tiny_llama: Path, tmp_path: Path) -> None:
+    local = resolve(str(_deep(tiny_llama, tmp_path / "deep", 8)))
+    assert numbers(local, 8) == (2, 4)
+    assert numbers(local, 4) == (4, 4)
+    few: Any = few_layers(local, "lm", "fp32", 4, "cpu", in_nf4=False)
+    assert len(few.model.layers) == 4
+    whole: Any = few_layers(local, "lm", "fp32", 8, "cpu", in_nf4=False)
+    held = sum(p.numel() for p in whole.parameters()) - sum(p.numel() for p in few.parameters())
+    assert held == 4 * sum(p.numel() for p in few.model.layers[0].parameters())
+
+
+def test_a_pattern_of_layers_is_measured_in_whole_rounds(tiny_llama: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
+
+    config = Gemma3TextConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=18, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, sliding_window=64,
+    )  # fmt: skip
+    Gemma3ForCausalLM(config).save_pretrained(tmp_path / "gemma")
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "gemma")
+    local = resolve(str(tmp_path / "gemma"))
+    assert numbers(local, 18) == (6, 12)
+    few: Any = few_layers(local, "lm", "fp32", 6, "cpu", in_nf4=False)
+    assert few.config.layer_types == config.layer_types[:6]
+
+
+def test_a_probe_leaves_the_runs_own_method_alone(
+    card: Callable[[int], None], tiny_llama: Path, tmp_path: Path
+) -> None:
+    """Trained with and without having been measured, a model is the same to the bit."""
+    card(1 << 20)
+    recipe = {**_recipe(tiny_llama, max_steps=2, epochs=None), "evaluate": {"limit": 2}}
+    measured = api.train(recipe, data={"train": ROWS, "test": UNSEEN}, out=tmp_path / "a")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probing, "is_measured", lambda *_: False)
+        plain = api.train(recipe, data={"train": ROWS, "test": UNSEEN}, out=tmp_path / "b")
+    losses = [(run.path / "metrics.jsonl").read_text() for run in (measured, plain)]
+    assert losses[0] == losses[1]
+
+
+def test_placements_are_told_in_words() -> None:
+    from tunesmith.settings import Placement, recomputed
+
+    placement = Placement("cuda", 1, 1, "bf16", True, None, 4096, 1)
+    assert recomputed(placement) == ""
+    assert recomputed(replace(placement, recompute="whole", recomputed=3)) == "3 layers"
+    assert recomputed(replace(placement, recompute="feed", recomputed=3)) == "the feed-forward half of 3 layers"
