@@ -123,11 +123,10 @@ def make_plan(
     *,
     measures: bool = True,
 ) -> tuple[Plan, Assets]:
-    """Plans `recipe`, whose relative paths start at `base`.
+    """Plans `recipe`, whose relative paths start at `base`; what fits where a step `is_measured` is left to `measures`.
 
-    Where a step `is_measured`, what fits into memory is left to that, unless not `measures`. Raises InputError with
-    every conflict of the compatibility rules, before any weight is loaded; RefusedError for data that would spoil the
-    run; ResourceError where the run cannot fit.
+    Raises InputError with every conflict of the compatibility rules, before any weight is loaded; RefusedError for data
+    that would spoil the run; ResourceError where the run cannot fit.
     """
     from tunesmith.data.chat import Renderer
 
@@ -151,10 +150,8 @@ def make_plan(
     prepared = _prepared(recipe, base, objective, renderer, memory, tell)
     _check_labels(objective, previous)
     trainable, total = _count(meta, facts, method, objective, replace(tokens, encode=renderer.plain))
-    answer, order = extent.longest_answer(prepared), prepared.easy_first
-    training = settings.resolve_meaning(
-        facts, length, prepared.train.lengths, prepared.repeats, answer, defaults, order
-    )
+    lengths, answer = prepared.train.lengths, extent.longest_answer(prepared)
+    training = settings.resolve_meaning(facts, length, lengths, prepared.repeats, answer, defaults, prepared.easy_first)
     measures = measures and is_measured(facts, objective)
     placement, prediction = placed(facts, prepared, objective, training, speed, trainable, defaults, measured=measures)
     plan = Plan(
