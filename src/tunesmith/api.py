@@ -14,7 +14,7 @@ from typing import Any, Literal
 from tunesmith import exporting, measuring, probing, rundir, training
 from tunesmith.chatting import Chat, default_sampling
 from tunesmith.data.given import PathLike, Rows, check_kinds, check_name, paths, questions, to_answer
-from tunesmith.errors import InputError, StoppedError
+from tunesmith.errors import InputError, RefusedError, StoppedError
 from tunesmith.evaluation.baselines import tried
 from tunesmith.evaluation.calibrated import of_card
 from tunesmith.evaluation.preflight import check_metrics
@@ -116,10 +116,36 @@ def resume(
 ) -> Result:
     """Goes on with a run from its last checkpoint, to the same bits as if it had never stopped.
 
-    A finished run is returned as it is. Raises RefusedError naming what changed since the run began, and what
-    `train` raises; its arguments mean the same here.
+    A finished run is returned as it is. Raises RefusedError naming what changed since the run began, or for a part of
+    a cross-validation that is not done, and what `train` raises; its arguments mean the same here.
     """
     path = Path(path)
+    _check_no_part(RunDir.open(path))
+    return go_on(path, plugins=plugins, listen=listen, progress=progress)
+
+
+def _check_no_part(run: RunDir) -> None:
+    """Folds are gone on with together: a part by itself would leave them out."""
+    fold = load_recipe(run.path / "recipe.yaml")[0].data.fold
+    if fold is None:
+        return
+    root = run.path if fold.number == 0 else run.path.resolve().parent.parent
+    if (root / "manifest.json").is_file() and not (root / rundir.CROSSVAL).is_file():
+        by = f" --by {fold.by}" if fold.by else ""
+        raise RefusedError(
+            f"{run.path} is a part of a cross-validation that is not done",
+            f"go on with all of it, by its recipe: `tunesmith crossval RECIPE --folds {fold.of}{by} --out {root}`",
+        )
+
+
+def go_on(
+    path: Path,
+    *,
+    plugins: Sequence[PathLike] = (),
+    listen: Listeners | None = None,
+    progress: bool | None = None,
+) -> Result:
+    """As `resume`, of any run: a cross-validation goes on with its parts one by one."""
     run = RunDir.open(path)
     with run.hold(), listening(listen, progress, path) as tell:
         hashes = load_plugins(plugins)

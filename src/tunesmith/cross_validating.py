@@ -70,16 +70,22 @@ def crossval(
         )
     path = Path(out) if out else typed.out or Path("runs") / name
     options: dict[str, Any] = {"plugins": plugins, "listen": listen, "progress": progress}
-    whole = typed.data.model_copy(update={"fold": Fold(number=0, of=folds, by=by)})
-    _trained(typed.model_copy(update={"data": whole}), path, options)
-    parts: list[Path] = []
-    for number in range(1, folds + 1):
-        held = typed.data.model_copy(update={"fold": Fold(number=number, of=folds, by=by), "test": None})
-        parts.append(path / FOLDS / str(number))
-        _trained(typed.model_copy(update={"data": held}), parts[-1], options)
+    whole, *held = (_fold(typed, number, folds, by) for number in range(folds + 1))
+    if not (path / "manifest.json").is_file():
+        api.plan(held[0], plugins=plugins)  # rows that make no such parts are told before anything is trained
+    _trained(whole, path, options)
+    parts = [path / FOLDS / str(number) for number in range(1, folds + 1)]
+    for recipe_of_part, part in zip(held, parts, strict=True):
+        _trained(recipe_of_part, part, options)
     spread = _spread(parts)
     result = _measured(path, typed, parts, {"folds": folds, "by": by, "metrics": spread})
     return CrossValidation(result, parts, spread)
+
+
+def _fold(recipe: Recipe, number: int, of: int, by: str | None) -> Recipe:
+    """The recipe of one part; of number 0 that of all rows."""
+    update: dict[str, Any] = {"fold": Fold(number=number, of=of, by=by), **({"test": None} if number else {})}
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update=update)})
 
 
 def _recipe(
@@ -94,9 +100,21 @@ def _trained(recipe: Recipe, path: Path, options: Mapping[str, Any]) -> api.Resu
     if not (path / "manifest.json").is_file():
         return api.train(recipe, out=path, **options)
     before, _ = load_recipe(path / "recipe.yaml")
+    fold = before.data.fold
+    if (
+        fold is not None
+        and recipe.data.fold is not None
+        and (fold.of, fold.by)
+        != (
+            recipe.data.fold.of,
+            recipe.data.fold.by,
+        )
+    ):
+        by = f" by {fold.by!r}" if fold.by else ""
+        raise RefusedError(f"{path} is of {fold.of} folds{by}", "ask for the same, give another --out, or delete it")
     if _meaning(before) != _meaning(recipe):
         raise RefusedError(f"{path} is a run of another recipe", "give another --out, or delete it")
-    return api.resume(path, **options)
+    return api.go_on(path, **options)
 
 
 def _meaning(recipe: Recipe) -> dict[str, Any]:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from tunesmith.recipe_keys import Above0, Fraction, Names, Positive, Strict, Text, key
 
 
 def _as_numbers(value: Any) -> Any:
     return [value] if isinstance(value, int | float) else value
+
+
+def _once(names: list[str]) -> list[str]:
+    return list(dict.fromkeys(names))
 
 
 Several = Field(min_length=1)
@@ -94,7 +98,9 @@ class Evaluate(Strict):
     max_new_tokens: Positive | None = key(
         None, "the longest answer", 128, "half as long again as the longest trained answer, at most 1024"
     )
-    by: Names = key(list, "columns whose values are groups that are measured too", ["language"])
+    by: Annotated[Names, AfterValidator(_once)] = key(
+        list, "columns whose values are groups that are measured too", ["language"]
+    )
     smallest_group: Positive = key(20, "rows that a group must have; smaller ones are named and not judged", 50)
     calibrate: Literal["temperature", "vector", "isotonic"] | None = key(
         None,

@@ -24,6 +24,7 @@ from tunesmith.recipe_evaluation import Code
 from tunesmith.rundir import read_json
 from tunesmith.types import Prediction, Row
 
+TURNS = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "x"}]
 HUMANEVAL = Code(tests="test", before="prompt", entry_point="entry_point")
 
 
@@ -106,10 +107,18 @@ def test_k_answers_are_needed_and_tests() -> None:
 
 @pytest.mark.usefixtures("contained")
 def test_what_cannot_be_run_is_told_before_training() -> None:
-    row = Row({"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "x"}]}, "f:1")
+    row = Row({"messages": TURNS}, "f:1", {"test": "1"})
     assert check_metrics(["pass_at_1"], [], "test", [row], None, Code(tests="test")) == ["pass_at_1"]
     with pytest.raises(InputError, match="pass_at_10 needs 10 answers to each row, and f:1 has 5"):
         check_metrics(["pass_at_10"], [], "test", [row], None, Code(tests="test", samples=5))
+
+
+def test_rows_without_tests_are_told_before_training() -> None:
+    rows = [Row({"messages": TURNS}, f"f:{n}", {"test": test}) for n, test in enumerate(["assert x", " \n", ""])]
+    with pytest.raises(
+        InputError, match=r"2 of 3 rows have no tests \('test'\), so that any answer passes, such as f:1"
+    ):
+        check_metrics(["pass_at_1"], [], "test", rows, None, Code(tests="test"))
 
 
 def test_rows_that_ask_for_no_answer_have_no_programs() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tunesmith.data.checks import as_keys
 from tunesmith.data.split import folds
 from tunesmith.errors import InputError, RefusedError
 from tunesmith.evaluation import answers
+from tunesmith.recipe_evaluation import Evaluate
 
 
 def _keys(numbers: list[int]) -> Any:
@@ -137,6 +139,23 @@ def test_what_exists_is_gone_on_with_and_another_recipe_is_refused(
     assert json.loads(capsys.readouterr().out)["spread"] == found.spread
     with pytest.raises(RefusedError, match="is a run of another recipe"):
         tunesmith.crossval(project / "recipe.yaml", ["train.max_steps=4"], folds=3, by="of", out=found.path)
+    with pytest.raises(RefusedError, match="is of 3 folds by 'of'"):
+        tunesmith.crossval(project / "recipe.yaml", folds=4, by="of", out=found.path)
+
+
+def test_a_part_is_gone_on_with_by_the_command_that_began_all(found: tunesmith.CrossValidation, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(found.path, run)
+    assert tunesmith.resume(run).path == run, "what is done is returned as it is"
+    (run / "crossval.json").unlink()
+    for part in (run, run / "folds" / "2"):
+        with pytest.raises(RefusedError, match="is a part of a cross-validation that is not done") as refused:
+            tunesmith.resume(part)
+        assert f"tunesmith crossval RECIPE --folds 3 --by of --out {run}" in refused.value.remedy
+
+
+def test_a_column_given_twice_is_one() -> None:
+    assert Evaluate.model_validate({"by": ["language", "age", "language"]}).by == ["language", "age"]
 
 
 def test_folds_judge_what_is_fitted_to_validation_rows(project: Path, tmp_path: Path) -> None:
@@ -166,6 +185,7 @@ def test_what_makes_no_cross_validation_is_refused(
 ) -> None:
     with pytest.raises(InputError, match=cause):
         tunesmith.crossval(project / "recipe.yaml", overrides, out=tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists(), "nothing is trained before it is known that there are such parts"
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,8 @@ def test_weights_as_files_say_them() -> None:
 
     assert read(weight=0.5)["weight"] == 0.5
     assert read(weight=0)["train"] is False
-    assert read(weight=2.0, train=False)["train"] is False
+    with pytest.raises(InputError, match=r"train is false, and weight is 2\.0: one says what the other denies"):
+        read(weight=2.0, train=False)
     assert read(weight=1).keys() == {"role", "content"}
     for wrong in (-1, "2", math.inf):
         with pytest.raises(InputError, match=r"rows\.jsonl:1: messages\[1\]: weight must be a number of at least 0"):

@@ -66,7 +66,7 @@ def check_metrics(
     """
     answers = unread or [_unanswered(row) for row in rows]
     if code is not None:
-        _check_programs(rows)
+        _check_programs(rows, code)
         answers = [replace(a, scores={**a.scores, SAMPLES: float(code.samples), PASSED: 0.0}) for a in answers]
     lacking = [answer.where for answer in answers if answer.reference is None]
     if 0 < len(lacking) < len(answers):
@@ -85,12 +85,19 @@ def check_metrics(
     return names
 
 
-def _check_programs(rows: Sequence[Row]) -> None:
+def _check_programs(rows: Sequence[Row], code: Code) -> None:
     silent = next((row.where for row in rows if "messages" not in row.value), None)
     if silent is not None:
         raise InputError(
             f"evaluate.code runs answers that a model writes, and {silent} asks for none",
             "leave evaluate.code out, or give rows with a prompt and choose the objective sft",
+        )
+    untested = [row.where for row in rows if not row.tags[code.tests].strip()]
+    if untested:
+        raise InputError(
+            f"{len(untested)} of {len(rows)} rows have no tests ({code.tests!r}), so that any answer passes, such as "
+            f"{untested[0]}",
+            "give these rows tests, or take them out",
         )
     sandbox.check()
 
