@@ -100,16 +100,8 @@ def _trained(recipe: Recipe, path: Path, options: Mapping[str, Any]) -> api.Resu
     if not (path / "manifest.json").is_file():
         return api.train(recipe, out=path, **options)
     before, _ = load_recipe(path / "recipe.yaml")
-    fold = before.data.fold
-    if (
-        fold is not None
-        and recipe.data.fold is not None
-        and (fold.of, fold.by)
-        != (
-            recipe.data.fold.of,
-            recipe.data.fold.by,
-        )
-    ):
+    fold, asked = before.data.fold, recipe.data.fold
+    if fold is not None and asked is not None and (fold.of, fold.by) != (asked.of, asked.by):
         by = f" by {fold.by!r}" if fold.by else ""
         raise RefusedError(f"{path} is of {fold.of} folds{by}", "ask for the same, give another --out, or delete it")
     if _meaning(before) != _meaning(recipe):

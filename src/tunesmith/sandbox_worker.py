@@ -85,6 +85,9 @@ def build(root: str, shown: list[str], scratch_bytes: int, numbers: tuple[int, i
     mount("tmpfs", root, "tmpfs", NOSUID | NODEV, "size=1m,mode=755")
     tree = f"{root}/tree"
     os.makedirs(f"{tree}/dev")
+    os.makedirs(f"{tree}/scratch")
+    mount("tmpfs", f"{tree}/scratch", "tmpfs", NOSUID | NODEV, f"size={scratch_bytes},nr_inodes=4096,mode=1777")
+    os.symlink("scratch", f"{tree}/tmp")  # first, because what is shown may lie in /tmp
     for path in [*shown, *(f"/dev/{name}" for name in DEVICES)]:
         target = tree + path
         os.makedirs(os.path.dirname(target), exist_ok=True)
@@ -98,9 +101,6 @@ def build(root: str, shown: list[str], scratch_bytes: int, numbers: tuple[int, i
         mount(path, target, None, BIND | RECURSIVE)
         device = path.startswith("/dev/")
         seal(target, ATTR_NOSUID | (0 if device else ATTR_READ_ONLY | ATTR_NODEV), AT_RECURSIVE, mount_setattr)
-    os.makedirs(f"{tree}/scratch")
-    mount("tmpfs", f"{tree}/scratch", "tmpfs", NOSUID | NODEV, f"size={scratch_bytes},nr_inodes=4096,mode=1777")
-    os.symlink("scratch", f"{tree}/tmp")
     seal(root, ATTR_READ_ONLY | ATTR_NOSUID | ATTR_NODEV, 0, mount_setattr)
     os.chdir(root)
     called("pivot_root", libc.syscall(pivot_root, b".", b"."))

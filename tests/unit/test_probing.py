@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tunesmith import api, probing, session
 from tunesmith.engine.costs import Choice, Cost, Line, choose, peak
-from tunesmith.errors import ResourceError
+from tunesmith.errors import RefusedError, ResourceError
 from tunesmith.models.fetch import resolve
 from tunesmith.models.few import few_layers, numbers
 from tunesmith.models.layers import layers
@@ -243,6 +243,12 @@ def test_the_backward_is_seen_to_pass_the_topmost_layer(
         model(input_ids=ids, labels=ids).loss.backward()
         loss, turn, rest = gauge.ended()
         assert loss < turn < rest
+
+
+def test_a_family_that_cannot_run_layers_again_is_refused() -> None:
+    model = torch.nn.Sequential(torch.nn.ModuleList([torch.nn.Linear(2, 2)]))
+    with pytest.raises(RefusedError, match="layers of Sequential cannot run again in the backward"):
+        recompute(model, "whole", 1)
 
 
 def test_a_model_of_few_layers_is_of_the_bases_shape(tiny_llama: Path, tmp_path: Path) -> None:

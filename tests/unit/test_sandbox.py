@@ -143,6 +143,18 @@ def test_it_works_for_an_ordinary_user() -> None:
     assert found.stdout.strip() == "['', 'BlockingIOError', 'OSError', 'MemoryError']", found.stderr
 
 
+def test_an_interpreter_may_lie_in_the_folder_for_temporary_files(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "there").touch()
+    tmp_path.chmod(0o755)
+    shown = sandbox._shown()  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(sandbox, "_shown", lambda: [*shown, str(tmp_path)])
+    text = f"import os, tempfile\nassert os.path.exists({str(tmp_path / 'there')!r})\n"
+    text += "with tempfile.NamedTemporaryFile('w') as file:\n    file.write('x')\n"
+    assert run(text).why == ""
+
+
 def test_where_a_program_cannot_be_contained_it_is_not_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(sys, "platform", "darwin")
