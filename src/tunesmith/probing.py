@@ -8,14 +8,12 @@ them. What was measured stays in the cache, under all that it depends on.
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
 import logging
 import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tunesmith import rundir, session, settings, training
-from tunesmith.data.ingest import digest
+from tunesmith.data.ingest import digest, source_version
 from tunesmith.data.pack import collate
 from tunesmith.data.source import Batching, epoch_steps, micro_batches
 from tunesmith.engine import memory
@@ -98,7 +96,7 @@ class Work:
 
 
 def _fastest(plan: Plan, assets: Assets, most: Placement, progress: Progress) -> Plan:
-    """Of micro-batches of ever fewer tokens, the one whose steps take least; the first that fits whole is the last."""
+    """Of micro-batches of ever fewer tokens, the one whose steps take least; none smaller than need be."""
     free = memory.free_bytes(torch.device(most.device))
     best: tuple[float, Plan] | None = None
     for tokens in _sizes(most, assets):
@@ -110,7 +108,7 @@ def _fastest(plan: Plan, assets: Assets, most: Placement, progress: Progress) ->
         seconds = work.in_a_step * choice.micro + choice.step
         if best is None or seconds < best[0]:
             best = seconds, _told(plan, placement, choice, seconds, free)
-        if choice.again == "none":
+        if choice.again == "none" or assets.facts.recipe.train.recompute:
             break
     if best is None:
         raise ResourceError(
@@ -266,7 +264,7 @@ class _Probe:
             [
                 device_name(device),
                 torch.__version__,
-                _version(),
+                source_version(Path(__file__).parent),
                 self._assets.local.sha256,
                 {name: plan.meaning[name] for name in ("tokenizer", "renderer", "objective", "method", "data")},
                 [plan.training.dropout, plan.training.optimizer, plan.training.clip],
@@ -342,12 +340,3 @@ class _Gauge:
 
         if torch.is_grad_enabled() and hidden.requires_grad:
             hidden.register_hook(reached)
-
-
-@cache
-def _version() -> str:
-    """sha256 of this package's source: other kernels take other memory."""
-    total = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        total.update(path.read_bytes())
-    return total.hexdigest()

@@ -117,6 +117,17 @@ def _both(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds, **keywords: object) -
     return sides[0], sides[1]
 
 
+@pytest.mark.parametrize(
+    ("length", "planned"), [(2048, True), (4096, True), (1024, False), (3000, False), (2049, False)]
+)
+def test_cudnn_plans_long_lengths_that_come_again(length: int, planned: bool) -> None:
+    from torch.nn.attention import SDPBackend
+
+    order = cuda_attention.order_of(length)
+    assert (order[0] == SDPBackend.CUDNN_ATTENTION) is planned
+    assert order[-3:] == [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("small", [0, cuda_attention.SMALL])
 @pytest.mark.parametrize(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,15 +15,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunesmith import api, probing, session
+from tunesmith import api, compat, placing, probing, session
 from tunesmith.engine.costs import Choice, Cost, Line, choose, peak
 from tunesmith.errors import RefusedError, ResourceError
 from tunesmith.models.fetch import resolve
 from tunesmith.models.few import few_layers, numbers
 from tunesmith.models.layers import layers
 from tunesmith.models.recompute import recompute
+from tunesmith.objectives.retrieve import Retrieve
 
 MANY = 24
+Card = Callable[..., None]
 
 
 @dataclass(frozen=True)
@@ -73,8 +78,7 @@ def test_the_peak_of_many_layers_is_read_off_few(model: Model, again: int) -> No
     true = max(model.step(MANY, again))
     found = peak(model.line(again=False), model.line(again=True), MANY, again)
     # Where gradients grow as what is kept falls, the highest point may lie between two that are looked at.
-    assert true <= found * 1.05
-    assert found <= true * 1.05 + model.kept_again * MANY * (0 < again < MANY)
+    assert true / 1.05 <= found <= true * 1.05
 
 
 def _lines() -> dict[Any, Line]:
@@ -116,11 +120,17 @@ def test_all_layers_run_again_where_that_was_asked() -> None:
 
 
 @pytest.fixture
-def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[int], None]:
+def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Card:
     """A device whose peaks are those that a test names, so many bytes for each layer that runs once."""
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
-    sizes = {"layer": 0, "layers": 0, "again": 0}
-    build = session.build
+    sizes = {"layer": 0, "layers": 0, "again": 0, "token": 0, "tokens": 0, "most": 1 << 30}
+    build, collate = session.build, probing.collate
+
+    def laid_out(examples: Any, *given: Any, **named: Any) -> Any:
+        sizes["tokens"] = sum(len(piece.input_ids_T) for example in examples for piece in example.pieces)
+        if sizes["tokens"] > sizes["most"]:
+            raise torch.OutOfMemoryError("of the card")
+        return collate(examples, *given, **named)
 
     def built(plan: Any, assets: Any, base: Any = None) -> Any:
         policy = build(plan, assets, base)
@@ -129,16 +139,17 @@ def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[int], Non
         return policy
 
     def most(*_: Any) -> int:
-        return (1 << 20) + sizes["layer"] * (sizes["layers"] - sizes["again"])
+        return (1 << 20) + (sizes["layer"] + sizes["token"] * sizes["tokens"]) * (sizes["layers"] - sizes["again"])
 
     monkeypatch.setattr(session, "build", built)
+    monkeypatch.setattr(probing, "collate", laid_out)
     monkeypatch.setattr(probing, "is_measured", lambda *_: True)
     monkeypatch.setattr("tunesmith.planning.is_measured", lambda *_: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", most)
     monkeypatch.setattr("tunesmith.engine.memory.free_bytes", lambda *_: 100 << 20)
-    return lambda layer: sizes.update(layer=layer)
+    return lambda layer, **more: sizes.update(layer=layer, **more)
 
 
 def _deep(base: Path, folder: Path, layers: int) -> Path:
@@ -162,13 +173,12 @@ def _recipe(model: Path, **more: Any) -> dict[str, Any]:
 
 
 ROWS = [{"prompt": f"say {i} " * (1 + i % 7), "completion": f"{i}"} for i in range(24)]
+LENGTHS = [400] + [10] * 23
 UNSEEN = [{"prompt": f"tell me {i}", "completion": f"{i}"} for i in range(3)]
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "prompt", "dora"])
-def test_a_plan_tells_what_was_measured(
-    card: Callable[[int], None], tiny_llama: Path, tmp_path: Path, method: str
-) -> None:
+def test_a_plan_tells_what_was_measured(card: Card, tiny_llama: Path, tmp_path: Path, method: str) -> None:
     card(1 << 20)
     deep = _deep(tiny_llama, tmp_path / "deep", 8)
     plan = api.plan({**_recipe(deep), "method": method}, data={"train": ROWS})
@@ -180,7 +190,7 @@ def test_a_plan_tells_what_was_measured(
 
 
 def test_layers_run_again_where_they_must_and_what_was_measured_is_kept(
-    card: Callable[[int], None], tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    card: Card, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     card(20 << 20)
     deep = _deep(tiny_llama, tmp_path / "deep", 8)
@@ -195,24 +205,113 @@ def test_layers_run_again_where_they_must_and_what_was_measured_is_kept(
         api.plan(asked, data={"train": ROWS[:16]})
 
 
-def test_asked_for_layers_all_run_again(card: Callable[[int], None], tiny_llama: Path, tmp_path: Path) -> None:
+def test_asked_for_layers_all_run_again(card: Card, tiny_llama: Path, tmp_path: Path) -> None:
     card(1 << 20)
     deep = _deep(tiny_llama, tmp_path / "deep", 8)
     plan = api.plan(_recipe(deep, recompute=True), data={"train": ROWS})
     assert (plan.placement.recompute, plan.placement.recomputed) == ("whole", 8)
+    assert plan.placement.micro_batch_tokens > 500, "smaller ones, which fit too, are not looked for"
 
 
-def test_smaller_micro_batches_are_tried_before_a_run_is_refused(
-    card: Callable[[int], None], tiny_llama: Path, tmp_path: Path
-) -> None:
+def test_what_fits_in_no_way_is_refused(card: Card, tiny_llama: Path, tmp_path: Path) -> None:
     card(200 << 20)
     deep = _deep(tiny_llama, tmp_path / "deep", 8)
     with pytest.raises(ResourceError, match=r"one example at a time does not fit into 0\.1 GiB free"):
-        api.plan(_recipe(deep, recompute=False), data={"train": ROWS})
+        api.plan(_recipe(deep, recompute=False, micro_batch_size=1), data={"train": ROWS})
+
+
+@pytest.mark.parametrize("how", [{"token": 40 << 10}, {"most": 300}])
+def test_micro_batches_are_halved_until_one_fits(
+    card: Card, tiny_llama: Path, tmp_path: Path, how: dict[str, int]
+) -> None:
+    """By their peak, and where the few layers themselves run out of memory. 8 layers of 300 tokens fit into 92 MiB."""
+    card(0, **how)
+    deep = _deep(tiny_llama, tmp_path / "deep", 8)
+    plan = api.plan(_recipe(deep, recompute=False), data={"train": ROWS})
+    longest = 72
+    assert longest <= plan.placement.micro_batch_tokens <= 300
+    assert plan.placement.recompute == "none"
+    (why,) = [d for d in plan.defaults if d.key == "train.micro_batch_size"]
+    assert why.value == f"up to {plan.placement.micro_batch_tokens} tokens"
+
+
+def test_what_training_takes_is_of_micro_batches_of_usual_size(
+    card: Card, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One long row among short ones: memory is asked of the largest micro-batch, time of one as they are on average."""
+    card(1 << 20)
+    asked: list[int] = []
+    cost = probing._Probe._measured  # pyright: ignore[reportPrivateUsage]
+
+    def measured(probe: Any, device: torch.device) -> Cost:
+        asked.append(len(probe._examples))
+        found = cost(probe, device)
+        return replace(found, micro=float(sum(LENGTHS[i] for i in probe._examples)))
+
+    rows = [{"prompt": "a" * n, "completion": "b"} for n in LENGTHS]
+    monkeypatch.setattr(probing._Probe, "_measured", measured)  # pyright: ignore[reportPrivateUsage]
+    deep = _deep(tiny_llama, tmp_path / "deep", 8)
+    plan = api.plan(_recipe(deep, micro_batch_size=1), data={"train": rows})
+    steps = plan.training.total_steps
+    assert plan.prediction.seconds / steps < 0.5 * 8 * max(LENGTHS)
+    assert len(asked) == 4
+
+
+@pytest.mark.parametrize(
+    ("changed", "measured"),
+    [
+        ({}, True),
+        ({"device": "cpu"}, False),
+        ({"frozen": True}, False),
+        ({"teacher": object()}, False),
+        ({"beneath": (object(),)}, False),
+        ({"mines": 2}, False),
+    ],
+)
+def test_what_is_measured_begins_at_its_base_on_a_card(
+    changed: dict[str, Any], measured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = {"device": "cuda", "frozen": False, "teacher": None, "beneath": (), "mines": 0} | changed
+    monkeypatch.setattr(placing, "choose_device", torch.device)
+    facts: Any = SimpleNamespace(
+        recipe=SimpleNamespace(place=SimpleNamespace(device=told["device"])),
+        method=SimpleNamespace(frozen_backbone=told["frozen"]),
+        teacher=told["teacher"],
+        beneath=told["beneath"],
+    )
+    objective: Any = Retrieve(Retrieve.Options(negatives=told["mines"]))
+    assert bool(placing.is_measured(facts, objective)) is measured
+
+
+def test_layers_above_those_that_run_again_keep_what_they_keep(tiny_llama: Path, tmp_path: Path) -> None:
+    local = resolve(str(_deep(tiny_llama, tmp_path / "deep", 4)))
+    model: Any = few_layers(local, "lm", "fp32", 4, "cpu", in_nf4=False).train()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    model(input_ids=ids, labels=ids).loss.backward()
+    plain = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    calls = [0] * 4
+    for number, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_pre_hook(lambda *_, n=number: calls.__setitem__(n, calls[n] + 1))
+    recompute(model, "whole", 3)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert calls == [2, 2, 2, 1]
+    assert all(torch.equal(plain[name], p.grad) for name, p in model.named_parameters())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="segments grow on Linux alone")
+def test_segments_grow_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    compat.segments_grow()
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
+    compat.segments_grow()
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "max_split_size_mb:64"
 
 
 def test_what_cannot_be_measured_is_predicted_and_said(
-    card: Callable[[int], None], tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    card: Card, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken(*_: Any, **__: Any) -> Any:
         raise KeyError("layer_types")
@@ -278,12 +377,23 @@ def test_a_pattern_of_layers_is_measured_in_whole_rounds(tiny_llama: Path, tmp_p
 
 
 def test_a_probe_leaves_the_runs_own_method_alone(
-    card: Callable[[int], None], tiny_llama: Path, tmp_path: Path
+    card: Card, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Trained with and without having been measured, a model is the same to the bit."""
     card(1 << 20)
     recipe = {**_recipe(tiny_llama, max_steps=2, epochs=None), "evaluate": {"limit": 2}}
+    seen: list[Any] = []
+    build = session.build
+
+    def built(plan: Any, assets: Any, base: Any = None) -> Any:
+        seen.append(assets.method)
+        return build(plan, assets, base)
+
+    monkeypatch.setattr(session, "build", built)
     measured = api.train(recipe, data={"train": ROWS, "test": UNSEEN}, out=tmp_path / "a")
+    *probed, own = seen
+    assert probed
+    assert all(method is not own for method in probed), "a method may keep what it attached"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(probing, "is_measured", lambda *_: False)
         plain = api.train(recipe, data={"train": ROWS, "test": UNSEEN}, out=tmp_path / "b")

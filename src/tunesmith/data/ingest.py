@@ -104,12 +104,17 @@ def digest(value: Any) -> str:
 
 
 @once
-def code_version() -> str:
-    """sha256 of this package's source: what it makes is made anew when it changes."""
+def source_version(folder: Path) -> str:
+    """sha256 of the Python files below a folder: what they make is made anew when they change."""
     total = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(folder.rglob("*.py")):
         total.update(path.read_bytes())
     return total.hexdigest()
+
+
+def code_version() -> str:
+    """That of this package."""
+    return source_version(Path(__file__).parent)
 
 
 def _of_set(item: TrainingSet, data: Data, tags: tuple[str, ...]) -> Given:

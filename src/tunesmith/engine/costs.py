@@ -58,16 +58,15 @@ class Choice:
 def peak(plain: Line, again: Line, layers: int, count: int) -> float:
     """The most bytes in use by a step of `layers`, of which the lowest `count` run again.
 
-    `plain` and `again` are of models none and all of whose layers do. The peak is either where the loss is and the
-    upper layers hold what they kept, or where the upper have given it up and the first of the lower runs again, or
-    below.
+    `plain` and `again` are of models none and all of whose layers do. With some of them the peak is at the loss or in
+    the topmost layer's backward, less what each layer that runs again does not keep, or among the layers that run
+    again: at their bottom, where gradients of a layer are more than it keeps, and else below what the topmost took.
     """
     if count in (0, layers):
         line = again if count else plain
         return max(line.at(name, layers) for name in ("loss", "turn", "rest"))
     spared = count * (plain.each("loss") - again.each("loss"))
-    turn = again.at("turn", count) + (layers - count) * again.each("rest")
-    return max(plain.at("loss", layers) - spared, plain.at("turn", layers) - spared, turn, again.at("rest", layers))
+    return max(plain.at("loss", layers) - spared, plain.at("turn", layers) - spared, again.at("rest", layers))
 
 
 def choose(lines: Mapping[Again, Line], layers: int, room: float, all_of: Again | None = None) -> Choice | None:

@@ -127,7 +127,7 @@ def attend(query_BHTD: Tensor, key_BKTD: Tensor, value_BKTD: Tensor, look: Look)
 
 
 def _dense(query_BHTD: Tensor, key_BKTD: Tensor, value_BKTD: Tensor, look: Look) -> Tensor:
-    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.attention import sdpa_kernel
 
     batch, heads, length, _ = query_BHTD.shape
     assert look.dense is not None
@@ -139,10 +139,7 @@ def _dense(query_BHTD: Tensor, key_BKTD: Tensor, value_BKTD: Tensor, look: Look)
     def cut(x_BHTD: Tensor) -> Tensor:
         return x_BHTD.transpose(1, 2).reshape(-1, look.dense or 0, x_BHTD.shape[1], x_BHTD.shape[3]).transpose(1, 2)
 
-    order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    if look.dense >= CUDNN_PAYS and look.dense % BLOCK == 0:
-        order.insert(0, SDPBackend.CUDNN_ATTENTION)
-    with sdpa_kernel(order, set_priority=True):
+    with sdpa_kernel(order_of(look.dense), set_priority=True):
         out = F.scaled_dot_product_attention(
             cut(query_BHTD),
             cut(key_BKTD),
@@ -152,6 +149,14 @@ def _dense(query_BHTD: Tensor, key_BKTD: Tensor, value_BKTD: Tensor, look: Look)
             enable_gqa=grouped,
         )
     return out.transpose(1, 2).reshape(batch, length, heads, value_BKTD.shape[3])
+
+
+def order_of(length: int) -> list[Any]:
+    """Kernels of torch for rows of one length, the one that is to be taken first."""
+    from torch.nn.attention import SDPBackend
+
+    order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return [SDPBackend.CUDNN_ATTENTION, *order] if length >= CUDNN_PAYS and length % BLOCK == 0 else order
 
 
 def _mask(look: Look, length: int, device: torch.device) -> Any:
