@@ -157,6 +157,15 @@ def test_what_cannot_be_calibrated_is_refused_by_the_plan(tiny_bert: Path) -> No
     refused("takes 99 validation rows, and there are 40", {"conformal": 0.99}, DATA)
     refused(
         "takes 24 validation rows that no scaling is fitted to, and there are 20",
-        {"conformal": 0.96, "calibrate": "isotonic"},
+        {"conformal": 0.96, "calibrate": "temperature"},
         DATA,
     )
+    few = {**DATA, "validation": DATA["validation"][:1]}
+    refused(
+        "temperature, which is fitted to validation rows .* takes 20 or more and finds 1",
+        {"calibrate": "temperature"},
+        few,
+    )
+    refused("isotonic, .* takes 30 or more and finds 20", {"calibrate": "isotonic", "conformal": 0.8}, DATA)
+    warm = {**DATA, "validation": [{**row, "label": "warm"} for row in DATA["validation"]]}
+    refused("finds none of 'cold', 'none'", {"calibrate": "vector"}, warm)

@@ -239,7 +239,33 @@ def test_a_set_holds_what_is_probable_enough() -> None:
         covered.statistics(drawn(1, 0)[0])
 
 
-def test_rows_of_unknown_labels_alone_fit_nothing() -> None:
-    unknown = [replace(p, reference="never") for p in drawn(4, 0)]
-    with pytest.raises(InputError, match="of 4 none has a label of training"):
-        Calibration.fit(unknown, as_rows(unknown), "temperature", None, seed=0)
+def test_few_rows_that_are_all_right_make_nothing_sure() -> None:
+    """Their likelihood has no largest temperature or weight; what stands before them keeps true probabilities near."""
+    new, label = tables(drawn(4000, 1, 1.0))
+    true = -float(new[np.arange(len(label)), label].mean())
+    for name in ("temperature", "vector"):
+        for seed in range(5):
+            some = [p for p in drawn(200, seed, 1.0) if p.output == p.reference][:20]
+            shares = scaling.fit(name, *tables(some))(new)
+            assert -float(np.log(shares[np.arange(len(label)), label]).mean()) < true + 1.6  # else 6.4 to 8.5
+
+
+@pytest.mark.parametrize(
+    ("name", "counts", "cause"),
+    [
+        ("temperature", {"a": 10, "b": 9, "never": 5}, "takes 20 or more and finds 19"),
+        ("temperature", {"a": 30}, "finds none of 'b', 'c'"),
+        ("temperature", {"a": 19, "b": 1}, None),
+        ("vector", {"a": 20, "b": 9}, "takes 30 or more and finds 29"),
+        ("vector", {"a": 20, "b": 20}, "finds none of 'c'"),
+        ("isotonic", {"a": 20, "c": 20}, "finds none of 'b'"),
+        ("isotonic", {"a": 20, "b": 9, "c": 1}, None),
+    ],
+)
+def test_rows_that_cannot_carry_a_scaling(name: str, counts: dict[str, int], cause: str | None) -> None:
+    rows = [label for label, count in counts.items() for _ in range(count)]
+    if cause is None:
+        scaling.check(name, rows, "abc")
+        return
+    with pytest.raises(InputError, match=cause):
+        scaling.check(name, rows, "abc")

@@ -160,10 +160,11 @@ def test_a_column_given_twice_is_one() -> None:
 
 def test_folds_judge_what_is_fitted_to_validation_rows(project: Path, tmp_path: Path) -> None:
     """Calibration asks for other rows to judge it: those of the folds will do, and no plan says that nothing does."""
-    overrides = ["data.validation=0.3", "evaluate.calibrate=temperature", "evaluate.conformal=0.5"]
-    made = tunesmith.crossval(project / "recipe.yaml", overrides, folds=2, out=tmp_path / "run")
+    overrides = ["data.validation=0.7", "evaluate.calibrate=temperature", "evaluate.conformal=0.5"]
+    rows = [{**row, "text": f"{row['text']} of set {i}"} for i in range(5) for row in ROWS]
+    made = tunesmith.crossval(project / "recipe.yaml", overrides, folds=2, out=tmp_path / "run", data={"train": rows})
     assert {record["data"] for record in made.result.records} == {"folds"}
-    assert made.result.record("conformal_coverage", data="folds")["n"] == len(ROWS)
+    assert made.result.record("conformal_coverage", data="folds")["n"] == len(rows)
     card = json.loads((tmp_path / "run" / "model" / "tunesmith.json").read_text())
     assert card["calibration"]["sets"]["coverage"] == 0.5
     assert json.loads((tmp_path / "run" / "plan.json").read_text())["warnings"] == []

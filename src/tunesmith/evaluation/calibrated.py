@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.errors import InputError
 from tunesmith.evaluation import conformal, scaling
 from tunesmith.evaluation.conformal import Sets, chance
 from tunesmith.evaluation.scaling import IntArray, Scaling
@@ -37,27 +36,19 @@ class Calibration:
         asked: Conformal | None,
         seed: int,
     ) -> Calibration:
-        """Of answers to validation rows; those of a label that training never saw are left out for the scaling.
+        """Of answers to validation rows, of which the plan has seen that they can carry it (`preflight`).
 
-        Where both are asked for, one half of the rows, drawn with the seed, is for each: sets keep their coverage
-        only on rows that nothing else was fitted to. InputError for too few rows.
+        Those of a label that training never saw are left out for the scaling.
         """
-        order = np.random.default_rng(seed).permutation(len(predictions))
-        half = len(order) // 2 if calibrate and asked else len(order) if calibrate else 0
+        first, left = parts(len(predictions), calibrate is not None, asked is not None, seed)
         labels = tuple(predictions[0].probabilities or ())
-        known = [predictions[i] for i in sorted(order[:half]) if predictions[i].reference in labels]
+        known = [predictions[i] for i in first if predictions[i].reference in labels]
         scaled: Scaling | None = None
         if calibrate is not None:
-            if not known:
-                raise InputError(
-                    f"evaluate.calibrate is fitted to validation rows, and of {half} none has a label of training",
-                    "give validation rows of the labels that are learned",
-                )
             scaled = scaling.fit(calibrate, _logprobs(known, labels), _places(known, labels))
         made = cls(labels, scaled, None, (len(known), 0))
         if asked is None:
             return made
-        left = sorted(order[half:])
         others = made.apply([predictions[i] for i in left], [rows[i] for i in left])
         told = [(p.probabilities or {}, p.reference or "", chance(rows[i])) for p, i in zip(others, left, strict=True)]
         return replace(made, sets=Sets.fit(told, asked.coverage, asked.sets), rows=(len(known), len(others)))
@@ -93,6 +84,17 @@ class Calibration:
         if "nll" in scores and prediction.reference in probabilities:
             scores["nll"] = -math.log(max(probabilities[prediction.reference], LEAST))
         return replace(prediction, output=output, probabilities=probabilities, scores=scores)
+
+
+def parts(count: int, scaled: bool, sets: bool, seed: int) -> tuple[list[int], list[int]]:
+    """Which of so many validation rows the scaling is fitted to, and which the sets.
+
+    Where both are asked for, one half of the rows, drawn with the seed, is for each: sets keep their coverage only on
+    rows that nothing else was fitted to.
+    """
+    order = np.random.default_rng(seed).permutation(count)
+    half = count // 2 if scaled and sets else count if scaled else 0
+    return sorted(order[:half].tolist()), sorted(order[half:].tolist())
 
 
 def of_card(card: Mapping[str, Any]) -> Calibration | None:

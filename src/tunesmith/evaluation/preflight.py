@@ -7,9 +7,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from tunesmith import sandbox
+from tunesmith.data.rows import labels_of
 from tunesmith.errors import InputError
-from tunesmith.evaluation import METRICS
+from tunesmith.evaluation import METRICS, scaling
 from tunesmith.evaluation.baselines import label_counts, unread
+from tunesmith.evaluation.calibrated import parts
 from tunesmith.evaluation.code_metrics import PASSED, SAMPLES
 from tunesmith.evaluation.conformal import OF_SETS, least_rows
 from tunesmith.evaluation.likelihood_metrics import Loss
@@ -32,8 +34,9 @@ def measured(recipe: Recipe, objective: Objective, prepared: Prepared) -> list[s
     usual, counts = objective.needs.metrics, label_counts(prepared.audit.to_json()["train"])
     stopping, held = recipe.train.early_stopping, prepared.validation
     judges = len(prepared.tests) + recipe.data.judged_by_folds
-    check_calibration(recipe.evaluate, objective.describe(), 0 if held is None else len(held), judges)
-    check_decoding(recipe.evaluate, objective.needs, [] if held is None else _rows(held), judges)
+    chosen_on = [] if held is None else _rows(held)
+    check_calibration(recipe.evaluate, objective.describe(), chosen_on, judges, recipe.seed)
+    check_decoding(recipe.evaluate, objective.needs, chosen_on, judges)
     if held is not None and stopping is not None and stopping.metric not in (None, "loss"):
         rows = _rows(held)
         code = recipe.evaluate.code
@@ -102,11 +105,13 @@ def _check_programs(rows: Sequence[Row], code: Code) -> None:
     sandbox.check()
 
 
-def check_calibration(evaluate: Evaluate, learned: Mapping[str, Any], validation: int, tests: int) -> None:
+def check_calibration(
+    evaluate: Evaluate, learned: Mapping[str, Any], validation: Sequence[Row], tests: int, seed: int
+) -> None:
     """InputError where the recipe asks for truer probabilities or sets of labels and the run can have none.
 
-    `learned`: what the objective did of the training rows; `validation`: how many rows; `tests`: how many sets, or
-    other judges.
+    `learned`: what the objective did of the training rows; `tests`: how many sets, or other judges; `seed`: by which
+    validation rows are parted.
     """
     asked = [name for name in ("calibrate", "conformal") if getattr(evaluate, name) is not None]
     if not asked:
@@ -123,13 +128,17 @@ def check_calibration(evaluate: Evaluate, learned: Mapping[str, Any], validation
             f"{'validation rows' if not validation else 'test rows'}",
             "set data.validation and data.test",
         )
-    rows = validation - validation // 2 if len(asked) == 2 else validation
     sets = evaluate.conformal
-    if sets is not None and rows < least_rows(sets.coverage):
+    scaled, left = parts(len(validation), evaluate.calibrate is not None, sets is not None, seed)
+    if sets is not None and len(left) < least_rows(sets.coverage):
         raise InputError(
             f"evaluate.conformal is {sets.coverage:g}, which takes {least_rows(sets.coverage):,} validation "
-            f"rows{' that no scaling is fitted to' * (len(asked) == 2)}, and there are {rows:,}",
+            f"rows{' that no scaling is fitted to' * (len(asked) == 2)}, and there are {len(left):,}",
             "give more validation rows, or ask for less",
+        )
+    if evaluate.calibrate is not None:
+        scaling.check(
+            evaluate.calibrate, [label for i in scaled for label in labels_of(validation[i].value)], learned["labels"]
         )
 
 

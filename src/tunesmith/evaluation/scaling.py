@@ -13,10 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize, special
 
+from tunesmith.errors import InputError
 from tunesmith.evaluation.metrics import FloatArray
 
 IntArray = NDArray[np.int64]
-RIDGE = 1e-3  # nats: labels that the rows tell apart without error would have no end of a weight
+# Before any row is seen, log T, w - 1 / T and b are normal, of this variance: few rows that are all right would have no
+# end of them. With it and so many rows true probabilities lose little (benchmarks/scaling_rows.py).
+VARIANCE = 1.0
+LEAST_ROWS, LEAST_OF_LABEL = 20, 10
 COLDEST, HOTTEST = 1 / 20, 20.0  # temperatures beyond these are those of rows that are all right, or of chance
 
 
@@ -39,14 +43,14 @@ class Temperature:
 
     @classmethod
     def fit(cls, logprobs_NV: FloatArray, label_N: IntArray) -> Temperature:
-        """The temperature by which the rows' labels are most probable."""
+        """The temperature by which the rows' labels, and itself, are most probable."""
 
-        def nll(cold: float) -> float:
+        def cost(cold: float) -> float:
             scaled_NV = special.log_softmax(np.exp(cold) * logprobs_NV, axis=-1)
-            return -float(scaled_NV[np.arange(len(label_N)), label_N].mean())
+            return cold**2 / (2 * VARIANCE) - float(scaled_NV[np.arange(len(label_N)), label_N].sum())
 
         found: Any = optimize.minimize_scalar(
-            nll, bounds=(-np.log(HOTTEST), -np.log(COLDEST)), method="bounded", options={"xatol": 1e-5}
+            cost, bounds=(-np.log(HOTTEST), -np.log(COLDEST)), method="bounded", options={"xatol": 1e-5}
         )
         return cls(float(np.exp(-found.x)))
 
@@ -59,7 +63,7 @@ class Vector:
     """p = softmax(w * log p + b), a weight and a bias for each label.
 
     Vector scaling (Guo et al. 2017) of log-probabilities in place of logits, which is Dirichlet calibration by a
-    diagonal matrix (Kull et al. 2019, arXiv 1910.12656). Fitted with a ridge towards the best temperature.
+    diagonal matrix (Kull et al. 2019, arXiv 1910.12656). Where rows are few it stays near the best temperature.
     """
 
     keeps_order: ClassVar[bool] = False
@@ -70,7 +74,7 @@ class Vector:
     def fit(cls, logprobs_NV: FloatArray, label_N: IntArray) -> Vector:
         count, labels = logprobs_NV.shape
         start_V = np.full(labels, 1 / Temperature.fit(logprobs_NV, label_N).temperature)
-        wanted_NV = np.eye(labels)[label_N]
+        wanted_NV, ridge = np.eye(labels)[label_N], 1 / (VARIANCE * count)
 
         def loss(both: FloatArray) -> tuple[float, FloatArray]:
             weight_V, bias_V = both[:labels], both[labels:]
@@ -79,7 +83,7 @@ class Vector:
             slope = np.concatenate([(apart_NV * logprobs_NV).sum(axis=0), apart_NV.sum(axis=0)])
             far = np.concatenate([weight_V - start_V, bias_V])
             nll = -float((wanted_NV * scaled_NV).sum()) / count
-            return nll + RIDGE * float(far @ far) / 2, slope + RIDGE * far
+            return nll + ridge * float(far @ far) / 2, slope + ridge * far
 
         begin = np.concatenate([start_V, np.zeros(labels)])
         found: Any = optimize.minimize(loss, begin, jac=True, method="L-BFGS-B", options={"maxiter": 500})
@@ -128,6 +132,25 @@ SCALINGS: Mapping[str, type[Temperature] | type[Vector] | type[Isotonic]] = {
     "vector": Vector,
     "isotonic": Isotonic,
 }
+
+
+def check(name: str, row_labels: Sequence[str], labels: Sequence[str]) -> None:
+    """InputError where rows of such labels cannot carry the scaling called `name` of the probabilities of `labels`."""
+    keeps_order = SCALINGS[name].keeps_order
+    least = LEAST_ROWS if keeps_order else max(LEAST_ROWS, LEAST_OF_LABEL * len(labels))
+    counts = {label: row_labels.count(label) for label in labels}
+    lacking = [label for label in labels if not counts[label]]
+    if sum(counts.values()) < least:
+        why = f"takes {least:,} or more and finds {sum(counts.values()):,}"
+    elif len(lacking) > (len(labels) - 2 if keeps_order else 0):
+        why = f"finds none of {', '.join(map(repr, lacking[:5]))}{', ...' * (len(lacking) > 5)}"
+    else:
+        return
+    other = "" if keeps_order else ", ask for temperature, which takes fewer,"
+    raise InputError(
+        f"evaluate.calibrate is {name}, which is fitted to validation rows of the labels that are learned: it {why}",
+        f"give more validation rows{other} or leave evaluate.calibrate out",
+    )
 
 
 def fit(name: str, logprobs_NV: FloatArray, label_N: IntArray) -> Scaling:
