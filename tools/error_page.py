@@ -11,7 +11,7 @@ from pages import page, table
 AREAS: tuple[tuple[str, str], ...] = (
     ("The command line", r"cli/"),
     ("Recipes", r"(recipe|yaml_text|registry|plugins)"),
-    ("What fits together", r"rules\.py"),
+    ("What fits together", r"rule_table\.py"),
     ("Data", r"data/(?!chat|turns|template|align)"),
     ("Conversations and their templates", r"data/"),
     ("Base models", r"models/"),

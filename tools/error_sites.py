@@ -244,7 +244,7 @@ def _of_types(modules: _Modules) -> Iterator[Site]:
 def find(source: Path = SOURCE) -> list[Site]:
     """All sites, in the order of files and lines."""
     modules = _Modules(source)
-    found = [*_rules("rules.py", modules), *_of_types(modules)]
+    found = [*_rules("rule_table.py", modules), *_of_types(modules)]
     for kind in KINDS:
         for made in modules.calls.get(kind, []):
             found += _expanded(modules, made, made.scope, made, DEPTH)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -18,7 +17,7 @@ from tunesmith.evaluation.intervals import IntArray, interval
 from tunesmith.evaluation.metrics import RowMetric, build, lacking, statistics
 from tunesmith.evaluation.paired import compare, holm
 from tunesmith.measuring import BASE, TUNED, answered, some_rows
-from tunesmith.models.drawing import Drawn, Setting
+from tunesmith.models.drawing import Drawn, Setting, settings
 from tunesmith.types import Prediction
 
 if TYPE_CHECKING:
@@ -26,18 +25,8 @@ if TYPE_CHECKING:
     from tunesmith.models.policy import Policy
     from tunesmith.planning import Assets
     from tunesmith.recipe import Recipe
-    from tunesmith.recipe_evaluation import Decoding
 
 LEVEL = 0.05
-
-
-def settings(asked: Decoding) -> list[Setting]:
-    """Those that a recipe asks for, the simplest first. At temperature 0 nothing is cut: it is one setting."""
-    found = {
-        Setting(temperature, top_p, top_k) if temperature > 0 else Setting()
-        for temperature, top_p, top_k in itertools.product(asked.temperature, asked.top_p, asked.top_k)
-    }
-    return sorted(found, key=lambda setting: setting.plainness)
 
 
 @dataclass(frozen=True, slots=True)

@@ -185,7 +185,7 @@ def score(
     records: list[Metric] = []
     effects: list[dict[str, Any]] = []
     columns = [
-        parted([row.tags[column] for row in rows], column, recipe.evaluate.smallest_group)
+        parted([row.tags[column] for row in rows], column, recipe.evaluate.least_of_group)
         for column in recipe.evaluate.by
     ]
     apart: list[dict[str, Any]] = []

@@ -22,6 +22,7 @@ from tunesmith.evaluation.preflight import measured
 from tunesmith.evaluation.run import metric_names
 from tunesmith.facts import Facts, ModelFacts, Previous, gather, gather_model
 from tunesmith.methods import METHODS
+from tunesmith.models import drawing
 from tunesmith.models.cache import cache_dir
 from tunesmith.models.fetch import LocalModel, resolve
 from tunesmith.models.heads import Head
@@ -361,6 +362,9 @@ def _warnings(recipe: Recipe, prepared: Prepared) -> list[str]:
         found.append(f"there is no test set (data.test): the result is judged on {judged}")
     if prepared.audit.duplicates:
         found.append(f"{prepared.audit.duplicates} rows of train repeat an earlier one")
+    asked = recipe.evaluate.decoding
+    if asked is not None and len(told := drawing.settings(asked)) == 1:
+        found.append(f"evaluate.decoding has one setting ({told[0]}): answers are drawn so, and none are compared")
     if prepared.times:
         most, least = (pick(prepared.times.items(), key=lambda one: one[1]) for pick in (max, min))
         told = (f"{times:.3g} times in an epoch where {name!r} is" for name, times in (most, least))

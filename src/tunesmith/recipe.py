@@ -18,6 +18,7 @@ from tunesmith.recipe_keys import (
     SetName,
     Strict,
     Text,
+    Weight,
     key,
 )
 
@@ -26,9 +27,7 @@ class TrainingSet(Strict):
     """One of several sets that are mixed. A path alone is short for a set of that path."""
 
     path: Annotated[Text, Field(description="as `data.train`", examples=["tickets.jsonl"])]
-    weight: Annotated[float, Field(ge=0.001, le=1000)] = key(
-        1.0, "how often each row is seen in an epoch: 2 is twice, 0.5 in every other epoch", 2
-    )
+    weight: Weight = key(1.0, "how often each row is seen in an epoch: 2 is twice, 0.5 in every other epoch", 2)
     limit: Positive | None = key(None, "at most so many of its rows, drawn with the seed", 1000, "all")
     format: str | None = key(None, "as `data.format`, for this set alone", "sharegpt", "that of `data`")
     columns: dict[str, str] = key(dict, "as `data.columns`, for this set alone", {"text": "body"}, "those of `data`")

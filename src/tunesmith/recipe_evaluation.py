@@ -6,7 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from tunesmith.recipe_keys import Above0, Fraction, Names, Positive, Strict, Text, key
+from tunesmith.recipe_keys import Fraction, Heat, Names, Positive, Strict, Text, key
+
+LEAST_OF_GROUP = 20
 
 
 def _as_numbers(value: Any) -> Any:
@@ -17,20 +19,18 @@ def _once(names: list[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-Several = Field(min_length=1)
-Temperatures = Annotated[
-    list[Annotated[float, Field(ge=0)]],
-    Several,
-    BeforeValidator(_as_numbers, json_schema_input_type=float | list[float]),
+Temperature = Literal[0] | Heat
+Share = Annotated[float, Field(gt=0, le=1)]
+Count = Annotated[int, Field(ge=0)]
+Temperatures = Annotated[list[Temperature], Field(min_length=1)]
+Shares = Annotated[list[Share], Field(min_length=1)]
+Counts = Annotated[list[Count], Field(min_length=1)]
+# A number alone is short for a list of it, and errors say what either must be.
+TemperatureOrMore = Annotated[
+    Temperatures, BeforeValidator(_as_numbers, json_schema_input_type=Temperature | Temperatures)
 ]
-Shares = Annotated[
-    list[Annotated[float, Field(gt=0, le=1)]],
-    Several,
-    BeforeValidator(_as_numbers, json_schema_input_type=float | list[float]),
-]
-Counts = Annotated[
-    list[Annotated[int, Field(ge=0)]], Several, BeforeValidator(_as_numbers, json_schema_input_type=int | list[int])
-]
+ShareOrMore = Annotated[Shares, BeforeValidator(_as_numbers, json_schema_input_type=Share | Shares)]
+CountOrMore = Annotated[Counts, BeforeValidator(_as_numbers, json_schema_input_type=Count | Counts)]
 
 
 class Code(Strict):
@@ -49,7 +49,7 @@ class Code(Strict):
         None, "a column that names a function, which `check` of the tests is called with", "entry_point", "none"
     )
     samples: Positive = key(1, "answers drawn for each row; 1 is the most probable one", 20)
-    temperature: Above0 = key(0.8, "that several answers are drawn at", 0.2)
+    temperature: Heat = key(0.8, "that several answers are drawn at", 0.2)
 
     @property
     def columns(self) -> list[str]:
@@ -71,18 +71,20 @@ def _as_conformal(value: Any) -> Any:
     return {"coverage": value} if isinstance(value, int | float) else value
 
 
-Conformity = Annotated[Conformal, BeforeValidator(_as_conformal, json_schema_input_type=float | Conformal)]
+Conformity = Annotated[Conformal, BeforeValidator(_as_conformal, json_schema_input_type=Fraction | Conformal)]
 
 
 class Decoding(Strict):
     """How answers are drawn: every setting of these is measured, and the best one is the model's own."""
 
     metric: Annotated[Text, Field(description="by which metric settings are told apart (below)", examples=["rouge_l"])]
-    temperature: Temperatures = key(
+    temperature: TemperatureOrMore = key(
         lambda: [0.0, 0.3, 0.7, 1.0], "temperatures; at 0 the most probable token is taken each time", [0, 0.5]
     )
-    top_p: Shares = key(lambda: [1.0], "shares of the probability that is drawn from, the most probable first", [0.9])
-    top_k: Counts = key(lambda: [0], "numbers of the most probable tokens that are drawn from; 0 is all", [0, 40])
+    top_p: ShareOrMore = key(
+        lambda: [1.0], "shares of the probability that is drawn from, the most probable first", [0.9]
+    )
+    top_k: CountOrMore = key(lambda: [0], "numbers of the most probable tokens that are drawn from; 0 is all", [0, 40])
     limit: Positive | None = key(None, "at most so many validation rows, drawn with the seed", 200, "all")
 
 
@@ -101,7 +103,9 @@ class Evaluate(Strict):
     by: Annotated[Names, AfterValidator(_once)] = key(
         list, "columns whose values are groups that are measured too", ["language"]
     )
-    smallest_group: Positive = key(20, "rows that a group must have; smaller ones are named and not judged", 50)
+    smallest_group: Positive | None = key(
+        None, "rows that a group of `by` must have; smaller ones are named and not judged", 50, str(LEAST_OF_GROUP)
+    )
     calibrate: Literal["temperature", "vector", "isotonic"] | None = key(
         None,
         "how probabilities of labels are made truer, fitted to the validation rows and saved with the model: "
@@ -127,6 +131,10 @@ class Evaluate(Strict):
         "the most probable token is taken each time",
     )
     code: Code | None = key(None, "how answers that are programs are tested (`pass_at_1`)", {"tests": "test"}, "never")
+
+    @property
+    def least_of_group(self) -> int:
+        return self.smallest_group or LEAST_OF_GROUP
 
     @property
     def groups(self) -> list[str]:

@@ -9,6 +9,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Above0 = Annotated[float, Field(gt=0)]
 Positive = Annotated[int, Field(gt=0)]
+Weight = Annotated[float, Field(ge=0.001, le=1000)]  # how much something counts
+Heat = Annotated[float, Field(ge=0.01, le=10)]  # a temperature; beyond, all is certain or all is chance
 Text = Annotated[str, Field(min_length=1)]
 
 

@@ -72,7 +72,7 @@ def _one(node: Node, schema: Node) -> str:
         more = ", ..." if len(keys) > 4 or node.get("additionalProperties") else ""
         return f"a set of keys ({', '.join(keys[:4])}{more})"
     if kind == "object":
-        return "a set of keys"
+        return f"a set of at least {node['minProperties']} key" if node.get("minProperties") else "a set of keys"
     plain = {"string": "a path" if node.get("format") == "path" else "text", "boolean": "true or false"}
     return plain.get(str(kind), "a value")
 

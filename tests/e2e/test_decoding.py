@@ -13,12 +13,13 @@ from transformers import GenerationConfig
 
 from tunesmith import api
 from tunesmith.cli import main
-from tunesmith.decoding import judged, settings
+from tunesmith.decoding import judged
 from tunesmith.errors import InputError, StoppedError
 from tunesmith.events import StopRun
-from tunesmith.models.drawing import Setting, of_card
+from tunesmith.models.drawing import Setting, of_card, settings
 from tunesmith.models.saved import read_card
 from tunesmith.recipe_evaluation import Decoding
+from tunesmith.recipe_file import parse_recipe
 from tunesmith.rundir import sha256_file
 from tunesmith.types import Prediction
 
@@ -199,5 +200,26 @@ def test_what_cannot_be_chosen_is_refused_by_the_plan(tiny_llama: Path, tiny_ber
     refused("and .* asks for none", texts)
     refused("not of what the model writes", DATA, {**SWEEP, "metric": "perplexity"})
     refused("chrff", DATA, {**SWEEP, "metric": "chrff"})
-    refused("temperature", DATA, {**SWEEP, "temperature": [-1]})
-    refused("top_p", DATA, {**SWEEP, "top_p": [0]})
+    refused("tries temperature 0 alone", DATA, {"metric": "chrf", "temperature": 0, "top_k": [1, 5]})
+
+
+def test_one_setting_is_how_answers_are_drawn_and_the_plan_says_that_none_are_compared(tiny_llama: Path) -> None:
+    asked = {"decoding": {"metric": "chrf", "temperature": 0.7}}
+    assert "one setting (temperature 0.7)" in api.plan(recipe(tiny_llama, asked), data=DATA).warnings[-1]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "cause"),
+    [
+        ("temperature", -1, "must be 0 or a number of at least 0.01 and at most 10 or a list of at least 1"),
+        ("temperature", 1e-9, "must be 0 or a number of at least 0.01 and at most 10 or a list of at least 1"),
+        ("temperature", [1, 1000], "decoding.temperature.1 must be 0 or a number of at least 0.01 and at most 10, not"),
+        ("top_p", 1.5, "must be a number above 0 and at most 1 or a list of at least 1"),
+        ("top_k", 0.5, "must be a whole number of at least 0 or a list of at least 1"),
+        ("top_k", [], "must be a whole number of at least 0 or a list of at least 1"),
+    ],
+)
+def test_what_a_number_must_be_is_told_where_a_list_will_do_too(key: str, value: Any, cause: str) -> None:
+    given = {**recipe(Path("base"), {"decoding": {**SWEEP, key: value}}), "data": {"train": "rows.jsonl"}}
+    with pytest.raises(InputError, match=cause):
+        parse_recipe(given)

@@ -40,9 +40,11 @@ BASE: dict[str, Any] = {
     "place": {"device": "cpu", "threads": 1},
     "evaluate": {"max_new_tokens": 4},
 }
+GROUPED = {"evaluate.by": ["of"], "evaluate.smallest_group": 1}
 STOPPING = {"train.evaluate_every": 1, "train.early_stopping": {"patience": 1, "min_delta": 1e6}}
 SET = {"path": "train.jsonl"}
 TOLD_APART = {"data.train": "two.jsonl", "data.validation": None, "data.test": None}
+
 LABELLED = {
     **dict.fromkeys(("data.validation", "data.test", "evaluate.max_new_tokens")),
     "data.train": "both.jsonl",
@@ -119,8 +121,8 @@ CHANGES: dict[str, Change] = {
     "data.format": Change("alpaca", {**TOLD_APART, "data.format": "prompt+completion"}),
     "data.columns": Change({"completion": "remark"}),
     "data.template": Change("{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"),
-    "data.allow": Change(["leaks"], {"data.test": "train.jsonl"}),
-    "objective": Change("classify", {"data.train": "both.jsonl", "data.validation": None, "data.test": None}),
+    "data.allow": Change(["leaks"], {"data.test": "leaking.jsonl"}),
+    "objective": Change("classify_lm", LABELLED),
     "method": Change({"name": "lora", "rank": 8}),
     "method.head.untie": Change(True, {"method": {"name": "head"}}),
     "method.partial.top": Change(2, PARTIAL),
@@ -214,7 +216,7 @@ CHANGES: dict[str, Change] = {
     "adapters": Change(["first"]),
     "teacher": Change("first", TAUGHT),
     "train.balance": Change("label", UNEVEN),
-    "train.balance.by": Change("worth", {"train.balance": {"by": "of"}}),
+    "train.balance.by": Change("worth", {**UNEVEN, "train.balance": {"by": "of"}}),
     "train.balance.strength": Change(0.5, {**UNEVEN, "train.balance": {"by": "label"}}),
     "train.curriculum": Change({"by": "length"}),
     "train.curriculum.by": Change("worth", {"train.curriculum": {"by": "length"}}),
@@ -250,9 +252,9 @@ CHANGES: dict[str, Change] = {
     "evaluate.limit": Change(1),
     "evaluate.keep": Change(1),
     "evaluate.base": Change(False),
-    "evaluate.by": Change(["remark"], {"evaluate.smallest_group": 1}),
-    "evaluate.smallest_group": Change(1, {"evaluate.by": ["remark"]}),
-    "evaluate.calibrate": Change("temperature", JUDGED),
+    "evaluate.by": Change(["remark"], GROUPED),
+    "evaluate.smallest_group": Change(2, GROUPED),
+    "evaluate.calibrate": Change("temperature", {**JUDGED, "data.validation": "many.jsonl"}),
     "evaluate.conformal": Change(0.5, JUDGED),
     "evaluate.conformal.coverage": Change(0.75, {**JUDGED, "evaluate.conformal": {"coverage": 0.2}}),
     "evaluate.conformal.sets": Change("aps", {**JUDGED, "evaluate.conformal": {"coverage": 0.7}}),
@@ -300,6 +302,8 @@ def keys_of(model: type[BaseModel], above: str = "") -> Iterator[str]:
                 yield from keys_of(registry.get(registered).Options, f"{key}.{registered}.")
 
 
+# What has but one value on this machine: another one is refused.
+REFUSED = ("place.compile", "place.device", "train.optimizer")
 KEYS = sorted(set(keys_of(Recipe)))
 
 
@@ -315,10 +319,10 @@ def with_changes(recipe: dict[str, Any], changes: Mapping[str, Any]) -> dict[str
 
 
 def of_set(key: str) -> str:
-    """Where a key of one training set, or of a method's options, stands in the recipe."""
-    if key.startswith("data.train."):
-        return "data.train"
-    return ".".join(part for part in key.split(".") if part not in {*METHODS, *OBJECTIVES})
+    """Where a key of one training set or corpus, or of a method's options, stands in the recipe."""
+    if key.startswith(("data.train.", "data.corpus.")):
+        return ".".join(key.split(".")[:2])
+    return ".".join(part for at, part in enumerate(key.split(".")) if at != 1 or part not in {*METHODS, *OBJECTIVES})
 
 
 @pytest.fixture(scope="module")
@@ -374,6 +378,8 @@ def place(tiny_llama: Path, masked_bert: Path, tmp_path_factory: pytest.TempPath
     ]
     write("both.jsonl", both)
     write("labelled.jsonl", [{"text": row["prompt"], "label": row["completion"]} for row in asked(500, 4)])
+    write("many.jsonl", [{"text": row["prompt"], "label": row["completion"]} for row in asked(600, 20)])
+    write("leaking.jsonl", asked(0, 3))
     write("asked.jsonl", [_question(row) for row in asked(400, 5)])
     return folder
 
@@ -447,4 +453,6 @@ def test_a_changed_key_changes_the_run(
     assert before != after
     found = outcome(before, place, seen)
     assert "refused" not in found or key in ("data.allow", "method.head.untie"), found
-    assert outcome(after, place, seen) != found
+    other = outcome(after, place, seen)
+    assert other != found
+    assert "refused" not in other or key in REFUSED, other

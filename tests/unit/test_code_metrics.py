@@ -107,16 +107,19 @@ def test_k_answers_are_needed_and_tests() -> None:
 
 @pytest.mark.usefixtures("contained")
 def test_what_cannot_be_run_is_told_before_training() -> None:
-    row = Row({"messages": TURNS}, "f:1", {"test": "1"})
+    row = Row({"messages": TURNS}, "f:1", {"test": "assert f"})
     assert check_metrics(["pass_at_1"], [], "test", [row], None, Code(tests="test")) == ["pass_at_1"]
     with pytest.raises(InputError, match="pass_at_10 needs 10 answers to each row, and f:1 has 5"):
         check_metrics(["pass_at_10"], [], "test", [row], None, Code(tests="test", samples=5))
 
 
 def test_rows_without_tests_are_told_before_training() -> None:
-    rows = [Row({"messages": TURNS}, f"f:{n}", {"test": test}) for n, test in enumerate(["assert x", " \n", ""])]
+    rows = [
+        Row({"messages": TURNS}, f"f:{n}", {"test": test})
+        for n, test in enumerate(["assert x", " \n", "17", "# none", "'a text'", "f()", "and so on'"])
+    ]
     with pytest.raises(
-        InputError, match=r"2 of 3 rows have no tests \('test'\), so that any answer passes, such as f:1"
+        InputError, match=r"4 of 7 rows have no tests \('test'\), so that any answer passes, such as f:1"
     ):
         check_metrics(["pass_at_1"], [], "test", rows, None, Code(tests="test"))
 
@@ -161,6 +164,7 @@ def test_a_run_is_measured_by_what_its_programs_do(tiny_llama: Path, tmp_path: P
             "metrics": ["pass_at_1", "pass_at_4"],
             "max_new_tokens": 4,
             "by": ["kind"],
+            "smallest_group": 1,
             "base": False,
             "code": {"tests": "test", "before": "opens", "samples": 6, "temperature": 5.0},
         },

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tunesmith.errors import InputError
-from tunesmith.evaluation.preflight import check_metrics
+from tunesmith.evaluation.preflight import check_groups, check_metrics
 from tunesmith.objectives.classify import majority
+from tunesmith.recipe_evaluation import Evaluate
 from tunesmith.types import Row
 
 
@@ -51,3 +52,26 @@ def test_what_cannot_is_refused(metric: str, row: Row, cause: str) -> None:
 def test_a_row_without_an_answer_among_others_is_named_even_if_no_metric_is() -> None:
     with pytest.raises(InputError, match=r"1 of 3 rows of hard have no answer to compare with, such as f:2"):
         check_metrics([], [], "hard", [chat("a", "f:1"), chat(None, "f:2"), chat("b", "f:3")], None)
+
+
+@pytest.mark.parametrize(
+    ("values", "least", "cause"),
+    [
+        (["a" * 30], 20, "and all rows to measure have 'a' there"),
+        (["abcdefghijklmnopqrstuvwxyz"], 1, None),
+        (["abcdefghijklmnopqrstuvwxyz"], None, "no value has 20 rows or more to measure; the most frequent has 1"),
+        (["aaabb"], 4, "no value has 4 rows or more to measure; the most frequent has 3"),
+        (["aaaab"], 4, None),
+        (["aaaa", "bb"], 4, "and all rows to measure have 'a' there"),
+        (["aaaa", "bbbba"], 4, None),
+        ([], 4, None),
+    ],
+)
+def test_a_column_that_makes_no_groups_is_refused(values: list[str], least: int | None, cause: str | None) -> None:
+    sets = [[Row({"text": "t"}, "here", {"of": value}) for value in of_set] for of_set in values]
+    asked = Evaluate.model_validate({"by": "of", "smallest_group": least})
+    if cause is None:
+        check_groups(asked, sets)
+        return
+    with pytest.raises(InputError, match=f"evaluate.by is 'of', .*{cause}"):
+        check_groups(asked, sets)

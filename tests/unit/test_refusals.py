@@ -82,6 +82,7 @@ RULES: dict[str, Callable[[], Facts]] = {
     "train.balance shows rare labels more often": lambda: facts(
         "head", {"name": "classify", "class_weights": "balanced"}, train={"balance": "label"}
     ),
+    "evaluate.smallest_group is given, and evaluate.by names no column": lambda: facts(evaluate={"smallest_group": 5}),
     "data.template is given, and classify": lambda: facts(objective="classify", data={"template": "chat.jinja"}),
     "lora trains a pooled head, and sft needs a lm head": lambda: of_method(heads=frozenset({"pooled"})),
     "method.untie is given, and nothing that lora": lambda: replace(
@@ -184,6 +185,34 @@ def test_partial_of_a_model_that_has_no_such_part(options: dict[str, Any], cause
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     with pytest.raises(TunesmithError, match=cause):
         partial(partial.Options(**options), 0.0).chosen(SimpleNamespace(model=model))
+
+
+BOUNDED: dict[str, dict[str, Any]] = {
+    "focal_gamma must be a number of at least 0 and at most 10, not 1e+30": {"name": "classify", "focal_gamma": 1e30},
+    "class_weights must be balanced or a set of at least 1 key": {"name": "classify", "class_weights": {}},
+    "class_weights.a must be a number of at least 0.001 and at most 1000": {
+        "name": "classify",
+        "class_weights": {"a": 1e9},
+    },
+    "temperature must be a number of at least 0.01 and at most 10": {"name": "retrieve", "temperature": 1e-9},
+    "temperature must be a number of at least 0.1 and at most 100": {"name": "distill", "temperature": 1e9},
+}
+
+
+@pytest.mark.parametrize("cause", BOUNDED)
+def test_options_by_which_one_thing_would_drown_all_else(cause: str) -> None:
+    from tunesmith.recipe_file import check_options
+    from tunesmith.recipe_keys import Choice
+
+    choice = Choice.model_validate(BOUNDED[cause])
+    with pytest.raises(TunesmithError) as refused:
+        check_options(choice, OBJECTIVES.get(choice.name).Options, "objective")
+    assert cause in refused.value.cause
+
+
+def test_a_number_that_may_be_more_has_its_range_in_the_error() -> None:
+    with pytest.raises(TunesmithError, match="conformal must be a number above 0 and below 1 or a set of keys"):
+        parse_recipe({**RECIPE, "objective": "classify", "method": "head", "evaluate": {"conformal": 1.5}})
 
 
 def test_keys_that_exclude_each_other() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -14,8 +15,10 @@ from tunesmith.evaluation.baselines import label_counts, unread
 from tunesmith.evaluation.calibrated import parts
 from tunesmith.evaluation.code_metrics import PASSED, SAMPLES
 from tunesmith.evaluation.conformal import OF_SETS, least_rows
+from tunesmith.evaluation.groups import parted
 from tunesmith.evaluation.likelihood_metrics import Loss
 from tunesmith.evaluation.metrics import Scoring, applicable, build, statistics
+from tunesmith.models.drawing import Setting, settings
 from tunesmith.types import Prediction, Row
 
 if TYPE_CHECKING:
@@ -44,8 +47,10 @@ def measured(recipe: Recipe, objective: Objective, prepared: Prepared) -> list[s
     sets = prepared.tests or ({"validation": held} if held is not None else {})
     asked, sets_too = recipe.evaluate.metrics or [], recipe.evaluate.conformal is not None
     found: dict[str, None] = {}
-    for name, store in sets.items():
-        rows = _rows(store)
+    of_sets = {name: _rows(store) for name, store in sets.items()}
+    if recipe.data.fold is None:
+        check_groups(recipe.evaluate, list(of_sets.values()))
+    for name, rows in of_sets.items():
         tried = check_metrics(asked, usual, name, rows, unread(objective, rows, counts), recipe.evaluate.code, sets_too)
         found |= dict.fromkeys(tried)
     return list(found)
@@ -95,14 +100,23 @@ def _check_programs(rows: Sequence[Row], code: Code) -> None:
             f"evaluate.code runs answers that a model writes, and {silent} asks for none",
             "leave evaluate.code out, or give rows with a prompt and choose the objective sft",
         )
-    untested = [row.where for row in rows if not row.tags[code.tests].strip()]
+    untested = [row.where for row in rows if _does_nothing(row.tags[code.tests])]
     if untested:
         raise InputError(
             f"{len(untested)} of {len(rows)} rows have no tests ({code.tests!r}), so that any answer passes, such as "
             f"{untested[0]}",
-            "give these rows tests, or take them out",
+            "give these rows programs that fail where an answer is wrong, as by `assert`, or take them out",
         )
     sandbox.check()
+
+
+def _does_nothing(program: str) -> bool:
+    """Whether it is empty, or numbers and texts alone; what is no program may go on from what stands before."""
+    try:
+        steps = ast.parse(program).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return all(isinstance(step, ast.Expr) and isinstance(step.value, ast.Constant) for step in steps)
 
 
 def check_calibration(
@@ -142,6 +156,26 @@ def check_calibration(
         )
 
 
+def check_groups(evaluate: Evaluate, sets: Sequence[Sequence[Row]]) -> None:
+    """InputError where the values of a column that the recipe asks for make no groups in any of the sets of rows."""
+    least = evaluate.least_of_group
+    for column in evaluate.by if sets else []:
+        of_sets = [parted([row.tags[column] for row in rows], column, least) for rows in sets]
+        if any(of.judged and len(of.judged) + len(of.small) > 1 for of in of_sets):
+            continue
+        one = next((value for of in of_sets for value in of.judged), None)
+        largest = max(count for of in of_sets for count in (of.small or {"": 0}).values())
+        raise InputError(
+            f"evaluate.by is {column!r}, "
+            + (
+                f"of which no value has {least} rows or more to measure; the most frequent has {largest}"
+                if one is None
+                else f"and all rows to measure have {one!r} there"
+            ),
+            "name another column, or leave it out" + ", or set evaluate.smallest_group" * (one is None),
+        )
+
+
 def check_decoding(evaluate: Evaluate, needs: ObjectiveNeeds, validation: Sequence[Row], tests: int) -> None:
     """InputError where the recipe asks for a way to draw answers, and none can be told from another.
 
@@ -160,6 +194,11 @@ def check_decoding(evaluate: Evaluate, needs: ObjectiveNeeds, validation: Sequen
             "evaluate.decoding is chosen on the validation rows and judged on others, and there are no "
             f"{'test' if validation else 'validation'} rows",
             "set data.validation and data.test",
+        )
+    if settings(asked) == [Setting()]:
+        raise InputError(
+            "evaluate.decoding tries temperature 0 alone, which is how answers are drawn anyway",
+            "leave it out, or name other temperatures beside it: temperature: [0, 0.5, 1]",
         )
     if isinstance(METRICS.get(asked.metric)([]), Loss):
         raise InputError(

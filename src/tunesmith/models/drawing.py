@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from tunesmith.types import SampleSpec
 
 if TYPE_CHECKING:
     from tunesmith.models.policy import Policy
+    from tunesmith.recipe_evaluation import Decoding
 
 CARD_KEY, FILE = "decoding", "generation_config.json"
 
@@ -38,6 +40,15 @@ class Setting:
             return "greedy"
         cut = f", top_p {self.top_p:g}" * (self.top_p < 1) + f", top_k {self.top_k}" * (self.top_k > 0)
         return f"temperature {self.temperature:g}{cut}"
+
+
+def settings(asked: Decoding) -> list[Setting]:
+    """Those that a recipe asks for, the simplest first. At temperature 0 nothing is cut: it is one setting."""
+    found = {
+        Setting(temperature, top_p, top_k) if temperature > 0 else Setting()
+        for temperature, top_p, top_k in itertools.product(asked.temperature, asked.top_p, asked.top_k)
+    }
+    return sorted(found, key=lambda setting: setting.plainness)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from tunesmith.losses.divergence import Kind, coarse, divergence, most_probable,
 from tunesmith.models.policy import Policy
 from tunesmith.objectives import OBJECTIVES
 from tunesmith.objectives.sft import Learned, Sft, counted
-from tunesmith.recipe_keys import Above0, Positive
+from tunesmith.recipe_keys import Positive
 from tunesmith.types import Batch, Part, Terms, Want
 
 if TYPE_CHECKING:
@@ -40,7 +40,9 @@ class Held(Learned):
     beta: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None, description="the teacher's share in the mixture of jsd; 0.5 by default"
     )
-    temperature: Above0 = Field(1.0, description="above 1 the teacher's less likely tokens count for more")
+    temperature: Annotated[float, Field(ge=0.1, le=100)] = Field(
+        1.0, description="above 1 the teacher's less likely tokens count for more"
+    )
     teacher_share: Annotated[float, Field(gt=0, le=1)] = Field(
         0.5, description="what the teacher counts in the loss; the rows' own answers count the rest"
     )
@@ -49,7 +51,7 @@ class Held(Learned):
         description="keep only so many of the teacher's tokens, which are computed once before training; all of "
         "them, in every step, if left out",
     )
-    hidden: Annotated[float, Field(ge=0)] = Field(
+    hidden: Annotated[float, Field(ge=0, le=1000)] = Field(
         0.0, description="weight of the angle between the last hidden states of both, which must be equally wide"
     )
 

@@ -10,19 +10,19 @@ from pydantic import Field
 
 from tunesmith.errors import InputError
 from tunesmith.losses.class_cross_entropy import Emphasis
-from tunesmith.recipe_keys import Above0, Strict
+from tunesmith.recipe_keys import Strict, Weight
 
 
 class Imbalance(Strict):
     """How much a class counts, what is hard, and what a label is worth."""
 
-    class_weights: Literal["balanced"] | dict[str, Above0] | None = Field(
+    class_weights: Literal["balanced"] | Annotated[dict[str, Weight], Field(min_length=1)] | None = Field(
         None,
         description="how much the loss of a class counts: `balanced` (the rarer the more, so that all classes count "
         "alike), or a number for each class that is not to count 1",
         examples=["balanced", {"fraud": 10}],
     )
-    focal_gamma: Annotated[float, Field(ge=0)] = Field(
+    focal_gamma: Annotated[float, Field(ge=0, le=10)] = Field(
         0.0, description="focal loss: how much less what is sure already counts; 2 in its paper, 0 for none"
     )
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(

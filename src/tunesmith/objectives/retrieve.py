@@ -19,7 +19,7 @@ from tunesmith.losses.contrastive import info_nce
 from tunesmith.models.policy import Policy
 from tunesmith.objectives import OBJECTIVES
 from tunesmith.objectives.pooled import Pooling, read_each
-from tunesmith.recipe_keys import Above0
+from tunesmith.recipe_keys import Heat
 from tunesmith.types import Batch, Example, Part, Piece, Prediction, Row, SampleSpec, Step, Terms, Want
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Retrieve:
     class Options(Pooling):
         """How texts become vectors, and how these are told apart."""
 
-        temperature: Above0 = Field(
+        temperature: Heat = Field(
             0.05, description="by which cosines are divided: the smaller, the more the nearest wrong passages count"
         )
         symmetric: bool = Field(
