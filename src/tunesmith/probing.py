@@ -113,7 +113,7 @@ def _fastest(plan: Plan, assets: Assets, most: Placement, progress: Progress) ->
     if best is None:
         raise ResourceError(
             f"one example at a time does not fit into {free / memory.GIB:.1f} GiB free on {most.device}, as measured",
-            f"{settings.shorter(assets.facts)}, choose a smaller base, or free memory",
+            f"{settings.less(assets.facts)}, choose a smaller base, or free memory",
         )
     return best[1]
 
@@ -268,18 +268,17 @@ class _Probe:
                 self._assets.local.sha256,
                 {name: plan.meaning[name] for name in ("tokenizer", "renderer", "objective", "method", "data")},
                 [plan.training.dropout, plan.training.optimizer, plan.training.clip],
-                [placement.precision, placement.packed, placement.compiled, placement.recompute],
+                [placement.precision, placement.packed, placement.compiled, placement.recompute, placement.trained],
                 [self._count, self._batches, self._examples.tolist()],
             ]
         )
 
     def _measured(self, device: torch.device) -> Cost:
-        plan, assets, precision = self._plan, self._assets, self._plan.placement.precision
-        whole = precision == "fp32" or assets.method.facts.reference == "snapshot"
+        plan, assets, placement = self._plan, self._assets, self._plan.placement
+        dtype, in_nf4 = session.loaded_in(assets.method, placement), placement.precision == "int4"
 
         def base(head: Any) -> nn.Module:
-            dtype = "fp32" if whole else "bf16"
-            return few_layers(assets.local, head, dtype, self._count, device, in_nf4=precision == "int4")
+            return few_layers(assets.local, head, dtype, self._count, device, in_nf4=in_nf4)
 
         policy = session.build(plan, assets, base)
         engine, clip = training.engine_of(plan, assets, policy, []), Clip(plan.training.clip)

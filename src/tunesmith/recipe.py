@@ -199,7 +199,12 @@ class Train(Strict):
         0.03, "over which the learning rate rises: below 1 a share of the run, else steps", 100
     )
     weight_decay: Annotated[float, Field(ge=0)] = key(0.0, "decoupled weight decay of AdamW", 0.01)
-    optimizer: Literal["adamw"] = key("adamw", "what takes the steps", "adamw")
+    optimizer: Literal["adamw", "adamw_8bit"] = key(
+        "adamw",
+        "what takes the steps; adamw_8bit holds moments in 8 bits, and where precision is bf16 the base's own weights "
+        "in bf16 if they train: 6 bytes a parameter, its gradient included, in place of 16",
+        "adamw_8bit",
+    )
     clip: Above0 | None = key(1.0, "the largest norm of a step's gradient; null for no limit", 0.5)
     save_every: Positive | None = key(None, "steps between two checkpoints", 100, "a tenth of the run")
     evaluate_every: Positive | None = key(

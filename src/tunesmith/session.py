@@ -29,7 +29,7 @@ from tunesmith.models.convert import convert_gguf
 from tunesmith.models.fetch import LocalModel, resolve
 from tunesmith.models.heads import Head
 from tunesmith.models.layers import layers, set_dropout, whole_state
-from tunesmith.models.load import context_length, decoder_start, load_backbone, load_tokenizer
+from tunesmith.models.load import DTYPES, Dtype, context_length, decoder_start, load_backbone, load_tokenizer
 from tunesmith.models.policy import Policy, Tokens
 from tunesmith.models.recompute import recompute
 from tunesmith.models.saved import CARD, read_card
@@ -272,11 +272,13 @@ def _stand(policy: Policy, method: Method, adapters: Sequence[Beneath]) -> None:
 
 
 def _settle(policy: Policy, placement: Placement) -> None:
-    """What trains is held in fp32, so that small steps are not rounded away; what is frozen in the run's precision."""
+    """What is frozen is in the run's precision; what trains in fp32, or the base's own in what the plan says."""
     frozen = torch.float32 if placement.precision == "fp32" else torch.bfloat16
-    for parameter in policy.parameters():
+    own = getattr(torch, DTYPES[placement.trained])
+    for name, parameter in policy.named_parameters():
         if parameter.is_floating_point():
-            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else frozen)
+            trained = own if name.startswith("model.") else torch.float32
+            parameter.data = parameter.data.to(trained if parameter.requires_grad else frozen)
 
 
 def _save_sentence_files(folder: Path, policy: Policy, objective: Objective, renderer: Renderer) -> None:
@@ -314,6 +316,13 @@ def _load_heads(policy: Policy, folder: Path) -> None:
         )
 
 
+def loaded_in(method: Method, placement: Placement) -> Dtype:
+    """What the base's weights are loaded in."""
+    if method.facts.reference == "snapshot":
+        return placement.trained
+    return "fp32" if placement.precision == "fp32" else "bf16"
+
+
 def _policy(
     local: LocalModel,
     renderer: Renderer,
@@ -325,10 +334,8 @@ def _policy(
     base: BaseOf | None = None,
 ) -> Policy:
     head = objective.needs.head
-    precision = "fp32" if placement.precision == "fp32" else "bf16"
-    changes = method.facts.reference == "snapshot"
-    dtype = "fp32" if changes else precision
     in_nf4 = placement.precision == "int4"
+    dtype = loaded_in(method, placement)
     model = base(head) if base else load_backbone(local, dtype, head, placement.device, in_nf4=in_nf4)
     added = add_tokens(renderer.tokenizer, tokens)
     widen(model, max(added, default=-1) + 1)
@@ -341,7 +348,7 @@ def _policy(
         Tokens(ends, renderer.pad_id, added, renderer.plain, mask),
         packed=placement.packed,
         pooling=pooling,
-        autocast=torch.bfloat16 if precision == "bf16" else None,
+        autocast=None if placement.precision == "fp32" else torch.bfloat16,
     )
 
     def weights(folder: Path | None) -> dict[str, torch.Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -67,7 +67,8 @@ class Meaning:
 class Placement:
     """Where and in what pieces it runs; kept by a resume, free to differ between runs.
 
-    recompute: what the first `recomputed` layers run again in the backward; see `models.recompute`.
+    recompute: what the first `recomputed` layers run again in the backward; see `models.recompute`. trained: what the
+    base's own weights are in where they train.
     """
 
     device: str
@@ -81,6 +82,7 @@ class Placement:
     compiled: bool = False
     recompute: Again = "none"
     recomputed: int = 0
+    trained: Literal["fp32", "bf16"] = "fp32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,26 +205,26 @@ def resolve_placement(
     measured (see `probing`), and all of it is taken to. Raises ResourceError where not even one example fits.
     """
     recipe, train = facts.recipe, facts.recipe.train
-    device = choose_device(recipe.place.device)
-    precision = _precision(facts, speed, defaults)
-    shape = _shape(facts, trainable, precision)
+    device, precision = choose_device(recipe.place.device), _precision(facts, speed, defaults)
+    trained, each_trained = _trained(facts, meaning, precision)
+    shape = _shape(facts, trainable, each_trained, precision)
     free = memory.free_bytes(device)
     each = 4 if precision == "fp32" else 2
     taught = 0 if facts.teacher is None else facts.teacher.parameters * each
     room = math.inf if measured else MEMORY_SHARE * free - memory.static_bytes(shape, device) - taught
     kept = math.ceil(memory.activation_bytes(shape, each, recompute=False) / epoch.density)
-    less = math.ceil(memory.activation_bytes(shape, each, recompute=True) / epoch.density)
+    again = math.ceil(memory.activation_bytes(shape, each, recompute=True) / epoch.density)
     recompute = bool(train.recompute)
     if train.recompute is None and facts.method.recomputes and not facts.method.frozen_backbone:
         recompute = room < kept * longest
         defaults.append(Default("train.recompute", recompute, "memory forces it" if recompute else "memory allows it"))
-    per_token = (less if recompute else kept) if not facts.method.frozen_backbone else less // 2
+    per_token = (again if recompute else kept) if not facts.method.frozen_backbone else again // 2
     if room < per_token * longest:
         needed = memory.static_bytes(shape, device) + taught + per_token * longest
         raise ResourceError(
             f"the longest example ({longest} tokens) needs about {needed / memory.GIB:.1f} GiB, "
             f"and {MEMORY_SHARE * free / memory.GIB:.1f} GiB may be used on {device}",
-            f"{shorter(facts)}, choose a smaller base, or free memory",
+            f"{less(facts)}, choose a smaller base, or free memory",
         )
     size, tokens, step_tokens = _micro_batch(facts, meaning, longest, room / per_token, free, epoch, defaults)
     save = train.save_every
@@ -243,9 +245,19 @@ def resolve_placement(
         save_every=save,
         recompute="whole" if recompute else "none",
         recomputed=facts.model.layers if recompute else 0,
+        trained=trained,
     )
     held = memory.process_bytes(device) + memory.static_bytes(shape, device) + taught
     return placement, shape, held + per_token * step_tokens
+
+
+def _trained(facts: Facts, meaning: Meaning, precision: str) -> tuple[Literal["fp32", "bf16"], int]:
+    """What the base's own weights train in, and bytes of a parameter that trains, with its gradient and moments."""
+    if meaning.optimizer == "adamw":
+        return "fp32", memory.ADAM_BYTES
+    halved = precision == "bf16" and facts.method.reference == "snapshot"
+    trained: Literal["fp32", "bf16"] = "bf16" if halved else "fp32"
+    return trained, memory.ADAM_8BIT_BYTES[trained]
 
 
 def _micro_batch(
@@ -324,19 +336,22 @@ def _precision(facts: Facts, speed: Speed, defaults: list[Default]) -> str:
     return speed.best
 
 
-def shorter(facts: Facts) -> str:
-    """How the longest example comes to need less."""
+def less(facts: Facts) -> str:
+    """How a step comes to need less memory."""
+    by_8bit = facts.method.reference == "snapshot" and facts.recipe.train.optimizer == "adamw"
+    state = "set train.optimizer to adamw_8bit, " if by_8bit else ""
     if facts.recipe.objective.options.get("long") == "windows":
-        return "set objective.long to cut, take out the longest texts"
-    return "lower train.sequence_length"
+        return f"{state}set objective.long to cut, take out the longest texts"
+    return f"{state}lower train.sequence_length"
 
 
-def _shape(facts: Facts, trainable: int, precision: str) -> memory.Shape:
+def _shape(facts: Facts, trainable: int, state: int, precision: str) -> memory.Shape:
     model = facts.model
     return memory.Shape(
         model.parameters,
         model.embedding_parameters,
         trainable,
+        state,
         model.layers,
         model.width,
         model.intermediate,

@@ -172,7 +172,12 @@ def engine_of(plan: Plan, assets: Assets, policy: Policy, rules: Sequence[Gradie
         policy,
         _groups(plan, assets, policy),
         Optimization(
-            training.learning_rate, training.schedule, training.warmup, training.weight_decay, training.total_steps
+            training.learning_rate,
+            training.schedule,
+            training.warmup,
+            training.weight_decay,
+            training.total_steps,
+            training.optimizer,
         ),
         seed=training.seed,
         mode=_mode(assets),

@@ -235,7 +235,7 @@ CHANGES: dict[str, Change] = {
     "train.schedule": Change("cosine"),
     "train.warmup": Change(0.5),
     "train.weight_decay": Change(0.5),
-    "train.optimizer": Change("another"),
+    "train.optimizer": Change("adamw_8bit"),
     "train.clip": Change(0.001),
     "train.save_every": Change(3),
     "train.evaluate_every": Change(2),

@@ -104,7 +104,7 @@ def test_the_bytes_held_are_those_that_the_plan_counts() -> None:
     held = nf4.Nf4Linear(nn.Linear(512, 512, bias=False), "cpu")
     count = sum(buffer.numel() * buffer.element_size() for buffer in held.buffers())
     assert count / 512**2 == pytest.approx(nf4.BYTES, abs=1e-4)
-    whole, less = (memory.Shape(10**9, 10**8, 10**6, 8, 64, 128, 100, 2, in_nf4) for in_nf4 in (0, 8 * 10**8))
+    whole, less = (memory.Shape(10**9, 10**8, 10**6, 16, 8, 64, 128, 100, 2, in_nf4) for in_nf4 in (0, 8 * 10**8))
     spared = memory.static_bytes(whole, torch.device("cpu")) - memory.static_bytes(less, torch.device("cpu"))
     assert spared == pytest.approx((2 - nf4.BYTES) * 8e8, rel=1e-3)
 

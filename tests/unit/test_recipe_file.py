@@ -211,7 +211,7 @@ def test_a_wrong_value_in_one_line(tmp_path: Path) -> None:
         ("train: {clip: .inf}", "train.clip must be a finite number, not inf"),
         ("train: {clip: nan}", 'train.clip must be a number above 0, not "nan"'),
         ("train: {batch_size: 1.5}", "train.batch_size must be a whole number above 0, not 1.5"),
-        ("train: {optimizer: sgd}", 'train.optimizer must be adamw, not "sgd"'),
+        ("train: {optimizer: sgd}", 'train.optimizer must be one of adamw, adamw_8bit, not "sgd"'),
         ("train: {recompute: 3}", "train.recompute must be true or false, not 3"),
         (
             "train: {epochs: 1, max_steps: 2}",

@@ -483,7 +483,7 @@ def test_an_example_that_no_memory_holds(monkeypatch: pytest.MonkeyPatch) -> Non
     from tunesmith.engine.precision import Speed
 
     monkeypatch.setattr(settings.memory, "free_bytes", lambda device: 0)
-    meaning: Any = SimpleNamespace()
+    meaning: Any = SimpleNamespace(optimizer="adamw")
     epoch = settings.Epoch(1.0, 100, 10)
     with pytest.raises(TunesmithError, match=r"the longest example \(100 tokens\) needs about"):
         settings.resolve_placement(facts(precision="fp32"), meaning, Speed("cpu", 1e9, 1e9), 10, 100, epoch, [])
@@ -491,6 +491,10 @@ def test_an_example_that_no_memory_holds(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(TunesmithError) as refused:
         settings.resolve_placement(in_windows, meaning, Speed("cpu", 1e9, 1e9), 10, 100, epoch, [])
     assert refused.value.remedy.startswith("set objective.long to cut, take out the longest")
+    full = facts(precision="fp32", method="full")
+    with pytest.raises(TunesmithError) as refused:
+        settings.resolve_placement(full, meaning, Speed("cpu", 1e9, 1e9), 10, 100, epoch, [])
+    assert refused.value.remedy.startswith("set train.optimizer to adamw_8bit, lower train.sequence_length")
 
 
 def test_a_recipe_that_no_parser_reads() -> None:

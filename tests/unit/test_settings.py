@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from tunesmith import api
+from tunesmith import api, settings
 from tunesmith.engine.memory import Shape, activation_bytes
 from tunesmith.engine.precision import Speed
 from tunesmith.settings import Default, Epoch, Placement, Prediction, _precision, predict, with_compiling
@@ -30,7 +32,7 @@ def test_tokens_and_seconds_of_a_run(keys: dict[str, Any], frozen: bool, tokens:
     meaning: Any = SimpleNamespace(**{"epochs": None, "batch_size": 16, "batch_tokens": None, **keys})
     facts = _facts(frozen=frozen)
     placement: Any = SimpleNamespace(precision="fp32", device="cpu", recomputed=0)
-    shape, speed = Shape(1000, 100, 10, 2, 32, 64, 100, 4), Speed("cpu", 1e9, 1e9)
+    shape, speed = Shape(1000, 100, 10, 16, 2, 32, 64, 100, 4), Speed("cpu", 1e9, 1e9)
     found = predict(facts, meaning, placement, shape, speed, 1, EPOCH)
     assert found.tokens == tokens
     assert found.seconds > 0
@@ -59,9 +61,42 @@ def test_layers_are_compiled_as_asked_or_where_a_run_is_long_enough(
     assert told == ([("place.compile", expected)] if asked is None and device != "cpu" and not frozen else [])
 
 
+@pytest.mark.parametrize(
+    ("method", "precision", "optimizer", "each", "trained"),
+    [
+        ("full", "bf16", "adamw", 16, "fp32"),
+        ("full", "bf16", "adamw_8bit", 6, "bf16"),
+        ("full", "fp32", "adamw_8bit", 10, "fp32"),
+        ("lora", "bf16", "adamw_8bit", 10, "fp32"),
+    ],
+)
+def test_what_trains_is_counted_as_the_optimizer_holds_it(
+    tiny_llama: Path, method: str, precision: str, optimizer: str, each: int, trained: str
+) -> None:
+    """All of it but what activations and the loss take, and what the process holds."""
+    seen: list[Shape] = []
+    rows = [{"prompt": f"say {i}", "completion": "yes"} for i in range(20)]
+    recipe = {"model": str(tiny_llama), "objective": "sft", "method": method, "precision": precision}
+    recipe |= {"train": {"optimizer": optimizer, "max_steps": 2}, "place": {"device": "cpu"}}
+
+    def static_bytes(shape: Shape, device: torch.device) -> int:
+        seen.append(shape)
+        return real(shape, device)
+
+    real = settings.memory.static_bytes
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(settings.memory, "static_bytes", static_bytes)
+        plan = api.plan(recipe, data={"train": rows})
+    assert {shape.trainable_bytes for shape in seen} == {each}
+    assert plan.placement.trained == trained
+    frozen = replace(seen[0], trainable_bytes=0)
+    cpu = torch.device("cpu")
+    assert real(seen[0], cpu) - real(frozen, cpu) == each * plan.parameters["trainable"]
+
+
 def test_a_trained_output_projection_in_half_precision_keeps_slopes() -> None:
     """Of 100 words, two bytes each; in float32, and where the projection is frozen, there are none."""
-    whole, part = (Shape(1000, 100, trained, 2, 32, 64, 100, 4) for trained in (1000, 10))
+    whole, part = (Shape(1000, 100, trained, 16, 2, 32, 64, 100, 4) for trained in (1000, 10))
     assert activation_bytes(whole, 2, False) - activation_bytes(part, 2, False) == 2 * 100
     assert activation_bytes(whole, 4, False) == activation_bytes(part, 4, False)
 
@@ -74,7 +109,7 @@ def _facts(coupling: str = "example", *, frozen: bool = False) -> Any:
 def test_a_coupled_step_that_is_cut_runs_twice() -> None:
     """Of 16 examples of 50 tokens: a forward more where a micro-batch does not hold them."""
     meaning: Any = SimpleNamespace(epochs=1.0, max_steps=None, batch_size=16, batch_tokens=None)
-    shape, speed = Shape(1000, 100, 1000, 2, 32, 64, 100, 4), Speed("cpu", 1e9, 1e9)
+    shape, speed = Shape(1000, 100, 1000, 16, 2, 32, 64, 100, 4), Speed("cpu", 1e9, 1e9)
     seconds = [
         predict(
             _facts(coupling),

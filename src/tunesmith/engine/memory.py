@@ -12,6 +12,7 @@ from tunesmith.kernels import nf4
 GIB = 2**30
 NF4_SCRATCH = 12  # bytes a weight of the layer that is made anew: codes as integers, fp32, fp32 scaled, bf16
 ADAM_BYTES = 16  # of one trainable parameter: fp32 weight, gradient and two moments
+ADAM_8BIT_BYTES = {"fp32": 10, "bf16": 6}  # likewise, by what the weight is in, with moments in 8 bits
 LOGIT_CHUNK = {"cpu": 3 * 64 * 2**20, "mps": 3 * 2**30, "cuda": 3 * 2**30}  # what the loss holds at once
 
 
@@ -22,6 +23,7 @@ class Shape:
     parameters: int
     embedding_parameters: int
     trainable: int
+    trainable_bytes: int  # of one that trains, with its gradient and moments
     layers: int
     width: int
     intermediate: int
@@ -58,7 +60,8 @@ def static_bytes(shape: Shape, device: torch.device) -> int:
     frozen = shape.parameters - shape.trainable
     spared = int(shape.in_nf4 * (shape.weight_bytes - nf4.BYTES))
     anew = NF4_SCRATCH * shape.width * shape.intermediate if shape.in_nf4 else 0
-    return frozen * shape.weight_bytes - spared + anew + shape.trainable * ADAM_BYTES + LOGIT_CHUNK[device.type]
+    trained = shape.trainable * shape.trainable_bytes
+    return frozen * shape.weight_bytes - spared + anew + trained + LOGIT_CHUNK[device.type]
 
 
 def process_bytes(device: torch.device) -> int:

@@ -12,22 +12,38 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.data import pack
+from tunesmith.engine.adamw_8bit import AdamW8bit
 from tunesmith.engine.schedule import multiplier, warmup_steps
 from tunesmith.errors import RefusedError, ResourceError
 from tunesmith.models.policy import Policy
 from tunesmith.protocols import Coupled, GradientRule, Objective
 from tunesmith.types import Batch, GradientMode, Step, StepStats, Terms
 
+Groups = list[dict[str, Any]]
+
 
 @dataclass(frozen=True, slots=True)
 class Optimization:
-    """How parameters move: AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) under a schedule."""
+    """How parameters move: by which optimizer of `OPTIMIZERS`, under a schedule."""
 
     learning_rate: float
     schedule: str
     warmup: float
     weight_decay: float
     total_steps: int
+    optimizer: str = "adamw"
+
+
+def _adamw(groups: Groups, weight_decay: float, seed: int, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW in float32 (Loshchilov and Hutter 2019, arXiv 1711.05101)."""
+    return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=device.type in ("cpu", "cuda"))
+
+
+def _adamw_8bit(groups: Groups, weight_decay: float, seed: int, device: torch.device) -> torch.optim.Optimizer:
+    return AdamW8bit(groups, weight_decay=weight_decay, seed=seed)
+
+
+OPTIMIZERS = {"adamw": _adamw, "adamw_8bit": _adamw_8bit}
 
 
 class PerExample(Protocol):
@@ -62,12 +78,10 @@ class NativeEngine:
         self._seed = seed
         self._mode: GradientMode = mode
         self._example_rules = [cast(PerExample, rule) for rule in rules if rule.mode == "per_example"]
-        self._fused = self.device.type in ("cpu", "cuda")
-        self._optimizer = torch.optim.AdamW(
-            [{"lr": optimization.learning_rate * group.get("times", 1.0), **group} for group in groups],
-            weight_decay=optimization.weight_decay,
-            fused=self._fused,
-        )
+        rated = [{"lr": optimization.learning_rate * group.get("times", 1.0), **group} for group in groups]
+        make = OPTIMIZERS[optimization.optimizer]
+        self._optimizer = make(rated, optimization.weight_decay, seed, self.device)
+        self._holds = isinstance(self._optimizer, AdamW8bit) or bool(self._optimizer.defaults["fused"])
         for group in self._optimizer.param_groups:
             group["base_lr"] = group["lr"]
         self._number = 0
@@ -120,7 +134,7 @@ class NativeEngine:
         The device is waited for behind it. Raises RefusedError for a loss that is not finite; nothing has moved then.
         """
         held, self._held = self._held, None
-        if self._fused:
+        if self._holds:
             held_to: Any = None if held is None else held.float()
             setattr(self._optimizer, "found_inf", held_to)  # noqa: B010  as gradient scalers hold a step
             self._optimizer.step()
