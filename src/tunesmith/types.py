@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 ModelKind = Literal["decoder", "encoder", "encoder-decoder"]
 Coupling = Literal["token", "example", "group", "batch"]
+AnswerKind = Literal["text", "label", "number", "passages"]
 GradientMode = Literal["plain", "per_example", "cached"]
 WINDOW = "window"
 Number: TypeAlias = "Tensor | float"
@@ -278,6 +279,15 @@ class Prediction:
     multi_label: bool = False
     other_references: tuple[str, ...] = ()
     label_set: tuple[str, ...] | None = None
+
+    @property
+    def kind(self) -> AnswerKind:
+        """What the answer is: a number, passages in an order, one label or several of those learned, or else text."""
+        if "predicted" in self.scores:
+            return "number"
+        if "rank" in self.scores:
+            return "passages"
+        return "label" if self.probabilities is not None or self.multi_label else "text"
 
     @property
     def references(self) -> tuple[str, ...]:

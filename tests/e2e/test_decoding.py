@@ -200,6 +200,7 @@ def test_what_cannot_be_chosen_is_refused_by_the_plan(tiny_llama: Path, tiny_ber
     refused("and .* asks for none", texts)
     refused("not of what the model writes", DATA, {**SWEEP, "metric": "perplexity"})
     refused("chrff", DATA, {**SWEEP, "metric": "chrff"})
+    refused("rmse is of numbers, and the answer to .* is of texts", DATA, {**SWEEP, "metric": "rmse"})
     refused("tries temperature 0 alone", DATA, {"metric": "chrf", "temperature": 0, "top_k": [1, 5]})
 
 

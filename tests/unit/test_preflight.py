@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 from tunesmith.errors import InputError
+from tunesmith.evaluation import METRICS
 from tunesmith.evaluation.preflight import check_groups, check_metrics
 from tunesmith.objectives.classify import majority
 from tunesmith.recipe_evaluation import Evaluate
-from tunesmith.types import Row
+from tunesmith.types import Prediction, Row
 
 
 def chat(answer: str | None, where: str = "test.jsonl:1") -> Row:
@@ -39,7 +40,7 @@ def test_what_can_be_measured_passes() -> None:
     [
         ("acuracy", chat("a"), "unknown metric 'acuracy'"),
         ("exact_match", text(), "exact_match needs a reference, and test.jsonl:1 has none"),
-        ("ece", chat("a"), "ece needs the probability of each label"),
+        ("ece", chat("a"), "ece is of labels that were learned, and the answer to test.jsonl:1 is of texts"),
         ("schema_valid", chat("plain"), "schema_valid needs"),
     ],
 )
@@ -47,6 +48,41 @@ def test_what_cannot_is_refused(metric: str, row: Row, cause: str) -> None:
     with pytest.raises(InputError) as caught:
         check_metrics([metric], [], "test", [row], None)
     assert caught.value.cause.startswith(cause)
+
+
+GIVEN = {
+    "text": Prediction("a", "b", "f:1"),
+    "label": Prediction("a", "b", "f:1", probabilities={"a": 0.9, "b": 0.1}),
+    "number": Prediction("1", "2", "f:1", {"predicted": 1.0, "expected": 2.0}),
+    "passages": Prediction("a", "b", "f:1", {"rank": 1.0, "nll": 1.0, "tokens": 1.0}),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "metric", "fits"),
+    [
+        ("label", "rouge_l", False),
+        ("label", "perplexity", False),
+        ("label", "rmse", False),
+        ("passages", "accuracy", False),
+        ("number", "macro_f1", False),
+        ("text", "rmse", False),
+        ("text", "mrr", False),
+        ("label", "accuracy", True),
+        ("text", "macro_f1", True),
+        ("passages", "loss", True),
+    ],
+)
+def test_a_metric_is_of_answers_of_its_kind(kind: str, metric: str, fits: bool) -> None:
+    """One rule, whatever the metric; the remedy names those that are."""
+    if fits:
+        assert check_metrics([metric], [], "test", [], [GIVEN[kind]]) == [metric]
+        return
+    with pytest.raises(InputError, match=f"^{metric} is of .*, and the answer to f:1 is of ") as refused:
+        check_metrics([metric], [], "test", [], [GIVEN[kind]])
+    assert "choose one of " in refused.value.remedy
+    assert metric not in refused.value.remedy.partition(": ")[2].split(", ")
+    assert all(kind in METRICS.get(name).of for name in refused.value.remedy.partition(": ")[2].split(", "))
 
 
 def test_a_row_without_an_answer_among_others_is_named_even_if_no_metric_is() -> None:

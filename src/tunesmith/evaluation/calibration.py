@@ -15,7 +15,7 @@ from scipy import optimize, special
 from tunesmith.errors import InputError
 from tunesmith.evaluation import METRICS
 from tunesmith.evaluation.metrics import About, Bounds, FloatArray, MetricKind, quotient, reference_of
-from tunesmith.types import Prediction
+from tunesmith.types import AnswerKind, Prediction
 
 BINS = 15
 DRAWS = 1000
@@ -36,6 +36,7 @@ class Ece:
     several labels has no one confidence.
     """
 
+    of: ClassVar[tuple[AnswerKind, ...]] = ("label",)
     name: ClassVar[str] = "ece"
     about: ClassVar[About] = About(
         "Guo et al. 2017, arXiv 1706.04599",
@@ -148,6 +149,7 @@ class Brier:
     training never saw has the probability 0.
     """
 
+    of: ClassVar[tuple[AnswerKind, ...]] = ("label",)
     name: ClassVar[str] = "brier"
     about: ClassVar[About] = About(
         "Brier 1950, Mon. Weather Rev. 78(1)",

@@ -26,7 +26,7 @@ from tunesmith.evaluation.metrics import (
     quotient,
     reference_of,
 )
-from tunesmith.types import Metric, Prediction
+from tunesmith.types import AnswerKind, Metric, Prediction
 
 Truths = NDArray[np.bool_]
 
@@ -38,6 +38,7 @@ class MicroF1:
     scikit-learn's f1_score(average="micro") of label sets. A row that has no label and is given none does not count.
     """
 
+    of: ClassVar[tuple[AnswerKind, ...]] = ("label", "text")
     name: ClassVar[str] = "micro_f1"
     about: ClassVar[About] = About(
         "Sokolova and Lapalme 2009, Inf. Process. Manag. 45(4)",
@@ -73,6 +74,7 @@ class RocAuc:
     have, or none, are left out. There is no interval with fewer than ten rows outside the largest class.
     """
 
+    of: ClassVar[tuple[AnswerKind, ...]] = ("label",)
     name: ClassVar[str] = "roc_auc"
     about: ClassVar[About] = About(
         "Fawcett 2006, Pattern Recognit. Lett. 27(8)",

@@ -16,7 +16,7 @@ from tunesmith.errors import InputError
 from tunesmith.evaluation import METRICS
 from tunesmith.evaluation.metrics import About, Bounds, FloatArray, MetricKind, quotient
 from tunesmith.recipe_evaluation import Code
-from tunesmith.types import Prediction, Row
+from tunesmith.types import AnswerKind, Prediction, Row
 
 SAMPLES, PASSED = "samples", "passed"  # scores of a prediction
 FENCED = re.compile(r"^```[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -37,6 +37,7 @@ class PassAtK:
     estimate; of one answer a row, the share that passes. Programs run in a sandbox, without network.
     """
 
+    of: ClassVar[tuple[AnswerKind, ...]] = ("text",)
     name: ClassVar[str]
     k: ClassVar[int]
     about: ClassVar[About] = About(

@@ -14,7 +14,7 @@ from tunesmith.data.checks import row_keys
 from tunesmith.errors import InputError
 from tunesmith.evaluation import METRICS
 from tunesmith.evaluation.metrics import About, Bounds, FloatArray, MetricKind, quotient, reference_of
-from tunesmith.types import Prediction, Row
+from tunesmith.types import AnswerKind, Prediction, Row
 
 OF_SETS = ("conformal_coverage", "conformal_set_size")
 SOURCE = "Sadinle et al. 2019, arXiv 1609.00451; Romano et al. 2020, arXiv 2006.02544"
@@ -84,6 +84,7 @@ class Sets:
 class _OfSets:
     """What metrics of sets share: only answers that come with a set have them."""
 
+    of: ClassVar[tuple[AnswerKind, ...]] = ("label",)
     name: ClassVar[str]
     kind: ClassVar[MetricKind] = "mean"
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from tunesmith.evaluation import METRICS
 from tunesmith.evaluation.metrics import About, Bounds, FloatArray, MetricKind, has_references, quotient, reference_of
-from tunesmith.types import Prediction
+from tunesmith.types import AnswerKind, Prediction
 
 OUTSIDE = "O"
 SCHEME = re.compile(
@@ -52,6 +52,7 @@ class EntityF1:
     0 where there is nothing to find, as seqeval has it. Statistics: hits, predicted, actual.
     """
 
+    of: ClassVar[tuple[AnswerKind, ...]] = ("text",)
     name: ClassVar[str] = "entity_f1"
     about: ClassVar[About] = About(
         "Tjong Kim Sang and De Meulder 2003, cs/0306050",
@@ -114,6 +115,7 @@ class EntityRecall(EntityF1):
 class TagAccuracy:
     """The share of words whose tag is the reference's; a word that the output has no tag for is wrong."""
 
+    of: ClassVar[tuple[AnswerKind, ...]] = ("text",)
     name: ClassVar[str] = "tag_accuracy"
     about: ClassVar[About] = About(
         "the share of right tags",

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NoReturn, cast
 from tunesmith.errors import InputError
 from tunesmith.evaluation import METRICS
 from tunesmith.evaluation.metrics import About, Bounds, FloatArray, MetricKind, quotient, reference_of
-from tunesmith.types import Prediction
+from tunesmith.types import AnswerKind, Prediction
 
 
 def parse_object(text: str) -> dict[str, Any] | None:
@@ -80,6 +80,7 @@ def _reference_object(prediction: Prediction, metric: str) -> dict[str, Any]:
 class JsonValid:
     """The whole output parses as one strict JSON object; white space around it is allowed, a code fence is not."""
 
+    of: ClassVar[tuple[AnswerKind, ...]] = ("text",)
     name: ClassVar[str] = "json_valid"
     about: ClassVar[About] = About("RFC 8259", "own, on Python's json", "answers that a program reads: whether it can")
     higher_is_better: ClassVar[bool] = True
@@ -105,6 +106,7 @@ class SchemaValid:
     The reference stands for the schema, so which words a field may hold is not judged here.
     """
 
+    of: ClassVar[tuple[AnswerKind, ...]] = ("text",)
     name: ClassVar[str] = "schema_valid"
     about: ClassVar[About] = About(
         "own",
@@ -136,6 +138,7 @@ class FieldAccuracy:
     that a reference without fields is met by an object without fields alone.
     """
 
+    of: ClassVar[tuple[AnswerKind, ...]] = ("text",)
     name: ClassVar[str] = "field_accuracy"
     about: ClassVar[About] = About(
         "own",

@@ -10,7 +10,7 @@ import numpy as np
 from tunesmith.errors import InputError
 from tunesmith.evaluation import METRICS
 from tunesmith.evaluation.metrics import About, Bounds, FloatArray, MetricKind, quotient
-from tunesmith.types import Prediction
+from tunesmith.types import AnswerKind, Prediction
 
 
 def has_likelihoods(predictions: Sequence[Prediction]) -> bool:
@@ -52,6 +52,7 @@ class Loss:
 class BitsPerByte(Loss):
     """Bits that a byte of UTF-8 text costs: unlike the loss, the same unit whatever the tokenizer."""
 
+    of: ClassVar[tuple[AnswerKind, ...]] = ("text",)
     name: ClassVar[str] = "bits_per_byte"
     about: ClassVar[About] = About(
         "Gao et al. 2020, arXiv 2101.00027",
@@ -77,6 +78,7 @@ class BitsPerByte(Loss):
 class Perplexity(Loss):
     """exp of the loss."""
 
+    of: ClassVar[tuple[AnswerKind, ...]] = ("text",)
     name: ClassVar[str] = "perplexity"
     about: ClassVar[About] = About(
         "Jelinek et al. 1977, J. Acoust. Soc. Am. 62(S1)",

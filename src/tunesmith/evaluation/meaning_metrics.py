@@ -12,7 +12,7 @@ import numpy as np
 from tunesmith.errors import InputError
 from tunesmith.evaluation import METRICS
 from tunesmith.evaluation.metrics import About, Bounds, FloatArray, MetricKind, quotient, reference_of
-from tunesmith.types import Prediction
+from tunesmith.types import AnswerKind, Prediction
 
 if TYPE_CHECKING:
     from tunesmith.models.fetch import LocalModel
@@ -31,6 +31,7 @@ class Similarity:
     signature names its weights. Kept answers keep their similarity.
     """
 
+    of: ClassVar[tuple[AnswerKind, ...]] = ("text",)
     name: ClassVar[str] = "similarity"
     about: ClassVar[About] = About(
         "Reimers and Gurevych 2019, arXiv 1908.10084",

@@ -6,8 +6,9 @@ same table. Shape letters: N rows, K statistics, L labels; "..." are resamples, 
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from tunesmith.errors import InputError
 from tunesmith.evaluation import METRICS
-from tunesmith.types import Prediction
+from tunesmith.types import AnswerKind, Prediction
 
 MetricKind = Literal["rate", "mean", "ratio", "general"]
 Bounds = tuple[float, float]
@@ -24,6 +25,12 @@ FloatArray = NDArray[np.float64]
 # Rows of a rate that a metric over classes must be worth: with fewer its intervals hold 74% to 92%, or 99%.
 LEAST_WORTH = 10
 LEAST_WORTH_COMPARED = 12  # with 3 rows of a class and 47 of the other a difference holds 84%
+KINDS: Mapping[AnswerKind, str] = {
+    "text": "texts",
+    "label": "labels that were learned",
+    "number": "numbers",
+    "passages": "passages that are ranked",
+}
 ABSENT = 0.05  # the share of classes that may have no row
 
 
@@ -160,6 +167,25 @@ class Selective(Protocol):
     def applies(predictions: Sequence[Prediction]) -> bool: ...
 
 
+@runtime_checkable
+class Fitting(Protocol):
+    """A metric of some kinds of answers alone: of others it would be a number without a meaning."""
+
+    of: ClassVar[tuple[AnswerKind, ...]]
+
+
+def check_fit(names: Sequence[str], predictions: Sequence[Prediction]) -> None:
+    """InputError for a metric that is not of answers such as these."""
+    for metric, prediction in itertools.product(build(names, ()), predictions):
+        if isinstance(metric, Fitting) and prediction.kind not in metric.of:
+            fitting = [name for name in METRICS if prediction.kind in getattr(METRICS.get(name), "of", ())]
+            raise InputError(
+                f"{metric.name} is of {' and '.join(map(KINDS.__getitem__, metric.of))}, and the answer to "
+                f"{prediction.where} is of {KINDS[prediction.kind]}",
+                f"choose one of {KINDS[prediction.kind]}: {', '.join(fitting)}",
+            )
+
+
 def applicable(names: Sequence[str], predictions: Sequence[Prediction]) -> list[str]:
     """Those of the metrics that these predictions can have."""
     found = ((name, METRICS.get(name)) for name in names)
@@ -232,6 +258,7 @@ class ExactMatch(_Rate):
     """
 
     name: ClassVar[str] = "exact_match"
+    of: ClassVar[tuple[AnswerKind, ...]] = ("text",)
     about: ClassVar[About] = About(
         "Rajpurkar et al. 2016, arXiv 1606.05250, without their normalisation",
         "own: a comparison of texts",
@@ -251,6 +278,7 @@ class Accuracy(_Rate):
     """The label is the reference's, character by character; of several labels, all are and no other is given."""
 
     name: ClassVar[str] = "accuracy"
+    of: ClassVar[tuple[AnswerKind, ...]] = ("label", "text")
     about: ClassVar[About] = About(
         "the share of right answers",
         "own, as scikit-learn's accuracy_score",
@@ -260,7 +288,7 @@ class Accuracy(_Rate):
     @staticmethod
     def applies(predictions: Sequence[Prediction]) -> bool:
         """Not to numbers, which are near or far."""
-        return not any("predicted" in p.scores for p in predictions)
+        return not any(p.kind == "number" for p in predictions)
 
     def statistics(self, prediction: Prediction) -> tuple[float, ...]:
         return (float(prediction.output == reference_of(prediction, self.name)), 1.0)
@@ -276,6 +304,7 @@ class ClassCounts(ABC):
     higher_is_better: ClassVar[bool] = True
     kind: ClassVar[MetricKind] = "general"
     bounds: ClassVar[Bounds] = (0.0, 1.0)
+    of: ClassVar[tuple[AnswerKind, ...]] = ("label", "text")
     least: ClassVar[tuple[int, int]] = (LEAST_WORTH, LEAST_WORTH_COMPARED)  # for an interval, for a comparison
     counted: ClassVar[tuple[int, str]] = (2, "a row")  # which of the three says how certain a class is, and in words
 

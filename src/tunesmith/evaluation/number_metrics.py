@@ -11,7 +11,7 @@ from scipy.stats import rankdata
 from tunesmith.errors import InputError
 from tunesmith.evaluation import METRICS
 from tunesmith.evaluation.metrics import About, Bounds, FloatArray, MetricKind, quotient
-from tunesmith.types import Prediction
+from tunesmith.types import AnswerKind, Prediction
 
 
 def numbers(prediction: Prediction, name: str) -> tuple[float, float]:
@@ -33,6 +33,7 @@ def has_numbers(predictions: Sequence[Prediction]) -> bool:
 class MeanAbsoluteError:
     """Mean of |predicted - expected|, in the unit of the scores."""
 
+    of: ClassVar[tuple[AnswerKind, ...]] = ("number",)
     name: ClassVar[str] = "mae"
     about: ClassVar[About] = About(
         "the mean of absolute errors",
@@ -77,6 +78,7 @@ class RootMeanSquaredError(MeanAbsoluteError):
 class Pearson:
     """Pearson's correlation of predicted and expected numbers; 0 where either does not vary."""
 
+    of: ClassVar[tuple[AnswerKind, ...]] = ("number",)
     name: ClassVar[str] = "pearson"
     about: ClassVar[About] = About(
         "Pearson 1895, Proc. R. Soc. 58",
@@ -119,6 +121,7 @@ class Spearman:
         "similarity and other scores of which only the order matters",
     )
     applies = staticmethod(has_numbers)
+    of: ClassVar[tuple[AnswerKind, ...]] = ("number",)
     higher_is_better: ClassVar[bool] = True
     kind: ClassVar[MetricKind] = "general"
     bounds: ClassVar[Bounds] = (-1.0, 1.0)

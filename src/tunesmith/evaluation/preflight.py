@@ -17,7 +17,7 @@ from tunesmith.evaluation.code_metrics import PASSED, SAMPLES
 from tunesmith.evaluation.conformal import OF_SETS, least_rows
 from tunesmith.evaluation.groups import parted
 from tunesmith.evaluation.likelihood_metrics import Loss
-from tunesmith.evaluation.metrics import Scoring, applicable, build, statistics
+from tunesmith.evaluation.metrics import Scoring, applicable, build, check_fit, statistics
 from tunesmith.models.drawing import Setting, settings
 from tunesmith.types import Prediction, Row
 
@@ -68,9 +68,9 @@ def check_metrics(
     """The metrics that will be measured: those `asked` for, else the `usual` ones that the rows can have.
 
     Measures them on answers such as a model will give: `unread`, or an empty text; with `sets` of labels. InputError
-    for an unknown metric, for one that such answers or references cannot have, and where some rows of the set
-    called `data` have an answer to compare with and others have none; with `code`, where a row asks for no answer, and
-    RefusedError where programs cannot be contained.
+    for an unknown metric, for one that is not of such answers, for one that they or their references cannot have, and
+    where some rows of the set called `data` have an answer to compare with and others have none; with `code`, where a
+    row asks for no answer, and RefusedError where programs cannot be contained.
     """
     answers = unread or [_unanswered(row) for row in rows]
     if code is not None:
@@ -83,6 +83,7 @@ def check_metrics(
             "end these rows with the answer that is expected, or take them out",
         )
     answers = [replace(answer, label_set=()) for answer in answers] if sets else answers
+    check_fit(asked, answers)
     names = list(asked) or applicable((*usual, *OF_SETS), answers)
     tried = answers if asked else answers[:SEEN]
     for metric in build(names, answers):

@@ -8,7 +8,7 @@ from typing import ClassVar
 from tunesmith.errors import InputError
 from tunesmith.evaluation import METRICS
 from tunesmith.evaluation.metrics import About, Bounds, FloatArray, MetricKind, quotient
-from tunesmith.types import Prediction
+from tunesmith.types import AnswerKind, Prediction
 
 
 def _score(prediction: Prediction, score: str, name: str) -> float:
@@ -24,6 +24,7 @@ def _score(prediction: Prediction, score: str, name: str) -> float:
 class MeanReciprocalRank:
     """Mean over queries of 1 / rank of the first passage that answers, among all that are searched; ties against it."""
 
+    of: ClassVar[tuple[AnswerKind, ...]] = ("passages",)
     name: ClassVar[str] = "mrr"
     about: ClassVar[About] = About(
         "Voorhees 1999, The TREC-8 Question Answering Track Report",

@@ -16,7 +16,7 @@ import numpy as np
 from tunesmith.evaluation import METRICS
 from tunesmith.evaluation.json_metrics import asks_for_objects
 from tunesmith.evaluation.metrics import About, Bounds, FloatArray, MetricKind, has_references, quotient, reference_of
-from tunesmith.types import Prediction
+from tunesmith.types import AnswerKind, Prediction
 
 if TYPE_CHECKING:
     from sacrebleu.metrics.bleu import BLEU
@@ -33,6 +33,7 @@ _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9ff
 class Share(ABC):
     """A number between 0 and 1 for each row, and their mean over rows; of several references the nearest counts."""
 
+    of: ClassVar[tuple[AnswerKind, ...]] = ("text",)
     higher_is_better: ClassVar[bool] = True
     kind: ClassVar[MetricKind] = "mean"
     bounds: ClassVar[Bounds] = (0.0, 1.0)
@@ -192,6 +193,7 @@ class Bleu:
     length, then matches with any reference and counts of the n-grams to 4.
     """
 
+    of: ClassVar[tuple[AnswerKind, ...]] = ("text",)
     name: ClassVar[str] = "bleu"
     about: ClassVar[About] = About(
         "Papineni et al. 2002, BLEU: a Method for Automatic Evaluation",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from tunesmith.evaluation import METRICS
 from tunesmith.evaluation.metrics import About, Bounds, FloatArray, MetricKind, quotient, reference_of
 from tunesmith.evaluation.text_metrics import Share, Words, signature_of
-from tunesmith.types import Prediction
+from tunesmith.types import AnswerKind, Prediction
 
 if TYPE_CHECKING:
     from sacrebleu.metrics.ter import TER
@@ -24,6 +24,7 @@ class TranslationEditRate:
     A fraction, where sacrebleu writes percent; of several references a row has their mean length.
     """
 
+    of: ClassVar[tuple[AnswerKind, ...]] = ("text",)
     name: ClassVar[str] = "ter"
     about: ClassVar[About] = About(
         "Snover et al. 2006, A Study of Translation Edit Rate with Targeted Human Annotation",
