@@ -134,6 +134,8 @@ def test_what_exists_is_gone_on_with_and_another_recipe_is_refused(
     told = capsys.readouterr().out
     assert "measured on folds" in told
     assert "spread over 3 folds" in told
+    for why in ("macro_f1 (difference) on folds: not tested", "roc_auc (majority) on folds: not measured"):
+        assert why in told, "each dash of the table has its reason"
     assert (found.folds[0] / "evaluation.json").stat().st_mtime_ns == before
     assert main([*words, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["spread"] == found.spread

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tunesmith.report.before_after import facts_of, headline, tables
+from tunesmith.report.results import reasons
 from tunesmith.report.verdict import Verdict, difference, value, verdicts
 
 
@@ -70,6 +71,22 @@ def test_a_metric_without_a_test_is_passed_over_or_told_as_one_that_cannot_tell(
     other = judged(both, [silent, effect("accuracy", 0.1, 0.05, 0.15, 1e-5)])
     assert other.sentence.startswith("Better than its base: accuracy")
     assert f"These rows do not carry a test of macro F1 ({why})." in other.caveats
+
+
+def test_what_is_not_there_beside_others_has_a_reason() -> None:
+    """Of a fold's most frequent label no probabilities are kept, and macro F1 is not tested against any."""
+    records = pair("accuracy", 0.5, 0.6, "majority") + pair("macro_f1", 0.2, 0.6, "majority")
+    records += [record("tuned", "roc_auc", 0.9), *pair("acc,none", 0.2, 0.3, "majority")]
+    found = {
+        line.metric.name: line.notes for line in tables(records, [effect("accuracy", 0.1, 0.0, 0.2, 0.01)])[0].lines
+    }
+    assert found["accuracy"] == found["acc,none"] == []
+    assert found["macro_f1"] == [
+        "difference: not tested, as by macro_f1 guesses at random beat its counterpart (most frequent label)"
+    ]
+    assert found["roc_auc"] == ["most frequent label: not measured, as its answers do not hold what that takes"]
+    assert tables(records, [])[0].lines[1].notes == [], "where nothing is compared, nothing is missing"
+    assert "roc_auc (majority) on test: not measured" in reasons(records, [])[0]
 
 
 def test_rows_that_were_trained_on_are_told_and_earn_no_praise() -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tunesmith.errors import InputError
 from tunesmith.evaluation import METRICS
 from tunesmith.evaluation.baselines import BASELINES
+from tunesmith.evaluation.metrics import WithoutFloor
 from tunesmith.report.plots import Mark, Scale, scale_of
 
 TUNED, UNCALIBRATED = "tuned", "uncalibrated"  # the latter is tuned before its probabilities were scaled
@@ -67,6 +68,7 @@ class Line:
     before: Json | None
     after: Json
     effect: Json | None
+    unsaid: Mapping[str, str] = field(default_factory=dict[str, str])  # what is not there beside others, and why
 
     @property
     def standing(self) -> Standing:
@@ -82,13 +84,21 @@ class Line:
         return self._standing("p_holm" if self.effect is not None and "p_holm" in self.effect else "p")
 
     @property
-    def notes(self) -> list[str]:
-        """Why a value or the difference has no interval, each once; and how another library computed the metric."""
-        found = {model_title(r["model"]): r.get("reason") for r in (self.before, self.after) if r}
+    def reasons(self) -> dict[str, str]:
+        """Why a model's value, or the difference, is not there or has no interval."""
+        found = {r["model"]: r.get("reason") for r in (self.before, self.after) if r}
         if self.effect is not None:
             found["difference"] = self.effect.get("reason")
+        return {**{who: why for who, why in found.items() if why}, **self.unsaid}
+
+    @property
+    def notes(self) -> list[str]:
+        """`reasons` in words, and how another library computed the metric."""
         signature = self.after.get("signature")
-        return [*(f"{who}: {why}" for who, why in found.items() if why), *([signature] if signature else [])]
+        return [
+            *(f"{model_title(who)}: {why}" for who, why in self.reasons.items()),
+            *([signature] if signature else []),
+        ]
 
     def _standing(self, key: str) -> Standing:
         if self.effect is None or self.metric.higher is None:
@@ -143,17 +153,19 @@ def tables(records: Sequence[Json], effects: Sequence[Json]) -> list[Table]:
             place.setdefault(record["metric"], {})[record["model"]] = record
     made: list[Table] = []
     for (data, group), metrics in found.items():
+        compared = next((str(other["model"]) for models in metrics.values() if (other := _other(models))), None)
+        tested = group == "all" and any(of == data for of, _ in changes)
         lines = tuple(
             Line(
                 facts_of(name, models[TUNED].get("facts")),
                 _other(models),
                 models[TUNED],
                 changes.get((data, name)) if group == "all" else None,
+                _unsaid(name, compared, _other(models), tested and (data, name) not in changes),
             )
             for name, models in metrics.items()
             if TUNED in models
         )
-        compared = next((str(line.before["model"]) for line in lines if line.before), None)
         if lines:
             made.append(Table(data, group, compared, lines))
     return made
@@ -194,6 +206,16 @@ def _at_one_end(line: Line) -> bool:
     if line.before is None:
         return False
     return line.before["value"] == line.after["value"] and line.after["value"] in line.metric.bounds
+
+
+def _unsaid(name: str, compared: str | None, before: Json | None, untested: bool) -> dict[str, str]:
+    if compared is not None and before is None:
+        return {compared: "not measured, as its answers do not hold what that takes"}
+    if compared is not None and untested and name in METRICS and isinstance(METRICS.get(name)([]), WithoutFloor):
+        return {
+            "difference": f"not tested, as by {name} guesses at random beat its counterpart ({model_title(compared)})"
+        }
+    return {}
 
 
 def _other(models: Mapping[str, Json]) -> Json | None:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tunesmith.report import drawings
+from tunesmith.report import before_after, drawings
 from tunesmith.report.figures import figure, p_value
 from tunesmith.report.gaps import gap_lines
 from tunesmith.report.visible import visible
@@ -55,13 +55,12 @@ def show_results(result: Result, console: Console) -> None:
 
 
 def reasons(records: Sequence[Mapping[str, Any]], effects: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Why values and differences have no interval, in a line each."""
-    parts = [(r["data"], r["group"], r["metric"], r["model"], r.get("reason")) for r in records]
-    parts += [(e["data"], "all", e["metric"], "difference", e.get("reason")) for e in effects]
+    """Why values and differences are not there or have no interval, in a line each."""
     return [
-        f"{metric} ({who}) on {data}{f' / {group}' * (group != 'all')}: {why}"
-        for data, group, metric, who, why in parts
-        if why
+        f"{line.metric.name} ({who}) on {table.data}{f' / {table.group}' * (table.group != 'all')}: {why}"
+        for table in before_after.tables(records, effects)
+        for line in table.lines
+        for who, why in line.reasons.items()
     ]
 
 
