@@ -23,6 +23,7 @@ from tunesmith.report import write
 from tunesmith.types import Metric
 
 SUITES = ("lm-eval",)  # that tasks are named by: lm-eval:TASK
+EXAMPLE = "--suite lm-eval:arc_easy"
 
 
 def evaluate_suite(
@@ -68,22 +69,24 @@ def evaluate_suite(
         measuring.write_results(run, results)
         if of_what.is_run:
             write.try_report(path)
-    return api.result_of(run, results)
+    return api.result_of(run, {**results, "decoding": {}})  # tasks say themselves how answers are drawn
 
 
 def _task(suite: str) -> str:
-    """The task that a suite names; InputError where it names none."""
+    """The task that a suite names; InputError where it names none, or one of a library that is not known."""
     library, _, name = suite.partition(":")
-    if library not in SUITES or not name:
-        raise InputError(f"--suite {suite} names no task", f"as in --suite {SUITES[0]}:arc_easy")
+    if library not in SUITES:
+        raise InputError(f"--suite {suite}: {library!r} is no suite", f"known: {', '.join(SUITES)}; as in {EXAMPLE}")
+    if not name:
+        raise InputError(f"--suite {suite} names no task", f"as in {EXAMPLE}")
     return name
 
 
 def _check_model(loaded: Loaded) -> None:
     if loaded.card["head"] != "lm" or loaded.policy.kind != "decoder":
         raise InputError(
-            f"standard tasks ask a decoder that writes text, and this is a {loaded.policy.kind} for "
-            f"{loaded.card['objective']['name']}",
+            f"standard tasks ask a decoder that writes text, and this model is of kind {loaded.policy.kind}, trained "
+            f"for {loaded.card['objective']['name']}",
             "measure it on rows of its own: --data FILE",
         )
 

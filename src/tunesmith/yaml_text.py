@@ -65,15 +65,7 @@ def read_yaml(text: str, name: str) -> Read:
     """
     if len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
         raise InputError(f"{name} is larger than 1 MB", "give a recipe, which is a few lines; data go into files")
-    yaml = YAML(typ="safe", pure=True)
-    yaml.max_depth = MAX_DEPTH
-    yaml.composer.warn_double_anchors = False
-    try:
-        root: Node | None = yaml.compose(text)
-    except YAMLError as error:
-        raise _broken(error, name) from error
-    except (RecursionError, ValueError) as error:
-        raise InputError(f"{name} is not YAML that can be read: {error}", "see docs/recipes.md for a recipe") from error
+    root = compose(text, name)
     if root is None:
         return Read(None)
     walk = _Walk(name, text)
@@ -81,6 +73,20 @@ def read_yaml(text: str, name: str) -> Read:
     if walk.twice:
         raise InputError("\n".join(walk.twice[:MAX_SHOWN]), "keep one of each")
     return Read(value, walk.lines)
+
+
+def compose(text: str, name: str) -> Node | None:
+    """The tree of a document, whatever its tags mean; InputError with `name`, line and column for broken YAML."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.max_depth = MAX_DEPTH
+    yaml.composer.warn_double_anchors = False
+    try:
+        root: Node | None = yaml.compose(text)
+        return root
+    except YAMLError as error:
+        raise _broken(error, name) from error
+    except (RecursionError, ValueError) as error:
+        raise InputError(f"{name} is not YAML that can be read: {error}", "see docs/recipes.md for a recipe") from error
 
 
 class _Walk:

@@ -98,6 +98,7 @@ def test_groups_are_told_apart_wherever_a_run_is_shown(run: Path, capsys: pytest
         assert line in told
     page = (run / "report.html").read_text()
     assert "accuracy is best of" in page
+    assert '<h3>test by side</h3><span class="keys"><span class="key before">most frequent label</span>' in page
     assert "Not judged, of fewer than 10 rows: &#39;Middle&#39; 2" in page
     assert "test by side: accuracy is best of" in str(api.report(run, format="md"))
     assert main(["evaluate", str(run), "--json"]) == 0

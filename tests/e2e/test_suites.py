@@ -73,6 +73,13 @@ doc_to_target: label
 }
 
 
+SIGNED = {
+    "choosing": ", choosing version 1.5, 0-shot",
+    "writing": ", writing, 1-shot",
+    "reading": ", reading, 0-shot",
+}
+
+
 def rows(count: int, start: int) -> list[dict[str, Any]]:
     return [{"prompt": f"colour {i}?", "completion": COLOURS[i % 3]} for i in range(start, start + count)]
 
@@ -87,9 +94,9 @@ def run(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "train": {"max_steps": 4, "batch_size": 8, "learning_rate": 0.05},
         "place": {"device": "cpu", "threads": 1},
         "precision": "fp32",
-        "evaluate": {"max_new_tokens": 4},
+        "evaluate": {"max_new_tokens": 4, "decoding": {"metric": "chrf", "temperature": [0, 1], "limit": 2}},
     }
-    api.train(asked, data={"train": rows(24, 0), "test": rows(3, 300)}, out=folder)
+    api.train(asked, data={"train": rows(24, 0), "validation": rows(2, 600), "test": rows(3, 300)}, out=folder)
     return folder
 
 
@@ -155,7 +162,7 @@ def test_values_are_those_of_the_library(task: str, run: Path, tasks: Path, thei
     assert len(expected) >= 4
     assert {(r["model"], r["metric"]): r["value"] for r in own} == pytest.approx(expected, rel=1e-4)
     assert {r["n"] for r in own} == {24}
-    assert all(f"{task} version" in r["signature"] for r in own)
+    assert all(r["signature"].endswith(SIGNED[task]) for r in own)
     for record in own:
         if record["metric"] in ("mcc,none", "chrf,none"):
             assert record["low"] is None
@@ -179,7 +186,9 @@ def test_it_is_a_flag_of_evaluate_and_its_numbers_stay(
     records = [r for r in json.loads(capsys.readouterr().out)["records"] if r["data"] == "choosing"]
     assert {(r["model"], r["n"]) for r in records} == {("tuned", 6)}
     assert main(asked) == 0
-    assert "measured on choosing" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "measured on choosing" in told
+    assert "ways to draw answers" not in told, "a task says itself how its answers are drawn"
     kept = [r for r in json.loads((run / "evaluation.json").read_text()) if r["data"] == "choosing"]
     assert {(r["model"], r["n"]) for r in kept} == {("tuned", 6), ("base", 6)}
     assert {r["data"] for r in json.loads((run / "evaluation.json").read_text())} >= {"test", "choosing"}
@@ -202,6 +211,10 @@ def test_what_cannot_be_measured_is_refused_in_a_line(
     refused("did you mean choosing?", "--suite", "lm-eval:chosing", *within)
     refused("the task absent cannot be had here", "--suite", "lm-eval:absent", *within)
     refused("names no task", "--suite", "lm-eval")
+    refused("'helm' is no suite\nremedy: known: lm-eval; as in", "--suite", "helm:x")
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "typo.yaml").write_text("task: typo\nmetric_list: [\n")
+    refused("typo.yaml:3:1: ", "--suite", "lm-eval:typo", "--tasks", str(tmp_path / "odd"))
     refused("is no folder", "--suite", "lm-eval:choosing", "--tasks", str(tmp_path / "none"))
     refused("--suite has its own", "--suite", "lm-eval:choosing", "--data", "rows.jsonl")
     refused("how to ask a standard task", "--limit", "3")
@@ -230,4 +243,4 @@ def test_a_model_that_writes_nothing_is_refused(
     labelled = [{"text": row["prompt"], "label": row["completion"]} for row in rows(9, 0)]
     api.train(asked, data={"train": labelled}, out=tmp_path / "run")
     assert main(["evaluate", str(tmp_path / "run"), "--suite", "lm-eval:choosing", "--tasks", str(tasks)]) == 2
-    assert "ask a decoder that writes text" in capsys.readouterr().err
+    assert "this model is of kind encoder, trained for classify" in capsys.readouterr().err

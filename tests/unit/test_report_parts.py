@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,14 @@ from hypothesis import strategies as st
 
 from tunesmith.errors import InputError
 from tunesmith.report import answers as side_by_side
+from tunesmith.report import run_page
 from tunesmith.report.answers import OUTCOMES, compact, gather
+from tunesmith.report.before_after import tables
 from tunesmith.report.classes import classes_of
 from tunesmith.report.curves import POINTS, read_training
+from tunesmith.report.figures import in_rows
 from tunesmith.report.findings import findings
+from tunesmith.report.gaps import gap_line, small_line
 from tunesmith.report.markdown import code, escaped, fenced
 
 PLAN = {"early_stopping": None, "clip": 1.0}
@@ -311,3 +316,27 @@ def test_code_in_markdown_holds_any_text(text: str) -> None:
     block = MarkdownIt().render(fenced(text))
     assert block.count("<pre>") == 1
     assert block.endswith("</code></pre>\n")
+
+
+def test_every_record_of_a_group_is_in_its_metrics_table_and_rows_without_a_value_are_called_so() -> None:
+    """Groups do not all have the same metrics: of one class there is no ROC AUC."""
+    places = [("accuracy", ""), ("ece", ""), ("accuracy", "b"), ("roc_auc", "b"), ("ece", "b")]
+    records = [
+        {"model": "tuned", "data": "test", "metric": metric, "group": f"of={value}", "value": 0.5, "n": 30}
+        for metric, value in places
+    ]
+    found: Any = run_page._groups(SimpleNamespace(tables=tables(records, [])))["test", "of"]
+    assert {title: [group for group, _ in lines] for title, lines in found.metrics.items()} == {
+        "accuracy": ["(no value)", "b"],
+        "ECE": ["(no value)", "b"],
+        "ROC AUC": ["b"],
+    }
+    assert all(line.metric.title == title for title, lines in found.metrics.items() for _, line in lines)
+    told = {"metric": "accuracy", "best": "", "worst": "b", "value": 0.1, "low": 0.0, "high": 0.2, "groups": 2}
+    assert gap_line(told).startswith("accuracy is best of (no value), worst of 'b', of 2 groups")
+    assert small_line({"small": {"": 1}, "least": 20}) == "not judged, of fewer than 20 rows: (no value) 1"
+
+
+@pytest.mark.parametrize(("count", "said"), [(0, "0 test rows"), (1, "1 test row"), (1200, "1,200 test rows")])
+def test_one_row_is_one(count: int, said: str) -> None:
+    assert in_rows(count, "test ") == said

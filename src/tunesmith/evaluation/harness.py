@@ -23,6 +23,7 @@ import numpy as np
 from tunesmith.errors import InputError
 from tunesmith.evaluation.metrics import Bounds, FloatArray, MetricKind, RowMetric, quotient
 from tunesmith.types import Prediction
+from tunesmith.yaml_text import compose
 
 if TYPE_CHECKING:
     from tunesmith.data.chat import Renderer
@@ -71,6 +72,8 @@ def find(name: str, folder: Path | None, shots: int | None) -> dict[str, Any]:
         if folder is not None and name not in manager.all_tasks:
             manager = TaskManager(include_path=str(folder))
         if name not in manager.all_tasks:
+            for path in sorted(folder.glob("**/*.yaml")) if folder is not None else []:
+                compose(path.read_text(encoding="utf-8", errors="replace"), str(path))  # the library skips broken ones
             near = difflib.get_close_matches(name, manager.all_tasks, NEAR)
             raise InputError(
                 f"lm-evaluation-harness has no task {name!r}",
@@ -151,7 +154,8 @@ def _told(
         for sample, own in zip(rows[0], scores, strict=True)
     ]
     shots = task.config.num_fewshot or 0
-    signature = f"lm-eval {version('lm_eval')}, {name} version {number}, {shots}-shot"
+    numbered = f" version {number}" * ("version" in (task.config.metadata or {}))  # else that library makes one up
+    signature = f"lm-eval {version('lm_eval')}, {name}{numbered}, {shots}-shot"
     return Answered(name, signature, predictions, values, metrics)
 
 

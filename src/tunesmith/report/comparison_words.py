@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tunesmith.report.before_after import TUNED, facts_of
-from tunesmith.report.figures import p_told
+from tunesmith.report.figures import in_rows, p_told
 from tunesmith.report.verdict import Verdict, difference, value
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def verdict(comparison: Comparison, shared: Shared, before: str, after: str) -> 
     elif test.standing != "undecided":
         sentence = f"{after} is {test.standing} than {before}: {told}."
     else:
-        sentence = f"{shared.rows:,} rows do not tell {after} from {before}: {told}. {_outlook(test, shared)}"
+        sentence = f"{in_rows(shared.rows)} do not tell {after} from {before}: {told}. {_outlook(test, shared)}"
     against = [t for t in tests if t.standing not in (test.standing, "undecided", "cannot tell")]
     also = tuple(f"By {facts_of(t.metric).title}, {after} is {t.standing}." for t in against)
     return Verdict(test.standing.capitalize(), _TONES[test.standing], sentence, also)
@@ -59,7 +59,7 @@ def on_rows(shared: Shared) -> str:
     """On what a set is compared."""
     left = ", ".join(f"{count:,} of {name}" for name, count in shared.left_out.items() if count)
     return (
-        f"{shared.data}: {shared.rows:,} rows that all answered"
+        f"{shared.data}: {in_rows(shared.rows)} that all answered"
         + (f" ({left} left out)" if left else "")
         + (f", clustered by {shared.cluster}" if shared.cluster else "")
         + f"; {shared.tests} test{'s' * (shared.tests != 1)}"

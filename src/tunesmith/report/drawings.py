@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tunesmith.models.drawing import Setting
-from tunesmith.report.figures import figure, p_value
+from tunesmith.report.figures import figure, in_rows, p_value
 
 Json = Mapping[str, Any]
 HEADINGS = ("setting", "value", "from the best", "p (Holm)")
@@ -19,8 +19,9 @@ def taken(decoding: Json, model: str) -> str:
     said = f"{model} answers " + (f"at {setting}" if setting.temperature else "greedily")
     if len(tried) == 1:
         return f"{said}, the one setting that was tried"
+    judged = in_rows(decoding["n"], "validation ")
     return (
-        f"{said}: of {len(tried)} settings the simplest that {decoding['n']:,} validation rows do not show to be worse "
+        f"{said}: of {len(tried)} settings the simplest that {judged} do not show to be worse "
         f"by {decoding['metric']} than the best"
     )
 

@@ -16,6 +16,11 @@ def figure(value: Any, sign: str = "") -> str:
     return f"{value:{sign}.{decimals}f}"
 
 
+def in_rows(count: int, kind: str = "") -> str:
+    """How many rows of a kind: 1 row, 1,200 test rows."""
+    return f"{count:,} {kind}row{'s' * (count != 1)}"
+
+
 def percent(share: Any, sign: str = "") -> str:
     """A share as percent with one decimal; only what is all or nothing is called 100% or 0%."""
     if share is None:

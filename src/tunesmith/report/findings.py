@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tunesmith.report.figures import in_rows
+
 Json = Mapping[str, Any]
 LABELS = 8
 
@@ -30,7 +32,7 @@ def doubtful_labels(audit: Json) -> list[str]:
     if against and against["rows"]:
         here, there = (file_name(place) for place in against["places"][0])
         found.append(
-            f"{_rows(against['rows'])} of train show the same as another and have a different answer, such as {here} "
+            f"{in_rows(against['rows'])} of train show the same as another and have a different answer, such as {here} "
             f"and {there}"
         )
     alike: dict[str, list[str]] = {}
@@ -61,8 +63,8 @@ def _leaks(audit: Json) -> Iterator[Finding]:
         there, here = (file_name(place) for place in overlap["places"][0])
         yield Finding(
             False,
-            f"{_rows(overlap['rows'])} of {overlap['of']:,} of {name} stand in train too, such as {there} = {here}; "
-            f"train gave up its {_rows(overlap['train_rows'])}",
+            f"{in_rows(overlap['rows'])} of {overlap['of']:,} of {name} stand in train too, such as {there} = {here}; "
+            f"train gave up its {in_rows(overlap['train_rows'])}",
         )
     apart = [name for name in known if name not in shared]
     if apart:
@@ -72,13 +74,13 @@ def _leaks(audit: Json) -> Iterator[Finding]:
 def _repeats(audit: Json) -> Iterator[Finding]:
     count = audit["duplicates"]
     if count:
-        yield Finding(False, f"{_rows(count)} of train repeat an earlier one; they are kept")
+        yield Finding(False, f"{in_rows(count)} of train repeat an earlier one; they are kept")
     else:
         yield Finding(True, "no row of train repeats another")
     reasons = {"shared": "stand in a held-out set", "empty": "are empty", "masked": "have nothing to learn"}
     for reason, dropped in audit["dropped"].items():
         if dropped and reason != "shared":
-            yield Finding(False, f"{_rows(dropped)} of train were dropped: they {reasons.get(reason, reason)}")
+            yield Finding(False, f"{in_rows(dropped)} of train were dropped: they {reasons.get(reason, reason)}")
 
 
 def _cut(audit: Json) -> Iterator[Finding]:
@@ -87,7 +89,7 @@ def _cut(audit: Json) -> Iterator[Finding]:
         if split["truncated"]:
             answers = split["truncated_answers"]
             also = f", the answers of {answers:,} among them" if answers else ", none of their answers"
-            yield Finding(False, f"{_rows(split['truncated'])} of {name} were cut to train.sequence_length{also}")
+            yield Finding(False, f"{in_rows(split['truncated'])} of {name} were cut to train.sequence_length{also}")
         else:
             whole.append(name)
     if whole:
@@ -99,7 +101,3 @@ def _labels(audit: Json) -> Iterator[Finding]:
     for name, missing in audit["unknown_labels"].items():
         listed = ", ".join(f"{label} ({count:,})" for label, count in list(missing.items())[:LABELS])
         yield Finding(False, f"labels of {name} that train lacks, so that no answer can be right: {listed}")
-
-
-def _rows(count: int) -> str:
-    return f"{count:,} row" + "s" * (count != 1)

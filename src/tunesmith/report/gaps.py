@@ -7,13 +7,19 @@ from typing import Any
 
 from tunesmith.report.figures import figure
 
+NO_VALUE = "(no value)"  # what a group is called whose rows have none in the column
 Json = Mapping[str, Any]
 NAMED = 8  # groups that are too small are named, and counted beyond
 
 
+def _called(value: str) -> str:
+    return repr(value) if value else NO_VALUE
+
+
 def gap_line(gap: Json) -> str:
     """One metric: the best group, the worst, and what chance leaves of the gap."""
-    ends = f"{gap['metric']} is best of {gap['best']!r}, worst of {gap['worst']!r}, of {gap['groups']} groups"
+    best, worst = _called(gap["best"]), _called(gap["worst"])
+    ends = f"{gap['metric']} is best of {best}, worst of {worst}, of {gap['groups']} groups"
     if gap["low"] is None:
         return f"{ends}: {figure(gap['value'])} apart; no interval of that" + (
             f", because of {gap['reason'].partition(': ')[2]}" if gap.get("reason") else ""
@@ -27,7 +33,7 @@ def small_line(entry: Json) -> str | None:
     small: Mapping[str, int] = entry["small"]
     if not small:
         return None
-    listed = ", ".join(f"{name!r} {count:,}" for name, count in list(small.items())[:NAMED])
+    listed = ", ".join(f"{_called(name)} {count:,}" for name, count in list(small.items())[:NAMED])
     more = f", and {len(small) - NAMED:,} more" if len(small) > NAMED else ""
     return f"not judged, of fewer than {entry['least']:,} rows: {listed}{more}"
 

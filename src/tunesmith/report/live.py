@@ -17,7 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from tunesmith.report.figures import duration, gibibytes
+from tunesmith.report.figures import duration, gibibytes, in_rows
 from tunesmith.report.findings import file_name
 from tunesmith.report.screen import is_terminal, screen
 from tunesmith.report.visible import shortened
@@ -215,7 +215,7 @@ def _phase(data: Mapping[str, Any]) -> str:
     name, what = str(data["name"]), data.get("what")
     text = name if what is None else f"{name} {what}"
     if data.get("rows") is not None:
-        text += f": {data['rows']:,} rows"
+        text += f": {in_rows(data['rows'])}"
     if data.get("total_steps") is not None:
         text += f": {data['total_steps']:,} steps"
     return text + (f", going on after step {data['from_step']:,}" if data.get("from_step") else "")

@@ -92,6 +92,7 @@ def _environment() -> Environment:
         "pct": figures.percent,
         "p": figures.p_value,
         "n": "{:,}".format,
+        "rows": figures.in_rows,
         "large": figures.large,
         "duration": figures.duration,
         "memory": figures.gibibytes,

@@ -12,7 +12,7 @@ How to make a page:
 Everything that a template prints is escaped, and characters that could hide or turn text are written out
 (`harmless`). The content security policy lets only the scripts run whose hash it names, and nothing be fetched:
 even a hole in the escaping would not run a line. Numbers go through the filters `num`, `pct`,
-`p` (values), `n` (counts), `plain` (values of a recipe), `large`, `duration` and `memory`,
+`p` (values), `n` (counts), `rows`, `plain` (values of a recipe), `large`, `duration` and `memory`,
 and sentences that hold a p-value through `told`.
 """
 
@@ -106,6 +106,7 @@ def _environment() -> Environment:
         "p": figures.p_value,
         "told": _told,
         "n": "{:,}".format,
+        "rows": figures.in_rows,
         "plain": figures.plain,
         "large": figures.large,
         "duration": figures.duration,

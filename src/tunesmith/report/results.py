@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from tunesmith.report import before_after, drawings
-from tunesmith.report.figures import figure, p_value
-from tunesmith.report.gaps import gap_lines
+from tunesmith.report.figures import figure, in_rows, p_value
+from tunesmith.report.gaps import NO_VALUE, gap_lines
 from tunesmith.report.visible import visible
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def show_results(result: Result, console: Console) -> None:
 def reasons(records: Sequence[Mapping[str, Any]], effects: Sequence[Mapping[str, Any]]) -> list[str]:
     """Why values and differences are not there or have no interval, in a line each."""
     return [
-        f"{line.metric.name} ({who}) on {table.data}{f' / {table.group}' * (table.group != 'all')}: {why}"
+        f"{line.metric.name} ({who}) on {_title(table.data, table.group)}: {why}"
         for table in before_after.tables(records, effects)
         for line in table.lines
         for who, why in line.reasons.items()
@@ -120,9 +120,12 @@ def results_tables(records: Sequence[Mapping[str, Any]], effects: Sequence[Mappi
     for data, group in places:
         own = [record for record in records if (record["data"], record["group"]) == (data, group)]
         found = {metric: change for (of, metric), change in changes.items() if of == data and group == "all"}
-        title = data if group == "all" else f"{data} / {group}"
-        tables.append(_table(visible(title), own, found))
+        tables.append(_table(visible(_title(data, group)), own, found))
     return tables
+
+
+def _title(data: str, group: str) -> str:
+    return data if group == "all" else f"{data} / {group}{NO_VALUE * group.endswith('=')}"
 
 
 def _table(title: str, records: Sequence[Mapping[str, Any]], changes: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -163,7 +166,7 @@ def spread_table(spread: Mapping[str, Mapping[str, Any]], folds: int) -> Table:
 def drawing_table(decoding: Mapping[str, Any], model: str) -> Table:
     """The settings by which a model's answers were drawn on validation rows."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
-    title = f"ways to draw answers, {model}: {decoding['metric']} of {decoding['n']:,} validation rows"
+    title = f"ways to draw answers, {model}: {decoding['metric']} of {in_rows(decoding['n'], 'validation ')}"
     table.title, table.title_justify = Text(f"\n{visible(title)}"), "left"
     for place, heading in enumerate(drawings.HEADINGS):
         table.add_column(heading, justify="right" if place else "left", no_wrap=place > 0)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from tunesmith.report import drawings, page, verdict
 from tunesmith.report.answers import OUTCOMES, compact
-from tunesmith.report.before_after import model_title
+from tunesmith.report.before_after import Line, model_title
 from tunesmith.report.classes import SHADES, Classes
 from tunesmith.report.findings import file_name
-from tunesmith.report.gaps import gap_line, small_line
+from tunesmith.report.gaps import NO_VALUE, gap_line, small_line
 from tunesmith.report.plots import Scale
 from tunesmith.report.summary import Summary
 
@@ -83,12 +84,23 @@ def _columns(summary: Summary) -> list[tuple[str, str]]:
     return [(k, title) for k, title in COUNTS.items() if k in ALWAYS or any(s[k] for s in summary.splits.values())]
 
 
-def _groups(summary: Summary) -> dict[tuple[str, str], list[Any]]:
-    """Tables of groups by data set and column."""
-    found: dict[tuple[str, str], list[Any]] = {}
+@dataclass(slots=True)
+class _Groups:
+    """Of one column: by each metric's title a line for each group that has it, with what the group is called."""
+
+    before: str | None
+    metrics: dict[str, list[tuple[str, Line]]]
+
+
+def _groups(summary: Summary) -> dict[tuple[str, str], _Groups]:
+    """By data set and column."""
+    found: dict[tuple[str, str], _Groups] = {}
     for table in summary.tables:
         if table.group != "all":
-            found.setdefault((table.data, table.group.partition("=")[0]), []).append(table)
+            column, _, value = table.group.partition("=")
+            own = found.setdefault((table.data, column), _Groups(table.before, {}))
+            for line in table.lines:
+                own.metrics.setdefault(line.metric.title, []).append((value or NO_VALUE, line))
     return found
 
 

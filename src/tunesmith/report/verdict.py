@@ -8,7 +8,7 @@ from typing import Any
 
 from tunesmith.evaluation.baselines import BASELINES
 from tunesmith.report.before_after import Line, MetricFacts, Table, headline
-from tunesmith.report.figures import figure, p_told, percent
+from tunesmith.report.figures import figure, in_rows, p_told, percent
 
 FEW_ROWS = 50
 VALIDATION = "validation"
@@ -139,7 +139,7 @@ def _caveats(table: Table, line: Line, on_validation: bool, detectable: float | 
     if line.after.get("candidates"):
         found.append(f"Each query was searched for among {line.after['candidates']:,} passages.")
     if line.after["n"] < FEW_ROWS:
-        found.append(f"{line.after['n']} rows can only show large differences: more test rows would say more.")
+        found.append(f"{in_rows(line.after['n'])} can only show large differences: more test rows would say more.")
     if line.standing == "no better" and detectable is not None:
         least = f"{100 * detectable:.1f} points"
         found.append(
