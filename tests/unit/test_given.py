@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from tunesmith.data.given import to_answer
+from tunesmith.data.given import check_kinds, to_answer
 from tunesmith.errors import InputError
+from tunesmith.types import Row
 
 BLANK = [None, "", " \t", math.nan]
 
@@ -43,3 +44,15 @@ def test_references_are_read_by_the_format_of_training() -> None:
 def test_a_row_that_asks_nothing_is_refused_with_its_place() -> None:
     with pytest.raises(InputError, match=r"rows\[1\]: no known format has the columns label"):
         to_answer([{"text": "one"}, {"label": "card"}], {}, "text+label")
+
+
+def test_a_text_that_asks_nothing_is_told_what_does_and_what_measures_it() -> None:
+    """As of a run of `pretrain`, which was trained on such rows."""
+    from tunesmith.objectives import OBJECTIVES
+
+    rows = [Row({"text": "once upon a time"}, "f:1")]
+    check_kinds(rows, OBJECTIVES.get("pretrain").needs, asking=False)
+    with pytest.raises(InputError, match="f:1: a row of plain text asks nothing") as refused:
+        check_kinds(rows, OBJECTIVES.get("pretrain").needs, asking=True)
+    assert 'give {"prompt": ...}, which it goes on from' in refused.value.remedy
+    assert "`tunesmith evaluate RUN --data FILE` measures" in refused.value.remedy

@@ -63,6 +63,15 @@ def test_the_loss_is_the_squared_error_of_standardised_scores(asked: list[tuple[
     assert objective.normalisers(Step(1, [batch], {})) == {"squared_error": len(examples)}
 
 
+@pytest.mark.parametrize("own", [{"label": "red"}, {"labels": ["red"]}])
+def test_rows_with_labels_are_told_to_be_of_another_kind_and_those_that_ask_are_read(own: dict[str, Any]) -> None:
+    objective = Regress(Regress.Options())
+    objective.fit([Row({"text": "x", "score": score}, "a") for score in (1.0, 3.0)])
+    with pytest.raises(InputError, match="f:2: this row has a label, and the training rows have a score each"):
+        objective.unread([Row({"text": "x"}, "f:1"), Row({"text": "x", **own}, "f:2")], None)
+    assert [p.output for p in objective.unread([Row({"text": "x"}, "f:1")], None) or []] == ["2"]
+
+
 def test_scores_that_are_all_alike_are_refused() -> None:
     with pytest.raises(InputError, match="all 2 training rows have the score 3"):
         Regress(Regress.Options()).fit([Row({"text": "x", "score": 3.0}, "a"), Row({"text": "y", "score": 3.0}, "b")])

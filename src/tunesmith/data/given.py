@@ -136,7 +136,8 @@ def check_kinds(given: Sequence[Row], needs: ObjectiveNeeds, *, asking: bool) ->
         if needs.writes and (asking or not plain) and "messages" not in row.value:
             raise InputError(
                 f"{row.where}: a row of plain text asks nothing of a model that writes answers",
-                'give {"prompt": ...} or {"messages": [...]}',
+                'give {"prompt": ...}, which it goes on from, or {"messages": [...]}; how likely a text alone is, '
+                "`tunesmith evaluate RUN --data FILE` measures",
             )
         if not needs.writes and not any(row.value.keys() >= set(keys) for keys in needs.asks):
             what = next((said for key, said in _SAID.items() if key in row.value), "such a row")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from tunesmith.data.rows import labels_of
 from tunesmith.declared import HeadSpec, ObjectiveNeeds
 from tunesmith.errors import InputError
 from tunesmith.models.policy import Policy
@@ -100,6 +101,8 @@ class Regress:
     def unread(self, rows: Sequence[Row], label_counts: LabelCounts | None) -> list[Prediction] | None:
         """The mean of the training rows for every row."""
         del label_counts
+        for row in rows:
+            self.answers.columns(row)  # rows of the other kind are refused
         return [_number(row, self.mean) for row in rows]
 
 
@@ -112,8 +115,14 @@ class Numbers:
         self.mean, self.scale = mean, scale
 
     def columns(self, row: Row) -> dict[str, float]:
-        # A row that is only asked about has no score; nothing is learned from it.
-        return {"score": (row.value["score"] - self.mean) / self.scale if "score" in row.value else 0.0}
+        if "score" in row.value:
+            return {"score": (row.value["score"] - self.mean) / self.scale}
+        if labels_of(row.value):
+            raise InputError(
+                f"{row.where}: this row has a label, and the training rows have a score each",
+                "give all rows a `score`, or train on rows such as these",
+            )
+        return {"score": 0.0}  # a row that is only asked about: nothing is learned from it
 
     def losses(self, output_N1: Tensor, columns: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, tuple[float, float]]]:
         """The loss of each example [N]."""
