@@ -15,9 +15,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from tunesmith.engine import checkpoint
-from tunesmith.engine.checkpoint import Checkpoint
 from tunesmith.engine.native import NativeEngine
+from tunesmith.engine.saving import Writer
 from tunesmith.errors import StoppedError
 from tunesmith.events import Deferred, StopRun
 from tunesmith.protocols import GradientRule, Source
@@ -97,6 +96,7 @@ class Monitor:
         self._listen = listen
         self._metrics = run.journal("metrics.jsonl")
         self._timings = run.journal("timings.jsonl")
+        self._writer = Writer(run.checkpoints)
         self._clock = time.perf_counter()
         self._tokens = 0
 
@@ -142,20 +142,22 @@ class Monitor:
         self._listen("step", {**line, **timing, "total_steps": self._source.total_steps})
 
     def finished(self, step: Step) -> bool:
-        """Validates and saves when due.
+        """Validates and begins to save when due; where the run ends, its checkpoint is on disk first.
 
-        Once saved, raises StoppedError where a signal or a listener asked for it, and any other failure of a listener.
+        Then raises StoppedError where a signal or a listener asked for it, and any other failure of a listener.
         """
         last = step.number == self._source.total_steps
         every = self._training.evaluate_every
         validated = self._validate is not None and every is not None and (last or step.number % every == 0)
         improved = self._validated(step) if validated else False
-        failure = self._listen.failure
-        ends = last or self.best.stopped or self._stop.asked or failure is not None
+        asked, failure = self._stop.asked, self._listen.failure  # a signal from here on is for the next step
+        ends = last or self.best.stopped or asked or failure is not None
         if ends or improved or step.number % self._save_every == 0:
             self.save(step)
+        if ends:
+            self._writer.wait()
         resume = f"go on with `tunesmith resume {self._run.path}`"
-        if self._stop.asked or isinstance(failure, StopRun):
+        if asked or isinstance(failure, StopRun):
             raise StoppedError(f"stopped after step {step.number}, as asked", resume) from failure
         if failure is not None:
             failure.add_note(f"a listener raised this; the run is saved after step {step.number}: {resume}")
@@ -163,8 +165,8 @@ class Monitor:
         self._clock = time.perf_counter()
         return self.best.stopped
 
-    def save(self, step: Step) -> Checkpoint:
-        """A checkpoint of everything that has state; the best and the last are kept."""
+    def save(self, step: Step) -> None:
+        """Begins a checkpoint of everything that has state; the best and the last are kept."""
         states = {
             "engine": self._engine.state(),
             "source": step.state,
@@ -176,13 +178,13 @@ class Monitor:
                 "metrics_bytes": self._metrics.sync(),
             },
         }
-        saved = checkpoint.write(self._run.checkpoints, step.number, states)
-        checkpoint.prune(self._run.checkpoints, {self.best.step, step.number})
-        return saved
+        self._writer.write(step.number, states, keep={self.best.step})
 
     def close(self) -> None:
+        """Waits for a checkpoint that is still being written, and raises what that failed with."""
         self._metrics.close()
         self._timings.close()
+        self._writer.close()
 
     def _validated(self, step: Step) -> bool:
         """Records one validation; True if it is the best so far."""

@@ -29,7 +29,7 @@ BEFORE_MANIFEST = ("recipe.yaml", "plan.json", TRAIN_KEYS)  # what a run writes 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-def write_bytes(handle: BinaryIO, content: bytes) -> None:
+def write_bytes(handle: BinaryIO, content: bytes | memoryview) -> None:
     """The one place where a run's bytes are written."""
     handle.write(content)
 
@@ -70,7 +70,7 @@ def disk_errors(what: str) -> Generator[None]:
         ) from error
 
 
-def write_file(path: Path, content: bytes, *, shared: bool = False) -> None:
+def write_file(path: Path, content: bytes | memoryview, *, shared: bool = False) -> None:
     """Replaces `path` by `content`: readers see the old file or the new one, never a part.
 
     `shared`: several processes may write it at once, as in the cache; the last one's stays.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -11,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import load
 
 from tunesmith import rundir
+from tunesmith.engine.snapshot import safetensors
 from tunesmith.errors import RefusedError
 
 STEP = re.compile(r"step-(\d{6,})")
+Files = Mapping[str, bytes | memoryview]  # what each file of a checkpoint holds, by name
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +31,22 @@ class Checkpoint:
 
 
 def write(folder: Path, step: int, states: Mapping[str, Mapping[str, Any]]) -> Checkpoint:
-    """Saves each named state (tensors and JSON values, nested mappings allowed) after `step`.
+    """Saves each named state (tensors and JSON values, nested mappings allowed) after `step`, at once."""
+    return put(folder, step, snapshot(states))
+
+
+def snapshot(states: Mapping[str, Mapping[str, Any]]) -> Files:
+    """What the files of a checkpoint hold of each named state as it is now."""
+    files: dict[str, bytes | memoryview] = {}
+    for name, state in states.items():
+        tensors: dict[str, torch.Tensor] = {}
+        values = _part(state, (), tensors)
+        files |= {f"{name}.safetensors": safetensors(tensors), f"{name}.json": _json(values)}
+    return files
+
+
+def put(folder: Path, step: int, files: Files) -> Checkpoint:
+    """Writes the `snapshot` that was taken after `step`.
 
     The checkpoint appears under its name only when it is whole and on disk.
     """
@@ -38,13 +56,9 @@ def write(folder: Path, step: int, states: Mapping[str, Mapping[str, Any]]) -> C
     shutil.rmtree(aside, ignore_errors=True)
     with rundir.disk_errors(str(path)):
         aside.mkdir()
-    hashes: dict[str, str] = {}
-    for name, state in states.items():
-        tensors: dict[str, torch.Tensor] = {}
-        values = _part(state, (), tensors)
-        for file, content in ((f"{name}.safetensors", save(tensors)), (f"{name}.json", _json(values))):
-            rundir.write_file(aside / file, content)
-            hashes[file] = rundir.sha256_file(aside / file)
+    for file, content in files.items():
+        rundir.write_file(aside / file, content)
+    hashes = {file: hashlib.sha256(content).hexdigest() for file, content in files.items()}
     rundir.write_file(aside / "hashes.json", _json(hashes))
     with rundir.disk_errors(str(path)):
         rundir.swap(aside, path)
@@ -112,7 +126,7 @@ def _part(value: Any, path: tuple[str, ...], tensors: dict[str, torch.Tensor]) -
     """The JSON part of a state; tensors go to `tensors` under their path."""
     if isinstance(value, torch.Tensor):
         name = "/".join(path)
-        tensors[name] = value.detach().cpu().contiguous()
+        tensors[name] = value
         return {"__tensor__": name}
     if isinstance(value, Mapping):
         return {str(k): _part(v, (*path, str(k)), tensors) for k, v in value.items()}

@@ -13,6 +13,7 @@ GIB = 2**30
 NF4_SCRATCH = 12  # bytes a weight of the layer that is made anew: codes as integers, fp32, fp32 scaled, bf16
 ADAM_BYTES = 16  # of one trainable parameter: fp32 weight, gradient and two moments
 ADAM_8BIT_BYTES = {"fp32": 10, "bf16": 6}  # likewise, by what the weight is in, with moments in 8 bits
+SNAPSHOT = 0.75  # of these is in a checkpoint that is being written: all but the gradient, with 8 bits a little less
 LOGIT_CHUNK = {"cpu": 3 * 64 * 2**20, "mps": 3 * 2**30, "cuda": 3 * 2**30}  # what the loss holds at once
 
 
@@ -56,11 +57,15 @@ def activation_bytes(shape: Shape, bytes_each: int, recompute: bool) -> int:
 
 
 def static_bytes(shape: Shape, device: torch.device) -> int:
-    """Weights, optimizer, and the loss's scratch: what does not grow with the batch."""
+    """Weights, optimizer, and the loss's scratch: what does not grow with the batch.
+
+    A snapshot of what trains is in the host's memory, so it counts where the model is there too.
+    """
     frozen = shape.parameters - shape.trainable
     spared = int(shape.in_nf4 * (shape.weight_bytes - nf4.BYTES))
     anew = NF4_SCRATCH * shape.width * shape.intermediate if shape.in_nf4 else 0
     trained = shape.trainable * shape.trainable_bytes
+    trained += 0 if device.type == "cuda" else int(SNAPSHOT * trained)
     return frozen * shape.weight_bytes - spared + anew + trained + LOGIT_CHUNK[device.type]
 
 
