@@ -5,6 +5,7 @@ Reads one case as a line of JSON and answers with one: {"out": folder, "words": 
 
 - "operation": SIGKILL at the n-th write, sync, rename or removal since save k began (k = 0: since the start),
   with half of its bytes written or one of its files removed;
+- "ahead": the same of the thread that saves alone, and only when training has come to the next save;
 - "seconds": SIGKILL from outside after so many seconds;
 - "validation", "evaluating", "saving": SIGKILL inside the n-th of these;
 - "full": the n-th write since save k began, and every later one, finds the disk full;
@@ -20,6 +21,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -29,6 +31,7 @@ from typing import Any
 import psutil
 
 OPERATIONS = ("write_bytes", "sync_file", "rename", "sync_folder", "rmtree")
+AHEAD = 8  # the step of the save behind the third
 LONGEST = 120.0  # seconds for one child
 
 
@@ -38,6 +41,8 @@ class Counter:
     def __init__(self, case: Mapping[str, Any]) -> None:
         self.case = case
         self.saves = 0
+        self.step = 0
+        self.lock = threading.Lock()
         self.done: list[tuple[int, str]] = []  # the save that an operation came in or after, and its name
 
     def since(self, name: str = "") -> int:
@@ -46,18 +51,27 @@ class Counter:
 
     def watched(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def operation(*given: Any, **named: Any) -> Any:
-            self.done.append((self.saves, name))
-            how, at = self.case["how"], self.case["at"]
-            reached = self.saves >= self.case["save"]
-            if how == "operation" and reached and self.since() == at:
-                half(name, given)
-                end(self.case)
-            if how == "full" and reached and name == "write_bytes" and self.since(name) >= at:
-                half(name, given)
-                raise OSError(errno.ENOSPC, "No space left on device")
+            with self.lock:  # training and saving are two threads
+                self.judge(name, given)
             return real(*given, **named)
 
         return operation
+
+    def judge(self, name: str, given: tuple[Any, ...]) -> None:
+        """Counts an operation, and does what the case is about where it has come to that."""
+        how, at = self.case["how"], self.case["at"]
+        if how == "ahead" and threading.current_thread() is threading.main_thread():
+            return
+        self.done.append((self.saves, name))
+        reached = self.saves >= self.case["save"]
+        if how in ("operation", "ahead") and reached and self.since() == at:
+            while how == "ahead" and self.step < AHEAD:
+                time.sleep(0.001)
+            half(name, given)
+            end(self.case)
+        if how == "full" and reached and name == "write_bytes" and self.since(name) >= at:
+            half(name, given)
+            raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def half(name: str, given: tuple[Any, ...]) -> None:
@@ -84,19 +98,19 @@ def note_children(case: Mapping[str, Any], pid: int) -> None:
 def prepare(case: Mapping[str, Any]) -> Counter:
     """Puts the counter, and what ends this process, in place."""
     from tunesmith import rundir, training
-    from tunesmith.monitor import Monitor
+    from tunesmith.engine import checkpoint
     from tunesmith.report.live import View
 
     counter = Counter(case)
     for name in OPERATIONS[:-1]:
         setattr(rundir, name, counter.watched(name, getattr(rundir, name)))
     shutil.rmtree = counter.watched("rmtree", shutil.rmtree)
-    save, losses, listen = Monitor.save, training.losses, View.listen
+    snapshot, losses, listen = checkpoint.snapshot, training.losses, View.listen
     seen = {"validation": 0, "evaluating": 0, "saving": 0}
 
-    def counted_save(self: Monitor, step: Any) -> Any:
+    def counted_snapshot(states: Any) -> Any:  # when the save before is behind it
         counter.saves += 1
-        return save(self, step)
+        return snapshot(states)
 
     def at(name: str) -> None:
         seen[name] += 1
@@ -109,12 +123,13 @@ def prepare(case: Mapping[str, Any]) -> Counter:
 
     def heard(self: View, event: str, data: Mapping[str, Any]) -> None:
         listen(self, event, data)
+        counter.step = data["step"] if event == "step" else counter.step
         if event == "phase" and data["name"] in seen:
             at(data["name"])
         if event == "step" and case["how"] == "term" and data["step"] == case["at"]:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    Monitor.save, training.losses, View.listen = counted_save, counted_losses, heard  # type: ignore[method-assign]
+    checkpoint.snapshot, training.losses, View.listen = counted_snapshot, counted_losses, heard  # type: ignore[method-assign]
     return counter
 
 

@@ -195,6 +195,11 @@ def test_killed_at_every_operation_of_a_save(bench: Bench, workers: int) -> None
     assert all(done["children"] for done in bench.all_killed(cases))  # one that renders templates, and it is gone
 
 
+def test_killed_while_training_is_ahead_of_a_save(bench: Bench) -> None:
+    operations = sum(save == SAVES for save, _ in bench.trace) - 5  # without the lines of two steps, and their sync
+    bench.all_killed([Case("ahead", n, SAVES, workers=1 + 3 * (n % 2)) for n in range(1, operations + 1, 4)])
+
+
 def test_killed_at_every_operation_after_the_last_save(bench: Bench) -> None:
     last = max(save for save, _ in bench.trace)
     operations = [name for save, name in bench.trace if save == last]
