@@ -51,8 +51,10 @@ class Counter:
 
     def watched(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def operation(*given: Any, **named: Any) -> Any:
-            with self.lock:  # training and saving are two threads
-                self.judge(name, given)
+            aside = threading.current_thread() is not threading.main_thread()
+            if aside or self.case["how"] != "ahead":
+                with self.lock:
+                    self.judge(name, given)
             return real(*given, **named)
 
         return operation
@@ -60,8 +62,6 @@ class Counter:
     def judge(self, name: str, given: tuple[Any, ...]) -> None:
         """Counts an operation, and does what the case is about where it has come to that."""
         how, at = self.case["how"], self.case["at"]
-        if how == "ahead" and threading.current_thread() is threading.main_thread():
-            return
         self.done.append((self.saves, name))
         reached = self.saves >= self.case["save"]
         if how in ("operation", "ahead") and reached and self.since() == at:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import os
 import signal
 import threading
@@ -104,6 +103,16 @@ def test_a_stop_while_a_checkpoint_is_written_is_saved_too(
     assert results(out) == results(prompt[0])
 
 
+def test_a_stop_that_comes_while_a_state_is_copied_ends_the_run_behind_the_next_step(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = checkpoint.snapshot
+    monkeypatch.setattr(checkpoint, "snapshot", lambda states: os.kill(os.getpid(), signal.SIGTERM) or snapshot(states))
+    with pytest.raises(StoppedError, match="stopped after step 3, as asked"):
+        tunesmith.train(recipe, data=DATA, out=tmp_path / "run")
+    assert [found.step for found in checkpoint.found(tmp_path / "run" / "checkpoints")] == [3]
+
+
 @pytest.mark.parametrize(("fails", "steps", "kept"), [(2, 4, []), (4, 6, [2]), (6, 6, [4])])
 def test_a_save_that_fails_ends_the_run_at_the_next_or_at_its_end(
     fails: int,
@@ -167,13 +176,13 @@ def test_the_best_is_restored_behind_the_last_save(
     def listen(event: str, data: Mapping[str, Any]) -> None:
         told.extend([data["step"]] if event == "best" else [])
 
-    worse = itertools.count(1.0)
+    found = iter((2.0, 1.0, 3.0))
     monkeypatch.setattr(checkpoint, "put", slow)
-    monkeypatch.setattr(training, "losses", lambda *_: {"loss": next(worse)})
+    monkeypatch.setattr(training, "losses", lambda *_: {"loss": next(found)})
     train = {**recipe["train"], "evaluate_every": 2}
     tunesmith.train({**recipe, "train": train}, data=DATA, out=tmp_path / "run", listen=listen)
     best, last = checkpoint.found(tmp_path / "run" / "checkpoints")
-    assert (told, best.step, last.step) == ([2], 2, 6)
+    assert (told, best.step, last.step) == ([4], 4, 6)
     saved = checkpoint.read(best)["engine"]["parameters"]
     model = load_file(tmp_path / "run" / "model" / "adapter_model.safetensors")
     assert {t.numpy().tobytes() for t in model.values()} == {t.numpy().tobytes() for t in saved.values()}
