@@ -2,7 +2,7 @@
 
 safetensors' own `save` copies twice and keeps all other threads waiting meanwhile. For the 1.6 GB of a full run of 135M
 parameters on one core of a CPU it took 2.2 s, this 0.8 s. From an H200, 7.2 GB took 0.4 s through pinned buffers and
-4.6 s without, 16 cores at it; LoRA's 0.5 GB in 1,792 tensors took 0.07 s. All of it pinned took 0.1 s, but 5 s at first,
+4.6 s without, with 16 cores; LoRA's 0.5 GB in 1,792 tensors took 0.07 s. All of it pinned took 0.1 s, but 5 s at first,
 and stays taken from the host until the process ends.
 """
 
