@@ -3,8 +3,8 @@
     python benchmarks/gpu/planner.py [--recipes 20] [--seed 4] [--out PLANNER.md]
 
 Each recipe (method, precision, lengths, model, batch) is planned and trained for a few steps by the public API, in a
-process of its own. Memory is what torch's allocator reserved at most in training; time is the median step behind the
-first ones, which compile.
+process of its own, and left before anything is written. Memory is what torch's allocator reserved at most in training;
+time is the median step behind the first ones, which compile.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ import json
 import multiprocessing
 import statistics
 import tempfile
+import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -25,6 +28,9 @@ from workload import QWEN3
 
 from tunesmith import api
 from tunesmith.engine.precision import choose_device
+from tunesmith.errors import StoppedError
+from tunesmith.events import StopRun
+from tunesmith.monitor import Monitor
 
 LLAMA: dict[str, Any] = {"model_type": "llama", "vocab_size": 32000, "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
 LLAMA["max_position_embeddings"] = 4096
@@ -56,7 +62,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 4096,
     },
 }
-STEPS, FIRST = 12, 4  # of a run; those that are not timed
+STEPS, FIRST = 10, 4  # of a run; those that are not timed
 TOKENS = 32_768  # of a step at most
 METHODS = {"lora": 0.4, "full": 0.25, "dora": 0.15, "ia3": 0.1, "prefix": 0.1}  # how often each is drawn
 LENGTHS = (64, 256, 1024, 3000)
@@ -134,13 +140,20 @@ def measured(drawn: dict[str, Any], number: int, base: Path, out: Path) -> dict[
             "max_steps": STEPS,
             "batch_size": drawn["batch_size"],
             "sequence_length": 4096,
-            "save_every": 10 * STEPS,  # writing is no part of what is compared
         },
         "place": {"device": "cuda", "compile": False},
     }
-    run = api.train(recipe, data={"train": rows(drawn, number)}, out=out)
-    plan = json.loads((run.path / "plan.json").read_text())
-    lines = [json.loads(line) for line in (run.path / "timings.jsonl").read_text().splitlines()]
+    lines: list[Any] = []
+
+    def listen(event: str, data: Any) -> None:
+        if event == "step":
+            lines.append(data)
+        if len(lines) == STEPS:
+            raise StopRun
+
+    with suppress(StoppedError), patch.object(Monitor, "save"):
+        api.train(recipe, data={"train": rows(drawn, number)}, out=out, listen=listen)
+    plan = json.loads((out / "plan.json").read_text())
     placement = plan["placement"]
     return {
         "predicted_gib": plan["prediction"]["peak_memory_bytes"] / 2**30,
@@ -203,11 +216,12 @@ def main() -> None:
                 maker.start()
                 maker.join()
             to = folder / f"{number}.json"
+            began = time.perf_counter()
             one = forks.Process(target=child, args=(drawn, number, base, folder / f"run-{number}", to))
             one.start()
             one.join()
             found.append(json.loads(to.read_text()) if to.is_file() else {**drawn, "error": f"ended {one.exitcode}"})
-            print(json.dumps(found[-1]), flush=True)
+            print(json.dumps({**found[-1], "took_s": round(time.perf_counter() - began)}), flush=True)
             asked.out.write_text(table(found), encoding="utf-8")
 
 

@@ -14,7 +14,7 @@ import workload
 from marks import Marks
 
 from tunesmith.data.pack import collate
-from tunesmith.engine.native import NativeEngine, Optimization
+from tunesmith.engine.native import OPTIMIZERS, NativeEngine, Optimization
 from tunesmith.gradients.clip import Clip
 from tunesmith.kernels.accelerate import accelerate
 from tunesmith.kernels.nf4 import hold_in_nf4
@@ -33,7 +33,7 @@ def main() -> None:
         torch.cuda.set_per_process_memory_fraction(asked.gib * 2**30 / torch.cuda.get_device_properties(0).total_memory)
     shape = workload.SHAPES[asked.shape]
     began = time.perf_counter()
-    policy = build(shape, asked.method, int4=asked.precision == "int4")
+    policy = build(shape, asked)
     taken = (
         {}
         if asked.unfused
@@ -41,7 +41,8 @@ def main() -> None:
     )
     recompute(policy.model, asked.again, asked.recompute)
     objective = Sft(Sft.Options())
-    optimization = Optimization(workload.LEARNING_RATES[asked.method], "constant", 0.0, 0.0, asked.steps)
+    rate = workload.LEARNING_RATES[asked.method]
+    optimization = Optimization(rate, "constant", 0.0, 0.0, asked.steps, asked.optimizer)
     engine = NativeEngine(
         policy, [{"params": [p for p in policy.parameters() if p.requires_grad]}], optimization, seed=17
     )
@@ -63,6 +64,7 @@ def main() -> None:
     recomputed = f", {half}{asked.recompute} layers recomputed" if asked.recompute else ""
     unfused = ", unfused" if asked.unfused else ""
     method = ", full" if asked.method == "full" else ""
+    method += ", adamw_8bit" if asked.optimizer == "adamw_8bit" else ""
     marks.begin()
     for index in range(asked.steps):
         one(index)
@@ -85,13 +87,15 @@ def main() -> None:
         profile(lambda: one(asked.steps - 1), asked.profile)
 
 
-def build(shape: dict[str, Any], method: str, *, int4: bool) -> Policy:
-    model = workload.build(shape, torch.float32 if method == "full" else torch.bfloat16)
-    if int4:
+def build(shape: dict[str, Any], asked: argparse.Namespace) -> Policy:
+    full = asked.method == "full"
+    whole = full and asked.optimizer == "adamw"
+    model = workload.build(shape, torch.float32 if whole else torch.bfloat16)
+    if asked.precision == "int4":
         hold_in_nf4(model, "cuda")
         torch.cuda.empty_cache()
     policy = Policy(model, "decoder", Tokens((), 0), packed=True, autocast=torch.bfloat16)
-    chosen = Full(Full.Options(), 0.0) if method == "full" else Lora(Lora.Options(rank=workload.RANK), 0.0)
+    chosen = Full(Full.Options(), 0.0) if full else Lora(Lora.Options(rank=workload.RANK), 0.0)
     chosen.attach(policy)
     return policy
 
@@ -129,6 +133,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--precision", choices=["bf16", "fp8", "int4"], default="bf16")
     parser.add_argument("--method", choices=["lora", "full"], default="lora")
+    parser.add_argument("--optimizer", choices=list(OPTIMIZERS), default="adamw")
     parser.add_argument("--shape", choices=list(workload.SHAPES), default="llama-3.1-8b")
     parser.add_argument("--rows", default="4096", help="length of every example, or mixture")
     parser.add_argument("--lengths", type=Path)
