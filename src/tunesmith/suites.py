@@ -11,8 +11,8 @@ from typing import Any
 from tunesmith import api, measuring
 from tunesmith.data.given import PathLike
 from tunesmith.errors import InputError
-from tunesmith.evaluation import harness
-from tunesmith.evaluation.harness import Answered
+from tunesmith.evaluation.harness import tasks as harness
+from tunesmith.evaluation.harness.tasks import Answered
 from tunesmith.evaluation.metrics import RowMetric
 from tunesmith.evaluation.run import measure, records_to_json
 from tunesmith.loaded import Loaded, load

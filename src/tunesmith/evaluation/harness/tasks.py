@@ -110,7 +110,7 @@ def answered(
     """What a model answers to the first `limit` rows of each task (None: to all), and its metrics of them."""
     from lm_eval.evaluator import evaluate
 
-    from tunesmith.evaluation.harness_model import HarnessModel
+    from tunesmith.evaluation.harness.model import HarnessModel
 
     model = HarnessModel(policy, renderer, context, seed)
     with _alone():

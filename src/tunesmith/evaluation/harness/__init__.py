@@ -1,0 +1,1 @@
+"""Standard tasks of lm-evaluation-harness, in a package of their own: metrics are found without importing it."""
