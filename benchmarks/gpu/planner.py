@@ -4,7 +4,7 @@
 
 Each recipe (method, precision, lengths, model, batch) is planned and trained for a few steps by the public API, in a
 process of its own, and left before anything is written. Memory is what torch's allocator reserved at most in training;
-time is the median step behind the first ones, which compile.
+time is the median step of the later half, when most lengths have been seen and compiled for.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 4096,
     },
 }
-STEPS, FIRST = 10, 4  # of a run; those that are not timed
+LEAST, STEPS, SECONDS = 10, 40, 25.0  # a run takes so many steps at least and at most, and between them so long
 TOKENS = 32_768  # of a step at most
 METHODS = {"lora": 0.4, "full": 0.25, "dora": 0.15, "ia3": 0.1, "prefix": 0.1}  # how often each is drawn
 LENGTHS = (64, 256, 1024, 3000)
@@ -139,7 +139,7 @@ def measured(drawn: dict[str, Any], number: int, base: Path, out: Path) -> dict[
         "train": {
             "max_steps": STEPS,
             "batch_size": drawn["batch_size"],
-            "sequence_length": 4096,
+            "sequence_length": 3500,
         },
         "place": {"device": "cuda", "compile": False},
     }
@@ -148,7 +148,7 @@ def measured(drawn: dict[str, Any], number: int, base: Path, out: Path) -> dict[
     def listen(event: str, data: Any) -> None:
         if event == "step":
             lines.append(data)
-        if len(lines) == STEPS:
+        if len(lines) == STEPS or (len(lines) >= LEAST and sum(line["seconds"] for line in lines) > SECONDS):
             raise StopRun
 
     with suppress(StoppedError), patch.object(Monitor, "save"):
@@ -158,8 +158,9 @@ def measured(drawn: dict[str, Any], number: int, base: Path, out: Path) -> dict[
     return {
         "predicted_gib": plan["prediction"]["peak_memory_bytes"] / 2**30,
         "reserved_gib": max(line["peak_memory_bytes"] for line in lines) / 2**30,
+        "allocated_gib": torch.cuda.max_memory_allocated() / 2**30,
         "predicted_ms": 1e3 * plan["prediction"]["seconds"] / STEPS,
-        "step_ms": 1e3 * statistics.median(line["seconds"] for line in lines[FIRST:]),
+        "step_ms": 1e3 * statistics.median(line["seconds"] for line in lines[len(lines) // 2 :]),
         "micro_batch": placement["micro_batch_tokens"],
         "again": f"{placement['recomputed']} {placement['recompute']}" if placement["recomputed"] else "-",
     }

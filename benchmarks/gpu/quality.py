@@ -19,11 +19,11 @@ import torch
 
 from tunesmith import api
 
-STEPS, EVERY, HELD = 400, 50, 1000  # steps, between two validations, rows of one
+STEPS, EVERY, HELD = 300, 50, 600  # steps, between two validations, rows of one
 ASK = "What is the intent of this request?\n\n"
 PAIRS = {  # a method -> what two runs differ in, the one with more bits first
     "lora": {"base in bf16": "precision=bf16", "base in fp8": "precision=fp8"},
-    "full": {"adamw": "train.optimizer=adamw", "adamw_8bit": "train.optimizer=adamw_8bit"},
+    "full": {"adamw": "optimizer=adamw", "adamw_8bit": "optimizer=adamw_8bit"},
 }
 
 
@@ -34,7 +34,8 @@ def rows(file: Path) -> list[dict[str, Any]]:
 
 def losses(method: str, change: str, asked: argparse.Namespace) -> dict[int, float]:
     """Validation loss by step."""
-    recipe = {
+    key, _, value = change.partition("=")
+    recipe: dict[str, Any] = {
         "model": asked.model,
         "objective": "sft",
         "method": method,
@@ -44,7 +45,8 @@ def losses(method: str, change: str, asked: argparse.Namespace) -> dict[int, flo
     }
     data = {split: rows(asked.folder / f"{split}.jsonl") for split in ("train", "validation")}
     data["validation"] = data["validation"][:: max(1, len(data["validation"]) // HELD)]
-    run = api.train(recipe, [change], data=data, out=asked.runs / f"{method}-{change.partition('=')[2]}")
+    (recipe["train"] if key == "optimizer" else recipe)[key] = value
+    run = api.train(recipe, data=data, out=asked.runs / f"{method}-{value}")
     lines = map(json.loads, (run.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     return {line["step"]: line["validation"]["loss"] for line in lines if "validation" in line}
 
