@@ -280,11 +280,12 @@ class _Probe:
         def base(head: Any) -> nn.Module:
             return few_layers(assets.local, head, dtype, self._count, device, in_nf4=in_nf4)
 
+        before = torch.cuda.memory_allocated(device)  # models measured before this one do not always go at once
         policy = session.build(plan, assets, base)
         engine, clip = training.engine_of(plan, assets, policy, []), Clip(plan.training.clip)
         batch = self._batch(policy)
         found = list(layers(policy.model).values())
-        gauge = _Gauge(device, found[-1])
+        gauge = _Gauge(device, found[-1], before)
         costs: list[Cost] = []
         for number in range(1, TIMED + 2):
             gauge.begin()
@@ -311,10 +312,12 @@ class _Probe:
 
 
 class _Gauge:
-    """The most memory in use: until the topmost layer's result has its gradient, until its input has, from then on."""
+    """The most memory in use: until the topmost layer's result has its gradient, until its input has, from then on;
+    all without what was in use `before`.
+    """
 
-    def __init__(self, device: torch.device, top: nn.Module) -> None:
-        self._device, self._most = device, [0, 0]
+    def __init__(self, device: torch.device, top: nn.Module, before: int = 0) -> None:
+        self._device, self._most, self._before = device, [0, 0], before
         top.register_forward_pre_hook(self._given, with_kwargs=True)
         top.register_forward_hook(self._returned)
 
@@ -324,7 +327,8 @@ class _Gauge:
 
     def ended(self) -> tuple[int, int, int]:
         rest = torch.cuda.max_memory_allocated(self._device)
-        return self._most[0] or rest, self._most[1] or rest, rest
+        loss, turn, rest = (most - self._before for most in (self._most[0] or rest, self._most[1] or rest, rest))
+        return loss, turn, rest
 
     def _given(self, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         self._watch(given[0] if given else named["hidden_states"], 1)

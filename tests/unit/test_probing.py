@@ -123,7 +123,7 @@ def test_all_layers_run_again_where_that_was_asked() -> None:
 def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Card:
     """A device whose peaks are those that a test names, so many bytes for each layer that runs once."""
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
-    sizes = {"layer": 0, "layers": 0, "again": 0, "token": 0, "tokens": 0, "most": 1 << 30}
+    sizes = {"left": 0, "layer": 0, "layers": 0, "again": 0, "token": 0, "tokens": 0, "most": 1 << 30}
     build, collate = session.build, probing.collate
 
     def laid_out(examples: Any, *given: Any, **named: Any) -> Any:
@@ -139,7 +139,11 @@ def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Card:
         return policy
 
     def most(*_: Any) -> int:
-        return (1 << 20) + (sizes["layer"] + sizes["token"] * sizes["tokens"]) * (sizes["layers"] - sizes["again"])
+        return (
+            sizes["left"]
+            + (1 << 20)
+            + (sizes["layer"] + sizes["token"] * sizes["tokens"]) * (sizes["layers"] - sizes["again"])
+        )
 
     monkeypatch.setattr(session, "build", built)
     monkeypatch.setattr(probing, "collate", laid_out)
@@ -147,6 +151,7 @@ def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Card:
     monkeypatch.setattr("tunesmith.planning.is_measured", lambda *_: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *_: sizes["left"])
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", most)
     monkeypatch.setattr("tunesmith.engine.memory.free_bytes", lambda *_: 100 << 20)
     return lambda layer, **more: sizes.update(layer=layer, **more)
@@ -179,7 +184,7 @@ UNSEEN = [{"prompt": f"tell me {i}", "completion": f"{i}"} for i in range(3)]
 
 @pytest.mark.parametrize("method", ["lora", "full", "prompt", "dora"])
 def test_a_plan_tells_what_was_measured(card: Card, tiny_llama: Path, tmp_path: Path, method: str) -> None:
-    card(1 << 20)
+    card(1 << 20, left=50 << 20)  # of what was measured before
     deep = _deep(tiny_llama, tmp_path / "deep", 8)
     plan = api.plan({**_recipe(deep), "method": method}, data={"train": ROWS})
     assert plan.placement.recompute == "none"
