@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 256  # numbers that share a scale
-CHUNK = 2**20  # numbers moved at a time where no kernel serves
+CHUNK = 2**18  # numbers moved at a time where no kernel serves: on a CPU core 22 ns each, 36 by 2**20, 38 by 2**14
 _STEP, _PLACE = 0x9E3779B1, 0x85EBCA77  # odd, so that steps and parameters have draws of their own
 
 
