@@ -77,10 +77,11 @@ def test_a_program_passes_where_it_comes_to_its_end(program: str, why: str) -> N
 )  # fmt: skip
 @pytest.mark.usefixtures("nothing_left")
 def test_what_a_program_takes_is_limited(program: str, why: str) -> None:
+    # What is stopped by another limit than its seconds may need many of them where the machine is busy.
     start = time.monotonic()
-    found = run(program, Limits(seconds=1.0 if why.endswith(" s") else 60.0))
+    found = run(program, Limits(seconds=1.0 if why.endswith(" s") else 50.0))
     assert (found.passed, found.why[: len(why)]) == (False, why)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 50  # below what the one that sleeps would take
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "/usr/here", "/here", "/dev/here", f"{sys.prefix}/here", "{there}"])
