@@ -89,9 +89,16 @@ class Bench:
     def train_words(self, out: Path, workers: int = 1) -> list[str]:
         return ["train", str(self.recipe), f"place.workers={workers}", "--out", str(out)]
 
+    def crossval_words(self, out: Path) -> list[str]:
+        return ["crossval", str(self.recipe), "train.max_steps=4", "--folds", "2", "--out", str(out)]
+
     def fork(self, case: Case, out: Path, verb: str) -> dict[str, Any]:
         """One command in a child of a warm process."""
-        words = self.train_words(out, case.workers) if verb == "train" else [verb, str(out)]
+        words = {
+            "train": self.train_words(out, case.workers),
+            "resume": ["resume", str(out)],
+            "crossval": self.crossval_words(out),
+        }[verb]
         cache = out.with_suffix(".cache") if case.own_cache else self.folder / "cache"
         line = {"out": str(out), "words": words, "how": case.how, "at": case.at, "save": case.save, "cache": str(cache)}
         process = self.free.get()
@@ -235,6 +242,25 @@ def test_killed_twice(bench: Bench) -> None:
     assert bench.fork(Case("operation", 30, 1), out, "resume")["code"] == KILLED
     assert bench.fork(Case("validation", 1), out, "resume")["code"] == KILLED
     bench.finish(Case("", 0), out)
+
+
+def test_a_cross_validation_killed_in_each_of_its_runs_and_between(bench: Bench) -> None:
+    whole = bench.folder / "crossval"
+    assert bench.fork(Case("", 0, own_cache=True), whole, "crossval")["code"] == 0, bench.log(whole)
+    operations = len(json.loads(whole.with_suffix(".trace").read_text()))
+    parts = [Path(), Path("folds/1"), Path("folds/2")]
+    expected = [bits(whole / part) for part in parts]
+
+    def killed(at: int) -> None:
+        out = bench.folder / f"crossval-{at}"
+        assert bench.fork(Case("operation", at, own_cache=True), out, "crossval")["code"] == KILLED
+        assert bench.fork(Case("", 0, own_cache=True), out, "crossval")["code"] == 0, f"{at}: {bench.log(out)}"
+        assert [bits(out / part) for part in parts] == expected, at
+
+    drawn = random.Random(3)
+    spans = [range(n * operations // 6, (n + 1) * operations // 6) for n in range(6)]
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        list(pool.map(killed, [*(drawn.choice(span) + 1 for span in spans), operations]))
 
 
 @pytest.mark.parametrize("workers", [1, 4])
