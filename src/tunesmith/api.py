@@ -304,8 +304,8 @@ def evaluate(
             asked,
             of_card(loaded.card),
         )
-        in_train = measuring.count_trained_on(run, rows)
-        measuring.merge(results, measuring.score(of, rows, found, loaded.objective, recipe, metrics, in_train))
+        seen = measuring.count_seen(run, rows)
+        measuring.merge(results, measuring.score(of, rows, found, loaded.objective, recipe, metrics, seen))
         kept = recipe.evaluate.keep if keep is None else None if keep == "all" else keep
         measuring.write_predictions(run, of, rows, found, kept, recipe.evaluate.groups)
         measuring.write_results(run, results)

@@ -179,7 +179,7 @@ class _Set:
                 metric.name,
                 *interval(metric, table, seed, clusters_N=clusters_N),
                 len(rows),
-                reason=lacking(metric, table),
+                reason=lacking(metric, table, clusters_N=clusters_N),
             )
             for metric in metrics
             for who, table in tables[metric.name].items()

@@ -23,6 +23,7 @@ from tunesmith.types import Prediction, Row
 
 FOLDS = "folds"  # the folder of the folds' runs, and the name of all their answers as one set
 FREE = ("out", "place", "report_to")  # of a recipe: what may differ where a cross-validation is gone on with
+_UNSEEN = {"in_train": 0, "in_validation": 0}  # of a fold's rows, by the model that answers them
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +146,7 @@ def _measured(path: Path, recipe: Recipe, parts: Sequence[Path], told: Mapping[s
     with run.hold():
         results = measuring.read_results(run)
         whole = {model: own for model, own in found.items() if len(own) == len(rows)}
-        measuring.merge(results, measuring.score(FOLDS, rows, whole, objective, recipe, in_train=0))
+        measuring.merge(results, measuring.score(FOLDS, rows, whole, objective, recipe, seen=_UNSEEN))
         kept = path / answers.FOLDER
         kept.mkdir(exist_ok=True)
         rundir.write_file(kept / f"{FOLDS}.jsonl", b"".join(_lines(parts)))

@@ -73,7 +73,8 @@ def judged(
             *interval(metric, tables[setting], seed, clusters_N=clusters_N),
             values[setting] - values[best],
             adjusted.get(setting),
-            lacking(metric, tables[setting]) or (effects[setting].reason if setting in effects else None),
+            lacking(metric, tables[setting], clusters_N=clusters_N)
+            or (effects[setting].reason if setting in effects else None),
         )
         for setting in sorted(answers, key=lambda one: one.plainness)
     ]

@@ -90,8 +90,7 @@ def measure_run(
             calibration,
         )
         write_predictions(run, name, rows, found, recipe.evaluate.keep, recipe.evaluate.groups)
-        in_train = count_trained_on(run, rows)
-        merge(results, score(name, rows, found, assets.objective, recipe, in_train=in_train))
+        merge(results, score(name, rows, found, assets.objective, recipe, seen=count_seen(run, rows)))
     write_results(run, results)
     return results
 
@@ -168,14 +167,13 @@ def score(
     objective: Objective,
     recipe: Recipe,
     metrics: Sequence[str] | None = None,
-    in_train: int | None = None,
+    seen: Mapping[str, int | None] | None = None,
 ) -> dict[str, Any]:
     """Records with intervals for each model, over all rows, by class and by group; and the paired effects of tuning.
 
     `metrics` (else the recipe's) are measured or refused; those of the objective where the rows can have them. By
-    a metric that the majority class is no floor for, the tuned model is not tested against it. Each record says how
-    many of the set's rows stand in the run's training rows too (`in_train`; None where it is not known), and among how
-    many passages was searched (`candidates`), if any were.
+    a metric that the majority class is no floor for, the tuned model is not tested against it. Each record has
+    what `count_seen` found (`seen`), and among how many passages was searched (`candidates`), if any were.
     """
     asked = metrics or recipe.evaluate.metrics
     names = metric_names((*objective.needs.metrics, *OF_SETS), asked)
@@ -213,7 +211,7 @@ def score(
     searched = found[TUNED][0].scores.get("candidates")
     unknown = 0 if labels is None else sum(not set(p.expected) <= set(labels) for p in found[TUNED])
     own = {
-        "in_train": in_train,
+        **(seen or {}),
         **({} if searched is None else {"candidates": int(searched)}),
         **({"unknown_labels": unknown} if unknown else {}),
     }
@@ -221,15 +219,17 @@ def score(
     return {"records": said, "effects": effects, "details": details, "groups": apart}
 
 
-def count_trained_on(run: RunDir, rows: Sequence[Row]) -> int | None:
-    """How many of the rows stand in the run's training rows, by the keys of the audit; None where these are unknown.
+def count_seen(run: RunDir, rows: Sequence[Row]) -> dict[str, int | None]:
+    """How many of the rows stand in the run's training and validation rows, by the keys of the audit.
 
-    An exported model, and a run of before these keys were kept, know none.
+    None where these are unknown: to an exported model, and to a run of before they were kept.
     """
-    path = run.path / rundir.TRAIN_KEYS
-    if not path.is_file():
-        return None
-    return len(shared(as_keys(b"".join(row_keys(row.value)[0] for row in rows)), as_keys(path.read_bytes())))
+    keys = as_keys(b"".join(row_keys(row.value)[0] for row in rows))
+    found: dict[str, int | None] = {}
+    for name, file in (("in_train", rundir.TRAIN_KEYS), ("in_validation", rundir.VALIDATION_KEYS)):
+        path = run.path / file
+        found[name] = len(shared(keys, as_keys(path.read_bytes()))) if path.is_file() else None
+    return found
 
 
 def merge(results: dict[str, Any], new: Mapping[str, Any]) -> None:

@@ -25,7 +25,8 @@ from tunesmith.errors import InputError, ResourceError
 LOCK, HOLDER = ".lock", ".holder.json"
 TRAIN_KEYS = "train.keys"  # of what each training row shows the model, 16 bytes a row, sorted
 CROSSVAL = "crossval.json"  # what a cross-validation found in its folds
-BEFORE_MANIFEST = ("recipe.yaml", "plan.json", TRAIN_KEYS)  # what a run writes before it has begun
+VALIDATION_KEYS = "validation.keys"  # likewise
+BEFORE_MANIFEST = ("recipe.yaml", "plan.json", TRAIN_KEYS, VALIDATION_KEYS)  # what a run writes before it has begun
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 

@@ -56,7 +56,9 @@ def begin(run: RunDir, recipe: Recipe, plan: Plan, assets: Assets, plugins: Mapp
     """Writes what identifies the run; the manifest last, because a folder with one is a run."""
     rundir.write_file(run.path / "recipe.yaml", dump_recipe(recipe).encode())
     rundir.write_json(run.path / "plan.json", plan.to_json())
-    rundir.write_file(run.path / rundir.TRAIN_KEYS, np.unique(assets.prepared.keys).tobytes())
+    prepared = assets.prepared
+    for name, keys in ((rundir.TRAIN_KEYS, prepared.keys), (rundir.VALIDATION_KEYS, prepared.validation_keys)):
+        rundir.write_file(run.path / name, np.unique(keys).tobytes())
     rundir.write_json(run.path / "manifest.json", _manifest(plan, plugins))
 
 

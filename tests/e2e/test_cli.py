@@ -192,8 +192,8 @@ def test_resume_of_a_finished_run_shows_its_result_and_changes_nothing(run: Path
     assert done.code == 0, done.err
     assert done.json["records"] == json.loads((run / "evaluation.json").read_text())
     assert done.json["effects"] == json.loads((run / "comparison.json").read_text())
-    record = {"model", "data", "group", "metric", "value", "low", "high", "n", "reason", "signature", "in_train"}
-    assert all(set(entry) == record for entry in done.json["records"])
+    record = {"model", "data", "group", "metric", "value", "low", "high", "n", "reason", "signature"}
+    assert all(set(entry) == {*record, "in_train", "in_validation"} for entry in done.json["records"])
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
@@ -347,14 +347,17 @@ def test_rows_that_the_run_was_trained_on_are_counted_and_told(project: Path, ru
     assert done.code == 0, done.err
     told = "36 of 41 rows of seen stand in the training rows too"
     assert f"warning: {told}" in done.out
-    assert {r["in_train"] for r in call("evaluate", copy, "--json").json["records"] if r["data"] == "seen"} == {36}
-    assert (
-        told.replace("rows of seen", "rows").replace("36 of", "36 of these")
-        in call("report", copy, "--format", "md").out
-    )
-    (copy / "train.keys").unlink()  # a run of before they were kept
+    assert "4 of 41 rows of seen stand in the validation rows too" in done.out
+    records = call("evaluate", copy, "--json").json["records"]
+    assert {(r["in_train"], r["in_validation"]) for r in records if r["data"] == "seen"} == {(36, 4)}
+    page = call("report", copy, "--format", "md").out
+    assert told.replace("rows of seen", "rows").replace("36 of", "36 of these") in page
+    assert "36 of which it was trained on, 4 of which also chose the checkpoint" in page
+    assert "4 of these 41 rows are validation rows" in page
+    for name in ("train.keys", "validation.keys"):
+        (copy / name).unlink()  # a run of before they were kept
     unknown = call("evaluate", copy, "--data", project / "seen.jsonl", "--json").json["records"]
-    assert {r["in_train"] for r in unknown if r["data"] == "seen"} == {None}
+    assert {(r["in_train"], r["in_validation"]) for r in unknown if r["data"] == "seen"} == {(None, None)}
 
 
 def test_evaluate_on_one_row_knows_no_spread_and_says_so(project: Path, run: Path) -> None:

@@ -308,3 +308,17 @@ def test_holm_is_closed_testing_by_bonferroni(count: int) -> None:
         sets = [s for size in range(1, count + 1) for s in itertools.combinations(range(count), size) if i in s]
         assert adjusted[i] == pytest.approx(max(min(1.0, len(s) * min(p[j] for j in s)) for s in sets))
     assert holm([]) == []
+
+
+@pytest.mark.parametrize(("sources", "carry"), [(1, False), (4, False), (5, True)])
+def test_few_sources_carry_no_interval_and_no_test(sources: int, carry: bool) -> None:
+    """Of any metric, however many rows each has, by itself and compared."""
+    rng = np.random.default_rng(4)
+    tokens = rng.integers(5, 80, 60)
+    before, after = (scored(tokens * rng.lognormal(0, 0.5, 60), tokens) for _ in range(2))
+    clusters_N = np.arange(60) % sources
+    (record,) = measure("tuned", "test", after, [Loss()], 0, clusters_N)
+    effect = compare(before, after, Loss(), 0, clusters_N=clusters_N)
+    assert math.isfinite(record.low) == math.isfinite(effect.low) == effect.tested == carry
+    why = None if carry else f"no interval: the rows are of {sources} source{'s' * (sources > 1)}, and it takes 5"
+    assert (record.reason, effect.reason) == (why, why)

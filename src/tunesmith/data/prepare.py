@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from tunesmith.data import aside, audit
 from tunesmith.data.audit import Audit, Leaks, SplitAudit
-from tunesmith.data.checks import Keys
+from tunesmith.data.checks import Keys, as_keys
 from tunesmith.data.corpus import Corpus, open_corpus
 from tunesmith.data.ingest import FOLD, Given, Memory, Progress, code_version, digest, given, ingest
 from tunesmith.data.pool import Pool
@@ -36,8 +36,9 @@ class Prepared:
     """The stores of a run.
 
     Train example i belongs to training set `sources[i]` and is seen `repeats[i]` times an epoch; `keys[i]` is of what
-    its row shows the model. `corpus`: what is searched, where one was given; `easy_first`: an order of train, likewise;
-    `times`: how much more often rows of each class are seen where the recipe balances them.
+    its row shows the model, and `validation_keys` are those of the validation rows. `corpus`: what is searched, where
+    one was given; `easy_first`: an order of train, likewise; `times`: how much more often rows of each class are seen
+    where the recipe balances them.
     """
 
     train: TokenStore
@@ -46,6 +47,7 @@ class Prepared:
     repeats: NDArray[np.float64]
     sources: NDArray[np.int32]
     keys: Keys
+    validation_keys: Keys
     audit: Audit
     corpus: Corpus | None = None
     easy_first: EasyFirst | None = None
@@ -146,7 +148,8 @@ def prepare(
     weights = np.array([source.weight for source in splits.sets], dtype=np.float64)
     tests = {name: store for name, (store, _, _) in held.items()}
     held_out = validation[0] if validation else None
-    return Prepared(train, held_out, tests, weights[source_N], source_N, splits.train.keys[kept], found, corpus)
+    keys, held_keys = splits.train.keys[kept], splits.held["validation"].keys if validation else as_keys(b"")
+    return Prepared(train, held_out, tests, weights[source_N], source_N, keys, held_keys, found, corpus)
 
 
 @dataclass(frozen=True, slots=True)

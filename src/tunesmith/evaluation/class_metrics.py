@@ -23,6 +23,7 @@ from tunesmith.evaluation.metrics import (
     Bounds,
     FloatArray,
     MetricKind,
+    lacking,
     quotient,
     reference_of,
 )
@@ -237,7 +238,8 @@ def by_class(
             right_N2 = np.column_stack([(said_NL & actual_NL)[rows, at], np.ones(len(rows))]).astype(np.float64)
             own = None if clusters_N is None else np.unique(clusters_N[rows], return_inverse=True)[1]
             limits = interval(Accuracy(), right_N2, seed=0, clusters_N=own)
-            records.append(Metric(model, data, metric, *limits, len(rows), f"label={label}"))
+            why = lacking(Accuracy(), right_N2, clusters_N=own)
+            records.append(Metric(model, data, metric, *limits, len(rows), f"label={label}", why))
     return records
 
 

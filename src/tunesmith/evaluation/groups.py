@@ -72,18 +72,14 @@ def gap(
     low_end, high_end = ordered[0], ordered[-1]
     best, worst = (high_end, low_end) if metric.higher_is_better else (low_end, high_end)
     value = values[high_end] - values[low_end]
-    why = next((reason for name in (best, worst) if (reason := lacking(metric, tables[name]))), None)
+    own = {name: None if clusters is None else clusters[name] for name in ordered}
+    reasons = (lacking(metric, tables[name], clusters_N=own[name]) for name in (best, worst))
+    why = next(filter(None, reasons), None)
     if why is not None:
         return Gap(metric.name, best, worst, value, math.nan, math.nan, len(ordered), why)
     pairs = len(ordered) * (len(ordered) - 1) // 2
     (_, below, above), (_, under, over) = (
-        interval(
-            metric,
-            tables[name],
-            seed,
-            level=1 - (1 - LEVEL) / pairs,
-            clusters_N=None if clusters is None else clusters[name],
-        )
+        interval(metric, tables[name], seed, level=1 - (1 - LEVEL) / pairs, clusters_N=own[name])
         for name in (high_end, low_end)
     )
     low = value - math.hypot(values[high_end] - below, over - values[low_end])

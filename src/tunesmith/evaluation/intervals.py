@@ -56,7 +56,7 @@ def interval(
     """
     value = value_of(metric, statistics_NK)
     kind = metric.kind
-    if lacking(metric, statistics_NK):
+    if lacking(metric, statistics_NK, clusters_N=clusters_N):
         return (value, *NONE)
     if clusters_N is not None:
         statistics_NK = clustered(statistics_NK, clusters_N)

@@ -112,7 +112,10 @@ def side_by_side(
     metric: RowMetric, before_NK: FloatArray, after_NK: FloatArray, clusters_N: IntArray | None = None
 ) -> Pairing:
     """`pair` of the rows' statistics."""
-    reason = lacking(metric, before_NK, compared=True) or lacking(metric, after_NK, compared=True)
+    tables = (before_NK, after_NK)
+    reason = next(
+        filter(None, (lacking(metric, table, compared=True, clusters_N=clusters_N) for table in tables)), None
+    )
     if reason is not None:
         units = len(before_NK) if clusters_N is None else int(clusters_N.max()) + 1
         return _Silent(value_of(metric, after_NK) - value_of(metric, before_NK), units, reason)

@@ -40,7 +40,10 @@ def measure(
     records: list[Metric] = []
     for metric in metrics:
         table = statistics(metric, predictions)
-        limits, why = interval(metric, table, seed, clusters_N=clusters_N), lacking(metric, table)
+        limits, why = (
+            interval(metric, table, seed, clusters_N=clusters_N),
+            lacking(metric, table, clusters_N=clusters_N),
+        )
         signature = metric.signature() if isinstance(metric, Signed) else None
         records.append(Metric(model_name, data_name, metric.name, *limits, len(predictions), group, why, signature))
     return records

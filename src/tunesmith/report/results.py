@@ -94,17 +94,21 @@ def weaknesses(records: Sequence[Mapping[str, Any]]) -> list[str]:
         return [
             "there is no test set (data.test): these rows also chose the checkpoint, so the numbers may be too good"
         ]
-    rows = {r["data"]: (r["in_train"], r["n"]) for r in records if r["group"] == "all" and r.get("in_train")}
-    strange = {
-        r["data"]: (r["unknown_labels"], r["n"]) for r in records if r["group"] == "all" and "unknown_labels" in r
+    whole = [r for r in records if r["group"] == "all"]
+    seen = {
+        (r["data"], rows): (r[key], r["n"])
+        for key, rows in (("in_train", "training"), ("in_validation", "validation"))
+        for r in whole
+        if r.get(key)
     }
+    strange = {r["data"]: (r["unknown_labels"], r["n"]) for r in whole if "unknown_labels" in r}
     return [
         f"{count:,} of {of:,} rows of {visible(data)} have labels that the model does not know, so they count as wrong"
         for data, (count, of) in strange.items()
     ] + [
-        f"{count:,} of {of:,} rows of {visible(data)} stand in the training rows too, so the numbers are too good: "
-        "measure on rows that it was not trained on"
-        for data, (count, of) in rows.items()
+        f"{count:,} of {of:,} rows of {visible(data)} stand in the {rows} rows too, so the numbers are too good: "
+        f"measure on rows that {'it was not trained on' if rows == 'training' else 'chose nothing'}"
+        for (data, rows), (count, of) in seen.items()
     ]
 
 

@@ -64,20 +64,22 @@ def _of(table: Table, detectable: Mapping[tuple[str, str], float]) -> Verdict:
         names = ", ".join(line.metric.name for line in table.lines)
         text = f"Not judged: what is good is not known of {names}, which a plugin defines."
         return Verdict("Not judged", "caution", text, ("Give its file with --plugin.",), data=table.data)
-    on_validation, trained_on = table.data == VALIDATION, line.after.get("in_train") or 0
+    chose = line.after["n"] if table.data == VALIDATION else line.after.get("in_validation") or 0
+    trained_on = line.after.get("in_train") or 0
     few = "only " * (line.after["n"] < FEW_ROWS)
     plural = "s" * (line.after["n"] != 1)
     named = f"{table.data} row{plural}" if table.data in ("test", VALIDATION) else f"row{plural} of {table.data}"
     rows = f"{few}{line.after['n']:,} {named}"
-    caveats = _caveats(table, line, on_validation, detectable.get((table.data, line.metric.name)))
+    caveats = _caveats(table, line, detectable.get((table.data, line.metric.name)))
     if trained_on:
         rows += f", {trained_on:,} of which it was trained on"
-    if on_validation:
-        rows += ", which also chose the checkpoint"
+    if chose:
+        rows += ", which" if chose == line.after["n"] else f", {chose:,} of which"
+        rows += " also chose the checkpoint"
     standing = line.standing
-    where = " on validation rows" * on_validation or " on rows it was trained on" * bool(trained_on)
+    where = " on validation rows" * bool(chose) or " on rows it was trained on" * bool(trained_on)
     pill = _PILLS[standing] + where * (standing == "better")
-    tone = "caution" if (on_validation or trained_on) and standing == "better" else _TONES[standing]
+    tone = "caution" if (chose or trained_on) and standing == "better" else _TONES[standing]
     said = _compared(line, rows) if standing else _alone(line, rows)
     return Verdict(pill, tone, said, caveats, line, table.data)
 
@@ -122,10 +124,15 @@ def _alone(line: Line, rows: str) -> str:
     )
 
 
-def _caveats(table: Table, line: Line, on_validation: bool, detectable: float | None) -> tuple[str, ...]:
+def _caveats(table: Table, line: Line, detectable: float | None) -> tuple[str, ...]:
     found: list[str] = []
-    if on_validation:
+    if table.data == VALIDATION:
         found.append("There is no test set (data.test). Rows that chose the checkpoint flatter the model they chose.")
+    elif chose := line.after.get("in_validation"):
+        found.append(
+            f"{chose:,} of these {line.after['n']:,} rows are validation rows, by which the checkpoint and all that is "
+            "fitted to them were chosen, and flatter the tuned model: measure it on rows that chose nothing."
+        )
     if line.after.get("in_train"):
         found.append(
             f"{line.after['in_train']:,} of these {line.after['n']:,} rows stand in the training rows too and flatter "
