@@ -258,6 +258,7 @@ def evaluate(
     *,
     name: str | None = None,
     metrics: Sequence[str] | None = None,
+    by: Sequence[str] | None = None,
     keep: int | Literal["all"] | None = None,
     base: bool = True,
     corpus: Passages | None = None,
@@ -269,7 +270,7 @@ def evaluate(
     """Measures a run's model, or one exported or combined, on more rows: records for its evaluation.json, under `name`.
 
     `name`: of these rows in the results; left out, the file's own without its ending, or "rows" for rows in memory.
-    `metrics`, `keep` (answers, or "all"): in place of the recipe's.
+    `metrics`, `by` (columns whose values are groups), `keep` (answers, or "all"): in place of the recipe's.
     `base`: whether the base (or what the objective is compared with) is measured beside it.
     `corpus`: passages to be searched, as `load` takes them. Without `data`, returns what the run has measured.
     """
@@ -280,6 +281,8 @@ def evaluate(
     if data is None:
         check_measured(path)
         return result_of(run, results)
+    if by is not None:
+        recipe = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"by": list(by)})})
     if name is not None:
         check_name(name)
     of = name or (Path(data).stem if isinstance(data, str | os.PathLike) else "rows")

@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from tunesmith.comparable import (
     TUNED,
     Entrant,
@@ -25,6 +23,7 @@ from tunesmith.comparable import (
 from tunesmith.errors import InputError
 from tunesmith.evaluation import METRICS
 from tunesmith.evaluation.answers import MAJORITY
+from tunesmith.evaluation.groups import sources
 from tunesmith.evaluation.intervals import IntArray, interval
 from tunesmith.evaluation.likelihood_metrics import Loss
 from tunesmith.evaluation.metrics import FloatArray, RowMetric, WithoutFloor, build, lacking, statistics
@@ -169,7 +168,7 @@ class _Set:
         of = {who: [row.answers[who] for row in rows] for who in models}
         metrics, notes = _metrics(name, runs, of, asked)
         cluster = _cluster(runs, rows, notes)
-        clusters_N = np.unique([r.row.tags[cluster] for r in rows], return_inverse=True)[1] if cluster else None
+        clusters_N = sources([r.row.tags[cluster] for r in rows]) if cluster else None
         tables = {metric.name: {who: statistics(metric, found) for who, found in of.items()} for metric in metrics}
         seed = runs[0].seed
         records = [

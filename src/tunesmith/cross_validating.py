@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunesmith import api, measuring, rundir
+from tunesmith import api, measuring, rundir, training
 from tunesmith.data.given import PathLike, Rows
 from tunesmith.data.ingest import FOLD
-from tunesmith.errors import InputError, RefusedError
+from tunesmith.errors import InputError, RefusedError, StoppedError
 from tunesmith.evaluation import answers
 from tunesmith.models.saved import folder_of, read_card
+from tunesmith.plugins import load_plugins
 from tunesmith.recipe import Fold, Recipe
 from tunesmith.recipe_file import load_recipe, run_name
 from tunesmith.report import write
@@ -71,13 +72,14 @@ def crossval(
         )
     path = Path(out) if out else typed.out or Path("runs") / name
     options: dict[str, Any] = {"plugins": plugins, "listen": listen, "progress": progress}
-    whole, *held = (_fold(typed, number, folds, by) for number in range(folds + 1))
-    if not (path / "manifest.json").is_file():
-        api.plan(held[0], plugins=plugins)  # rows that make no such parts are told before anything is trained
-    _trained(whole, path, options)
     parts = [path / FOLDS / str(number) for number in range(1, folds + 1)]
-    for recipe_of_part, part in zip(held, parts, strict=True):
-        _trained(recipe_of_part, part, options)
+    runs = {run: _fold(typed, number, folds, by) for number, run in enumerate([path, *parts])}
+    _check(runs, plugins)
+    for run, of_run in runs.items():
+        try:
+            _trained(of_run, run, options)
+        except StoppedError as stopped:
+            raise StoppedError(f"{stopped.cause}, in {run}", "go on with the same command") from stopped
     spread = _spread(parts)
     result = _measured(path, typed, parts, {"folds": folds, "by": by, "metrics": spread})
     return CrossValidation(result, parts, spread)
@@ -96,17 +98,32 @@ def _recipe(
     return typed, f"{run_name(origin.file) if origin.file else 'run'}-crossval"
 
 
+def _check(runs: Mapping[Path, Recipe], plugins: Sequence[PathLike]) -> None:
+    """Tells what is wrong with any of the runs before one is trained: rows that make no such parts, or another recipe
+    or other rows than an earlier command began with.
+    """
+    begun = [path for path in runs if (path / "manifest.json").is_file()]
+    for path in begun:
+        before, _ = load_recipe(path / "recipe.yaml")
+        fold, asked = before.data.fold, runs[path].data.fold
+        if fold is not None and asked is not None and (fold.of, fold.by) != (asked.of, asked.by):
+            by = f" by {fold.by!r}" if fold.by else ""
+            raise RefusedError(
+                f"{path} is of {fold.of} folds{by}", "ask for the same, give another --out, or delete it"
+            )
+        if _meaning(before) != _meaning(runs[path]):
+            raise RefusedError(f"{path} is a run of another recipe", "give another --out, or delete it")
+    hashes = load_plugins(plugins)
+    for path, recipe in runs.items():
+        planned = api.plan(recipe, plugins=plugins, progress=False)
+        if path in begun:
+            training.check_same(RunDir.open(path), planned, hashes)
+
+
 def _trained(recipe: Recipe, path: Path, options: Mapping[str, Any]) -> api.Result:
     """The run of a recipe in a folder: begun, gone on with, or finished before."""
     if not (path / "manifest.json").is_file():
         return api.train(recipe, out=path, **options)
-    before, _ = load_recipe(path / "recipe.yaml")
-    fold, asked = before.data.fold, recipe.data.fold
-    if fold is not None and asked is not None and (fold.of, fold.by) != (asked.of, asked.by):
-        by = f" by {fold.by!r}" if fold.by else ""
-        raise RefusedError(f"{path} is of {fold.of} folds{by}", "ask for the same, give another --out, or delete it")
-    if _meaning(before) != _meaning(recipe):
-        raise RefusedError(f"{path} is a run of another recipe", "give another --out, or delete it")
     return api.go_on(path, **options)
 
 

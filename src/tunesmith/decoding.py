@@ -8,11 +8,9 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from tunesmith.evaluation import METRICS
 from tunesmith.evaluation.code_metrics import PassAtK
-from tunesmith.evaluation.groups import numbered
+from tunesmith.evaluation.groups import sources
 from tunesmith.evaluation.intervals import IntArray, interval
 from tunesmith.evaluation.metrics import RowMetric, build, lacking, statistics
 from tunesmith.evaluation.paired import compare, holm
@@ -101,7 +99,7 @@ def sweep(
         return None, {}
     rows = some_rows(store, asked.limit, recipe.seed)
     cluster = recipe.evaluate.cluster
-    clusters_N = None if cluster is None else numbered(np.array([row.tags[cluster] for row in rows]))
+    clusters_N = None if cluster is None else sources([row.tags[cluster] for row in rows])
     code = recipe.evaluate.code if isinstance(METRICS.get(asked.metric)([]), PassAtK) else None
     code = code and code.model_copy(update={"samples": 1})
     found: dict[str, Setting] = {}

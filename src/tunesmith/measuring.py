@@ -20,7 +20,7 @@ from tunesmith.evaluation.class_metrics import by_class
 from tunesmith.evaluation.class_metrics import details as class_details
 from tunesmith.evaluation.code_metrics import judged
 from tunesmith.evaluation.conformal import OF_SETS
-from tunesmith.evaluation.groups import Parted, gaps, numbered, parted, told
+from tunesmith.evaluation.groups import Parted, gaps, numbered, parted, sources, told
 from tunesmith.evaluation.intervals import IntArray
 from tunesmith.evaluation.metrics import RowMetric, WithoutFloor, applicable, build, scored
 from tunesmith.evaluation.paired import compare, holm, hypothesis
@@ -179,7 +179,7 @@ def score(
     names = metric_names((*objective.needs.metrics, *OF_SETS), asked)
     labels: list[str] | None = objective.describe().get("labels")
     cluster = recipe.evaluate.cluster
-    clusters_N = None if cluster is None else numbered(np.array([row.tags[cluster] for row in rows]))
+    clusters_N = None if cluster is None else sources([row.tags[cluster] for row in rows])
     records: list[Metric] = []
     effects: list[dict[str, Any]] = []
     columns = [
@@ -192,14 +192,16 @@ def score(
         tuned = of_group[TUNED]
         built = build(names if asked and group == ALL else applicable(names, tuned), tuned, labels)
         own = None if clusters_N is None else numbered(clusters_N[places_N])
+        forced = {metric.name for metric in built} - {*applicable([metric.name for metric in built], tuned)}
         for model, predictions in of_group.items():
-            having = built if model == TUNED else [m for m in built if m.name in applicable([m.name], predictions)]
+            fits = forced.union(applicable([metric.name for metric in built], predictions))
+            having = [metric for metric in built if metric.name in fits or model == TUNED]
             records += measure(model, name, predictions, having, recipe.seed, own, group)
         if group == ALL:
             apart = [told(name, one, gaps(one, tuned, built, recipe.seed, clusters_N)) for one in columns]
         before = next((of_group[model] for model in (BASE, *BASELINES) if model in of_group), None)
         if before is not None and group == ALL:
-            having = set(applicable([metric.name for metric in built], before))
+            having = forced.union(applicable([metric.name for metric in built], before))
             tested = [m for m in built if m.name in having and (BASE in found or not isinstance(m, WithoutFloor))]
             effects = paired_effects(name, before, tuned, tested, recipe.seed, own)
     details: dict[str, Any] = {}

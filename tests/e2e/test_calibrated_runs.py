@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tunesmith.errors import InputError
 from tunesmith.evaluation.calibrated import of_card
 from tunesmith.evaluation.scaling import Temperature
 from tunesmith.models.saved import read_card
+from tunesmith.report.results import calibrations
 from tunesmith.types import Prediction
 
 
@@ -103,6 +105,48 @@ def test_groups_are_told_apart_wherever_a_run_is_shown(run: Path, capsys: pytest
     assert "test by side: accuracy is best of" in str(api.report(run, format="md"))
     assert main(["evaluate", str(run), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["groups"] == [entry]
+
+
+def test_other_groups_are_asked_of_a_finished_run(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy, file = tmp_path / "run", tmp_path / "later.jsonl"
+    shutil.copytree(run, copy)
+    later = [{k: v for k, v in row.items() if k != "side"} | {"shop": f"s{i % 2}"} for i, row in enumerate(rows(40, 3))]
+    file.write_text("".join(json.dumps(row) + "\n" for row in later))
+    words = ["evaluate", str(copy), "--data", str(file)]
+    assert main(words) == 2
+    told = capsys.readouterr().err
+    assert "there is no column 'side', which evaluate or train of the recipe names" in told
+    assert main([*words, "--by", "none"]) == 0
+    assert main([*words, "--by", "shop", "--name", "shops"]) == 0
+    assert "shops by shop: accuracy is" in capsys.readouterr().out
+    groups = {r["data"]: set() for r in api.evaluate(copy).records}
+    for record in api.evaluate(copy).records:
+        groups[record["data"]].add(record["group"].partition("=")[0])
+    assert (groups["later"], groups["shops"]) == ({"all", "label"}, {"all", "label", "shop"})
+
+
+def test_a_scaling_that_makes_probabilities_worse_is_said_to() -> None:
+    def record(model: str, metric: str, value: float) -> dict[str, Any]:
+        return {"data": "test", "group": "all", "model": model, "metric": metric, "value": value}
+
+    before = [record("uncalibrated", "ece", 0.016), record("uncalibrated", "loss", 0.091)]
+    (worse,) = calibrations([*before, record("tuned", "ece", 0.021), record("tuned", "loss", 0.115)])
+    assert worse.endswith("no truer here: leave evaluate.calibrate out, or give more validation rows")
+    (better,) = calibrations([*before, record("tuned", "ece", 0.021), record("tuned", "loss", 0.090)])
+    assert better.endswith("loss 0.091 before, 0.090 after")
+
+
+def test_micro_averages_are_of_the_majority_too(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    found = api.evaluate(copy, DATA["test"], name="again", metrics=["accuracy", "micro_f1"], by=())
+    value = {
+        (r["model"], r["metric"]): r["value"] for r in found.records if r["data"] == "again" and r["group"] == "all"
+    }
+    for model in ("majority", "tuned"):
+        assert value[model, "micro_f1"] == pytest.approx(value[model, "accuracy"])
 
 
 def test_predict_and_evaluate_answer_as_was_measured(run: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tunesmith.evaluation.calibration import Ece
-from tunesmith.evaluation.groups import Gap, gap, gaps, parted, told
+from tunesmith.evaluation.groups import Gap, gap, gaps, parted, sources, told
 from tunesmith.evaluation.metrics import Accuracy, FloatArray
 from tunesmith.report.gaps import gap_line, gap_lines, small_line
 from tunesmith.types import Prediction
@@ -88,6 +88,7 @@ def test_small_groups_are_named_and_not_judged() -> None:
     assert "no interval of that, because of 30 rows in 15 bins" in lines[1]
     assert gap_line({**accuracy, "low": -0.1}).endswith("which chance alone can make")
     assert small_line({**entry, "small": {}}) is None
+    assert gap_line({**accuracy, "value": 0.0}) == "accuracy is the same of all 2 groups"
 
 
 def test_rows_of_one_source_count_as_such_and_one_group_has_no_gap() -> None:
@@ -100,3 +101,10 @@ def test_rows_of_one_source_count_as_such_and_one_group_has_no_gap() -> None:
     assert together.low < alone.low
     assert gap(Accuracy(), {"a": hits(3, 9)}, seed=0) is None
     assert isinstance(alone, Gap)
+
+
+def test_rows_without_a_source_are_sources_of_their_own() -> None:
+    assert len(set(sources(["a", "", "b", "", "a"]))) == 4
+    found = sources(["a", "", "b", "", "a"])
+    assert found[0] == found[4]
+    assert sorted(set(found)) == [0, 1, 2, 3]

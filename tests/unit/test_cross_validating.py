@@ -17,7 +17,7 @@ import tunesmith
 from tunesmith.cli import main
 from tunesmith.data.checks import as_keys
 from tunesmith.data.split import folds
-from tunesmith.errors import InputError, RefusedError
+from tunesmith.errors import InputError, RefusedError, StoppedError
 from tunesmith.evaluation import answers
 from tunesmith.recipe_evaluation import Evaluate
 
@@ -205,3 +205,31 @@ def test_a_fold_that_is_none_is_refused(data: dict[str, Any], cause: str, projec
     }
     with pytest.raises(InputError, match=cause):
         tunesmith.plan({**recipe, "data": {"train": str(project / "rows.jsonl"), **given}})
+
+
+def test_folds_of_other_rows_are_not_put_together(project: Path, tiny_bert: Path, tmp_path: Path) -> None:
+    """Stopped between two folds and begun again after the file has changed: half the answers would be of other rows."""
+    file, recipe = tmp_path / "rows.jsonl", tmp_path / "recipe.yaml"
+    file.write_text((project / "rows.jsonl").read_text())
+    recipe.write_text(json.dumps(_recipe(tiny_bert)))
+
+    def stop(event: str, data: dict[str, Any]) -> None:
+        if event == "step" and (tmp_path / "run/folds/1/evaluation.json").exists():
+            raise tunesmith.StopRun
+
+    with pytest.raises(StoppedError, match=r"stopped after step 1, as asked, in .*folds/2") as stopped:
+        tunesmith.crossval(recipe, folds=3, out=tmp_path / "run", listen=stop)
+    assert stopped.value.remedy == "go on with the same command"
+    whole = file.read_text()
+    file.write_text(whole.replace("good thing 3", "other thing"))
+    with pytest.raises(RefusedError, match=r"run cannot go on as it began: .*train"):
+        tunesmith.crossval(recipe, folds=3, out=tmp_path / "run")
+    file.write_text(whole)
+    assert tunesmith.crossval(recipe, folds=3, out=tmp_path / "run").result.record("accuracy", data="folds")["n"] == 24
+
+
+def test_what_is_wrong_with_a_later_fold_is_told_before_the_first(project: Path, tmp_path: Path) -> None:
+    odd = {"text": "an odd one", "label": "odd", "of": "odd"}
+    with pytest.raises(RefusedError, match="1 rows of fold have labels that train lacks: 'odd'"):
+        tunesmith.crossval(project / "recipe.yaml", folds=3, out=tmp_path / "run", data={"train": [*ROWS, odd]})
+    assert not (tmp_path / "run").exists()

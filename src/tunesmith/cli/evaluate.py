@@ -17,6 +17,7 @@ def _add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="F", type=Path, help="rows to measure on; left out, shows what was measured")
     parser.add_argument("--name", metavar="NAME", help="of these rows in the results; the file's own if left out")
     parser.add_argument("--metrics", metavar="a,b", type=names, help="metrics in place of the recipe's")
+    parser.add_argument("--by", metavar="a,b", type=_columns, help="groups in place of the recipe's, or `none`")
     parser.add_argument(
         "--keep",
         metavar="N",
@@ -34,6 +35,10 @@ def _add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-base", action="store_true", help="measure the tuned model alone")
     add_corpus(parser)
     add_plugins(parser)
+
+
+def _columns(text: str) -> list[str]:
+    return [] if text == "none" else names(text)
 
 
 def _count(text: str, least: int = 0) -> int:
@@ -77,6 +82,7 @@ def _run(options: argparse.Namespace, call: Call) -> int:
                 options.data,
                 name=options.name,
                 metrics=options.metrics,
+                by=options.by,
                 keep=options.keep,
                 base=not options.no_base,
                 corpus=corpus_of(options),
@@ -89,7 +95,7 @@ def _run(options: argparse.Namespace, call: Call) -> int:
 
 def _check(options: argparse.Namespace) -> None:
     """InputError for flags that are of something else than what is asked for."""
-    given = [f"--{name}" for name in ("name", "metrics", "keep", "corpus") if getattr(options, name) is not None]
+    given = [f"--{name}" for name in ("name", "metrics", "by", "keep", "corpus") if getattr(options, name) is not None]
     of_suite = [f"--{name}" for name in ("tasks", "limit", "shots") if getattr(options, name) is not None]
     if options.suite is None and of_suite:
         raise InputError(f"{' and '.join(of_suite)}: how to ask a standard task", "name it with --suite lm-eval:TASK")

@@ -124,12 +124,14 @@ class Fields:
     def tag(self, name: str) -> str:
         """What a group of rows has in common: a text, number or truth value as text, "" where there is none."""
         if name not in self._raw:
-            raise absent_column(name, self._raw, self.where)
+            raise absent_column(name, self._raw, self.where, named="which evaluate or train of the recipe names")
         value = self.get(name)
         if isinstance(value, bool) or value is None:
             return {True: "true", False: "false", None: ""}[value]
         if not isinstance(value, str | numbers.Real):
-            raise self.wrong(name, f"rows are grouped by text or numbers, this is {shown(value)}", "name the group")
+            raise self.wrong(
+                name, f"rows are grouped by text or numbers, this is {shown(value)}", "give one, or name another column"
+            )
         return str(value)
 
     def _enough(self, name: str, found: list[str], least: int) -> list[str]:
@@ -156,12 +158,15 @@ class Fields:
         return value
 
 
-def absent_column(column: str, present: Iterable[str], where: str, mapped_as: str | None = None) -> InputError:
-    """For a column that a record lacks: names those that it has, and the nearest."""
+def absent_column(
+    column: str, present: Iterable[str], where: str, mapped_as: str | None = None, named: str = ""
+) -> InputError:
+    """For a column that a record lacks: names those that it has, and the nearest. `named`: by what it is asked for."""
     have = [str(name) for name in present]
     near = difflib.get_close_matches(column, have, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     mapped = f", which data.columns gives as {mapped_as!r}" if mapped_as else ""
+    mapped += f", {named}" * bool(named)
     return InputError(
         f"{where}: there is no column {column!r}{mapped}", f"{hint}the row has: {', '.join(have) or 'none'}"
     )

@@ -119,6 +119,11 @@ def told(data: str, of: Parted, gaps: Sequence[Gap]) -> dict[str, Any]:
     }
 
 
+def sources(values: Sequence[str]) -> IntArray:
+    """The rows' values of a column as clusters; a row without one is a source of its own."""
+    return numbered(np.array([value or f"\0{place}" for place, value in enumerate(values)]))
+
+
 def numbered(clusters: NDArray[Any]) -> IntArray:
     """Clusters by numbers from 0."""
     return np.unique(clusters, return_inverse=True)[1]

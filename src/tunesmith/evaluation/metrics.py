@@ -7,6 +7,7 @@ same table. Shape letters: N rows, K statistics, L labels; "..." are resamples, 
 from __future__ import annotations
 
 import itertools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -119,11 +120,13 @@ def lacking(
 ) -> str | None:
     """Why these rows give the metric no interval, or (`compared`) its difference none and no test; None if they do.
 
-    Rows of fewer than LEAST_SOURCES clusters give none to any.
+    Rows of fewer than LEAST_SOURCES clusters give none to any, and one row to no metric without bounds.
     """
     sources = LEAST_SOURCES if clusters_N is None else int(clusters_N.max(initial=-1)) + 1
     if sources < LEAST_SOURCES:
         return f"no interval: the rows are of {sources} source{'s' * (sources != 1)}, and it takes {LEAST_SOURCES}"
+    if len(statistics_NK) == 1 and not all(map(math.isfinite, metric.bounds)):
+        return "no interval: one row has no spread"
     why = metric.lacks(statistics_NK, compared) if isinstance(metric, Demanding) else None
     return why and f"no interval: {why}"
 
@@ -187,7 +190,7 @@ def check_fit(names: Sequence[str], predictions: Sequence[Prediction]) -> None:
     """InputError for a metric that is not of answers such as these."""
     for metric, prediction in itertools.product(build(names, ()), predictions):
         if isinstance(metric, Fitting) and prediction.kind not in metric.of:
-            fitting = [name for name in METRICS if prediction.kind in getattr(METRICS.get(name), "of", ())]
+            fitting = [name for name in METRICS if prediction.kind in getattr(METRICS.get(name), "of", KINDS)]
             raise InputError(
                 f"{metric.name} is of {' and '.join(map(KINDS.__getitem__, metric.of))}, and the answer to "
                 f"{prediction.where} is of {KINDS[prediction.kind]}",

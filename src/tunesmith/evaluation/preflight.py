@@ -141,7 +141,7 @@ def check_calibration(
         raise InputError(
             f"{key} is fitted to the validation rows and judged on others, and there are no "
             f"{'validation rows' if not validation else 'test rows'}",
-            "set data.validation and data.test",
+            f"set {' and '.join(_left_out(validation, tests))}",
         )
     sets = evaluate.conformal
     scaled, left = parts(len(validation), evaluate.calibrate is not None, sets is not None, seed)
@@ -157,10 +157,20 @@ def check_calibration(
         )
 
 
+def _left_out(validation: Sequence[Row], tests: int) -> list[str]:
+    """The keys of the rows that there are none of."""
+    return ["data.validation"] * (not validation) + ["data.test"] * (not tests)
+
+
 def check_groups(evaluate: Evaluate, sets: Sequence[Sequence[Row]]) -> None:
     """InputError where the values of a column that the recipe asks for make no groups in any of the sets of rows."""
     least = evaluate.least_of_group
     for column in evaluate.by if sets else []:
+        if all([row.tags[column]] == labels_of(row.value) for rows in sets for row in rows):
+            raise InputError(
+                f"evaluate.by is {column!r}, which is each row's label",
+                "leave it out: precision and recall of each label are in the report as it is",
+            )
         of_sets = [parted([row.tags[column] for row in rows], column, least) for rows in sets]
         if any(of.judged and len(of.judged) + len(of.small) > 1 for of in of_sets):
             continue
@@ -194,7 +204,7 @@ def check_decoding(evaluate: Evaluate, needs: ObjectiveNeeds, validation: Sequen
         raise InputError(
             "evaluate.decoding is chosen on the validation rows and judged on others, and there are no "
             f"{'test' if validation else 'validation'} rows",
-            "set data.validation and data.test",
+            f"set {' and '.join(_left_out(validation, tests))}",
         )
     if settings(asked) == [Setting()]:
         raise InputError(

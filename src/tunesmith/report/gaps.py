@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tunesmith.report.before_after import facts_of
 from tunesmith.report.figures import figure
 
 NO_VALUE = "(no value)"  # what a group is called whose rows have none in the column
@@ -16,16 +17,23 @@ def _called(value: str) -> str:
     return repr(value) if value else NO_VALUE
 
 
-def gap_line(gap: Json) -> str:
-    """One metric: the best group, the worst, and what chance leaves of the gap."""
+def gap_line(gap: Json, title: str | None = None) -> str:
+    """One metric, called by its `title` or else its name: the best group, the worst, what chance leaves of the gap."""
     best, worst = _called(gap["best"]), _called(gap["worst"])
-    ends = f"{gap['metric']} is best of {best}, worst of {worst}, of {gap['groups']} groups"
+    if gap["value"] == 0:
+        return f"{title or gap['metric']} is the same of all {gap['groups']} groups"
+    ends = f"{title or gap['metric']} is best of {best}, worst of {worst}, of {gap['groups']} groups"
     if gap["low"] is None:
         return f"{ends}: {figure(gap['value'])} apart; no interval of that" + (
             f", because of {gap['reason'].partition(': ')[2]}" if gap.get("reason") else ""
         )
     span = f"{figure(gap['value'])} apart [{figure(gap['low'])}, {figure(gap['high'])}]"
     return f"{ends}: {span}" + ("" if gap["low"] > 0 else ", which chance alone can make")
+
+
+def titled_line(gap: Json) -> str:
+    """The same, with the metric called as in a report."""
+    return gap_line(gap, facts_of(gap["metric"]).title)
 
 
 def small_line(entry: Json) -> str | None:

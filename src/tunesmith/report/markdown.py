@@ -14,7 +14,7 @@ from tunesmith.report import drawings, figures, verdict
 from tunesmith.report.answers import Answer, Answers
 from tunesmith.report.before_after import model_title
 from tunesmith.report.findings import file_name
-from tunesmith.report.gaps import gap_line, small_line
+from tunesmith.report.gaps import small_line, titled_line
 from tunesmith.report.page import harmless
 from tunesmith.report.summary import Summary
 
@@ -43,7 +43,7 @@ def render(template: str, context: Mapping[str, Any]) -> str:
         "changed_by": verdict.changed_by,
         "model_title": model_title,
         "drawings": drawings,
-        "gap_line": gap_line,
+        "gap_line": titled_line,
         "small_line": small_line,
     }
     text = _environment().get_template(template).render({**known, "file_name": file_name, **context})

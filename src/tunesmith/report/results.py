@@ -82,7 +82,10 @@ def calibrations(records: Sequence[Mapping[str, Any]]) -> list[str]:
             for name, both in metrics.items()
             if len(both) == 2 and both[UNCALIBRATED] != both[TUNED]
         ]
-        lines += [f"probabilities on {data} are calibrated: {'; '.join(changed)}"] if changed else []
+        loss = metrics.get("loss", {})
+        worse = len(loss) == 2 and loss[TUNED] > loss[UNCALIBRATED]
+        told = "; they are no truer here: leave evaluate.calibrate out, or give more validation rows" * worse
+        lines += [f"probabilities on {data} are calibrated: {'; '.join(changed)}{told}"] if changed else []
     return lines
 
 
@@ -103,7 +106,8 @@ def weaknesses(records: Sequence[Mapping[str, Any]]) -> list[str]:
     }
     strange = {r["data"]: (r["unknown_labels"], r["n"]) for r in whole if "unknown_labels" in r}
     return [
-        f"{count:,} of {of:,} rows of {visible(data)} have labels that the model does not know, so they count as wrong"
+        f"{count:,} of {of:,} rows of {visible(data)} have labels that the model does not know, so they count as "
+        "wrong, and in the loss as of the smallest probability there is"
         for data, (count, of) in strange.items()
     ] + [
         f"{count:,} of {of:,} rows of {visible(data)} stand in the {rows} rows too, so the numbers are too good: "
@@ -137,7 +141,7 @@ def _table(title: str, records: Sequence[Mapping[str, Any]], changes: Mapping[st
     compared = next((model for model in models if model not in (TUNED, UNCALIBRATED)), None)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
     table.title, table.title_justify = Text(f"\nmeasured on {title}"), "left"
-    table.add_column("metric", overflow="fold", min_width=8)
+    table.add_column("metric", overflow="fold", min_width=20)
     for heading in [*([compared] if compared else []), TUNED, *(["difference", "p"] if changes else []), "n"]:
         table.add_column(heading, justify="right", no_wrap=True)
     for metric in dict.fromkeys(str(record["metric"]) for record in records):

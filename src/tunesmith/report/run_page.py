@@ -11,7 +11,7 @@ from tunesmith.report.answers import OUTCOMES, compact
 from tunesmith.report.before_after import Line, model_title
 from tunesmith.report.classes import SHADES, Classes
 from tunesmith.report.findings import file_name
-from tunesmith.report.gaps import NO_VALUE, gap_line, small_line
+from tunesmith.report.gaps import NO_VALUE, small_line, titled_line
 from tunesmith.report.plots import Scale
 from tunesmith.report.summary import Summary
 
@@ -56,7 +56,7 @@ def run_page(summary: Summary) -> str:
             "groups": _groups(summary),
             "apart": {(entry["data"], entry["column"]): entry for entry in summary.groups},
             "drawings": drawings,
-            "gap_line": gap_line,
+            "gap_line": titled_line,
             "small_line": small_line,
             "changed": _changed(summary),
         },
