@@ -275,14 +275,12 @@ def evaluate(
     `corpus`: passages to be searched, as `load` takes them. Without `data`, returns what the run has measured.
     """
     load_plugins(plugins)
-    of_what = measurable(path := run_of(Path(path)))
+    of_what = measurable(path := run_of(Path(path)), by)
     run, recipe, counts = of_what.run, of_what.recipe, of_what.label_counts
     results = measuring.read_results(run)
     if data is None:
         check_measured(path)
         return result_of(run, results)
-    if by is not None:
-        recipe = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"by": list(by)})})
     if name is not None:
         check_name(name)
     of = name or (Path(data).stem if isinstance(data, str | os.PathLike) else "rows")
@@ -291,9 +289,8 @@ def evaluate(
         rows = questions(data, recipe.data.format, recipe.data.columns, recipe.evaluate.tags)
         check_kinds(rows, loaded.objective.needs, asking=False)
         asked, usual = metrics or recipe.evaluate.metrics or [], loaded.objective.needs.metrics
-        check_metrics(
-            asked, usual, of, rows, tried(loaded.objective, rows, counts), recipe.evaluate.code, loaded.gives_sets
-        )
+        without = tried(loaded.objective, rows, counts)
+        check_metrics(asked, usual, of, rows, without, recipe.evaluate.code, loaded.gives_sets)
         measuring.check_same_set(run, of, rows)
         found = measuring.measure_rows(
             of,
@@ -307,8 +304,8 @@ def evaluate(
             asked,
             of_card(loaded.card),
         )
-        seen = measuring.count_seen(run, rows)
-        measuring.merge(results, measuring.score(of, rows, found, loaded.objective, recipe, metrics, seen))
+        told = measuring.score(of, rows, found, loaded.objective, recipe, metrics, measuring.count_seen(run, rows))
+        measuring.merge(results, told)
         kept = recipe.evaluate.keep if keep is None else None if keep == "all" else keep
         measuring.write_predictions(run, of, rows, found, kept, recipe.evaluate.groups)
         measuring.write_results(run, results)

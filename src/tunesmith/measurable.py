@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,11 +40,14 @@ def run_of(path: Path) -> Path:
     return path.parent if inside else path
 
 
-def measurable(path: Path) -> Measurable:
-    """InputError where `path` is neither a run nor a model's folder, RefusedError where a file of it is damaged."""
+def measurable(path: Path, by: Sequence[str] | None = None) -> Measurable:
+    """InputError where `path` is neither a run nor a model's folder, RefusedError where a file of it is damaged.
+
+    `by`: the columns that rows are grouped by, in place of the recipe's.
+    """
     if not is_model(path):
         run = RunDir.open(path)
-        recipe, _ = load_recipe(path / "recipe.yaml")
+        recipe = _grouped(load_recipe(path / "recipe.yaml")[0], by)
         audit = rundir.read_record(path / "plan.json", "audit")["audit"]
         return Measurable(run, recipe, label_counts(audit["train"]), True)
     card = read_card(path)
@@ -54,7 +58,13 @@ def measurable(path: Path) -> Measurable:
         "method": card["method"]["name"],
         "seed": SEED,
     }
-    return Measurable(RunDir(path), parse_recipe(asked), None, False)
+    return Measurable(RunDir(path), _grouped(parse_recipe(asked), by), None, False)
+
+
+def _grouped(recipe: Recipe, by: Sequence[str] | None) -> Recipe:
+    if by is None:
+        return recipe
+    return recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"by": list(by)})})
 
 
 def check_measured(path: Path) -> None:

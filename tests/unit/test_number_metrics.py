@@ -13,6 +13,7 @@ from tunesmith.errors import InputError
 from tunesmith.evaluation import METRICS
 from tunesmith.evaluation.intervals import interval, value_of
 from tunesmith.evaluation.metrics import statistics
+from tunesmith.evaluation.paired import compare
 from tunesmith.types import Prediction
 
 PAIRS = st.lists(st.tuples(st.integers(-20, 20), st.integers(-20, 20)), min_size=3, max_size=40)
@@ -63,3 +64,24 @@ def test_a_row_without_a_number_is_named(name: str) -> None:
     metric = METRICS.get(name)([])
     with pytest.raises(InputError, match=f"{name} needs numbers, and f:3 has none expected"):
         statistics(metric, [Prediction("1", None, "f:3", {"predicted": 1.0})])
+
+
+@pytest.mark.parametrize("name", ["mae", "rmse", "pearson", "spearman"])
+def test_a_number_whose_square_is_none_is_refused(name: str) -> None:
+    with pytest.raises(
+        InputError, match=rf"{name} cannot be computed with numbers beyond 1e\+100, .* rows:1 is -1e\+308"
+    ):
+        statistics(METRICS.get(name)([]), _predictions(np.zeros(2), np.array([1.0, -1e308])))
+
+
+@pytest.mark.parametrize("name", ["pearson", "spearman"])
+@pytest.mark.parametrize("rows", [2, 19, 20])
+def test_of_few_rows_a_correlation_has_no_interval_and_no_test(name: str, rows: int) -> None:
+    rng = np.random.default_rng(3)
+    y, x, z = rng.normal(size=(3, rows))
+    metric = METRICS.get(name)([])
+    found = compare(_predictions(x, y), _predictions(z, y), metric, seed=1)
+    limits = interval(metric, statistics(metric, _predictions(x, y)), seed=1)[1:]
+    assert found.tested == bool(np.isfinite(limits).all()) == (rows >= 20)
+    if rows < 20:
+        assert found.reason == f"no interval: of {rows} rows a correlation tells little, and it takes 20"

@@ -113,3 +113,11 @@ def test_a_column_that_makes_no_groups_is_refused(values: list[str], least: int 
         return
     with pytest.raises(InputError, match=f"evaluate.by is 'of', .*{cause}"):
         check_groups(asked, sets)
+
+
+def test_labels_are_no_groups() -> None:
+    rows = [Row({"text": "t", "label": value}, "here", {"kind": value}) for value in "ab" * 20]
+    with pytest.raises(InputError, match=r"evaluate\.by is 'kind', which is each row's label"):
+        check_groups(Evaluate.model_validate({"by": "kind"}), [rows])
+    rows[0] = Row({"text": "t", "label": "a"}, "here", {"kind": "b"})
+    check_groups(Evaluate.model_validate({"by": "kind"}), [rows])

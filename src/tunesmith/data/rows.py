@@ -17,6 +17,8 @@ from tunesmith.data.checks import KEY_BYTES, Keys, row_keys
 from tunesmith.errors import InputError
 from tunesmith.types import Row
 
+LARGEST = 1e100  # of a number in a row that is learned or measured: squares of them are summed
+
 
 class RowWriter:
     """Writes rows.jsonl and the offsets of its lines."""

@@ -23,8 +23,7 @@ from tunesmith.types import AnswerKind, Prediction
 MetricKind = Literal["rate", "mean", "ratio", "general"]
 Bounds = tuple[float, float]
 FloatArray = NDArray[np.float64]
-# Rows of a rate that a metric over classes must be worth: with fewer its intervals hold 74% to 92%, or 99%.
-LEAST_WORTH = 10
+LEAST_WORTH = 10  # rows of a rate that a metric over classes must be worth: of fewer intervals hold 74% to 92%, or 99%
 LEAST_SOURCES = 5  # of 2 with 20 rows each the loss's interval holds 60%, of 3 72%, from 5 on all hold 92% or more
 LEAST_WORTH_COMPARED = 12  # with 3 rows of a class and 47 of the other a difference holds 84%
 KINDS: Mapping[AnswerKind, str] = {

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from tunesmith.data.rows import labels_of
+from tunesmith.data.rows import LARGEST, labels_of
 from tunesmith.declared import HeadSpec, ObjectiveNeeds
 from tunesmith.errors import InputError
 from tunesmith.models.policy import Policy
@@ -19,8 +19,6 @@ from tunesmith.types import Batch, Example, LabelCounts, Part, Prediction, Row, 
 
 if TYPE_CHECKING:
     from tunesmith.data.chat import Renderer
-
-LARGEST = 1e100  # of a score: squares of scores are summed
 
 
 @OBJECTIVES.register("regress")
