@@ -190,6 +190,7 @@ def _prepared(
         memory,
         tell,
         recipe.evaluate.tags,
+        recipe.evaluate.choosing_tags,
         recipe.training_tags,
     )
     found = replace(found, easy_first=easy_first(recipe.train.curriculum, found.train))

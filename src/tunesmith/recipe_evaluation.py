@@ -145,3 +145,8 @@ class Evaluate(Strict):
     def tags(self) -> list[str]:
         """The columns that rows to be measured must keep."""
         return list(dict.fromkeys([*self.groups, *(self.code.columns if self.code else [])]))
+
+    @property
+    def choosing_tags(self) -> list[str]:
+        """The columns that validation rows must keep where they are not measured: they choose, and form no groups."""
+        return [column for column in self.tags if column == self.cluster or column not in self.by]

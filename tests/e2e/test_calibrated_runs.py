@@ -127,6 +127,14 @@ def test_other_groups_are_asked_of_a_finished_run(
     assert (groups["later"], groups["shops"]) == ({"all", "label"}, {"all", "label", "shop"})
 
 
+def test_validation_rows_that_are_not_measured_need_no_groups(tiny_bert: Path, tmp_path: Path) -> None:
+    data = {**DATA, "validation": [{k: v for k, v in row.items() if k != "side"} for row in DATA["validation"]]}
+    asked = recipe(tiny_bert, by="side", smallest_group=10)
+    assert api.plan(asked, data=data).training.total_steps == 12
+    with pytest.raises(InputError, match="there is no column 'side'"):
+        api.plan(asked, data={name: data[name] for name in ("train", "validation")})
+
+
 def test_a_scaling_that_makes_probabilities_worse_is_said_to() -> None:
     def record(model: str, metric: str, value: float) -> dict[str, Any]:
         return {"data": "test", "group": "all", "model": model, "metric": metric, "value": value}

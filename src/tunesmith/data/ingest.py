@@ -40,22 +40,29 @@ class Given:
 
 
 def given(
-    data: Data, memory: Memory | None, tags: Sequence[str] = (), training_tags: Sequence[str] = ()
+    data: Data,
+    memory: Memory | None,
+    tags: Sequence[str] = (),
+    choosing_tags: Sequence[str] = (),
+    training_tags: Sequence[str] = (),
 ) -> tuple[list[Given], Given | None, dict[str, Given]]:
     """The recipe's training sets, validation file and test sets by name.
 
     Rows in memory stand for the path of their split: "train", "validation", and any other name is a
-    test set's. `tags` are columns that rows to be measured keep, and so those that validation rows are drawn of;
-    `training_tags` are kept by training rows.
+    test set's. `tags` are columns that rows to be measured keep: those of test sets, of folds, and validation rows
+    where there is neither, which keep `choosing_tags` otherwise; training rows keep `training_tags` and those of the
+    rows that are drawn of them.
     """
     held = dict(memory or {})
     drawn = isinstance(data.validation, float) and "validation" not in held
-    of_train = tuple(tags) if drawn or data.fold is not None else ()
-    of_train = tuple(dict.fromkeys((*of_train, *training_tags)))
+    judged = bool(data.test) or data.fold is not None or bool(held.keys() - {"train", "validation"})
+    of_validation = choosing_tags if judged else tags
+    of_train = (*(of_validation if drawn else ()), *(tags if data.fold is not None else ()), *training_tags)
+    of_train = tuple(dict.fromkeys(of_train))
+    kept = {"train": of_train, "validation": tuple(of_validation)}
 
     def one(split: str, path: str, rows: Sequence[Mapping[str, Any]] | None = None) -> Given:
-        kept = of_train if split == "train" else tuple(tags)
-        return Given(split, path, rows, data.format, data.columns, tags=kept)
+        return Given(split, path, rows, data.format, data.columns, tags=kept.get(split, tuple(tags)))
 
     if "train" in held:
         train = [one("train", "train", held.pop("train"))]

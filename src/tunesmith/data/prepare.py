@@ -106,13 +106,14 @@ def prepare(
     memory: Memory | None = None,
     progress: Progress | None = None,
     tags: Sequence[str] = (),
+    choosing_tags: Sequence[str] = (),
     training_tags: Sequence[str] = (),
 ) -> Prepared:
     """Stores for every split of `data`, whose relative paths start at `base`; `cache` keeps what was made before.
 
     `memory` holds rows by split, "train", "validation" or a test set's name, in place of paths.
     `progress` is called with what is being done, how many rows are, and of how many (None: unknown).
-    `tags` are columns that held-out rows keep for their evaluation, `training_tags` those that training rows keep.
+    `tags`, `choosing_tags` and `training_tags`: the columns that rows keep beside what is read of them (see `given`).
     Rows of train that are held out too are dropped. An objective that searches is given the corpus first.
     `objective.fit` sees the final train rows, once,
     before any example is made. InputError: bad data. RefusedError: data that would spoil the run and
@@ -122,7 +123,7 @@ def prepare(
     corpus = open_corpus(data.corpus, base, cache, tell) if data.corpus is not None else None
     if corpus is not None and isinstance(objective, Searches):
         objective.search_in(corpus)
-    sources = given(data, memory, tags, training_tags)
+    sources = given(data, memory, tags, choosing_tags, training_tags)
     splits = _split(data, sources, base, objective, seed, cache, tell)
     objective.fit(splits.train.rows())
     maker = _Maker(objective, renderer, seed, cache, workers, tell)
