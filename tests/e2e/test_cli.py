@@ -388,6 +388,10 @@ def test_evaluate_leaves_the_training_as_it_was(project: Path, run: Path) -> Non
     assert {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)} == cards
     added = json.loads((copy / "evaluation.json").read_text())
     assert [record for record in added if record["data"] != "week-2"] == records
+    (copy / "evaluation.json").write_text(json.dumps(sorted(added, key=lambda record: record["data"] != "week-2")))
+    page = call("report", copy, "--format", "md").out  # measured first or not, the recipe's own set leads
+    assert 0 < page.index("## Before and after: test") < page.index("## Before and after: week-2")
+    (copy / "evaluation.json").write_text(json.dumps(added))
     assert {record["n"] for record in added if record["data"] == "week-2"} == {3}
     kept = copy / "predictions" / "week-2.jsonl"
     assert len(kept.read_text().splitlines()) == 2

@@ -23,7 +23,7 @@ def effect(
 
 
 def judged(records: list[dict[str, Any]], effects: list[dict[str, Any]], **more: Any) -> Verdict:
-    given: dict[str, Any] = {"finished": True, "steps": (9, 9), "order": ["test"], "detectable": {}, **more}
+    given: dict[str, Any] = {"finished": True, "steps": (9, 9), "detectable": {}, **more}
     return verdicts(tables(records, effects), **given)[0]
 
 
@@ -113,9 +113,7 @@ def test_few_rows_and_validation_rows_are_said() -> None:
     few = judged(pair("accuracy", 0.2, 0.9, n=12), [effect("accuracy", 0.7, 0.3, 0.9, 0.008)])
     assert "only 12 test rows" in few.sentence
     assert any("large differences" in caveat for caveat in few.caveats)
-    own = judged(
-        pair("accuracy", 0.2, 0.9, data="validation"), [effect("accuracy", 0.7, 0.6, 0.8, 1e-9, "validation")], order=[]
-    )
+    own = judged(pair("accuracy", 0.2, 0.9, data="validation"), [effect("accuracy", 0.7, 0.6, 0.8, 1e-9, "validation")])
     assert (own.standing, own.tone) == ("Better on validation rows", "caution")
     assert "which also chose the checkpoint" in own.sentence
 
@@ -146,10 +144,10 @@ def test_a_metric_at_the_same_end_for_both_gives_way_to_the_next() -> None:
     assert both.sentence.startswith("No better than its base: exact match stayed at 100%")
 
 
-def test_the_recipes_first_set_comes_first_and_later_ones_have_their_own() -> None:
-    records = pair("accuracy", 0.5, 0.4, data="more") + pair("accuracy", 0.5, 0.6)
+def test_each_set_has_a_verdict_of_its_own() -> None:
+    records = pair("accuracy", 0.5, 0.6) + pair("accuracy", 0.5, 0.4, data="more")
     effects = [effect("accuracy", -0.1, -0.2, -0.05, 1e-3, "more"), effect("accuracy", 0.1, 0.05, 0.2, 1e-3)]
-    found = verdicts(tables(records, effects), True, (9, 9), ["test"], {})
+    found = verdicts(tables(records, effects), True, (9, 9), {})
     assert [(v.data, v.standing) for v in found] == [("test", "Better"), ("more", "Worse")]
     assert "400 rows of more" in found[1].sentence
 

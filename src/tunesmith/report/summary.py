@@ -106,7 +106,9 @@ def summarise(run: Path) -> Summary:
     plan = rundir.read_record(run / "plan.json", *PLANNED)
     manifest = rundir.read_record(run / "manifest.json", "libraries", "machine", "seed")
     found = {k: rundir.read_json(run / name) if (run / name).is_file() else None for k, name in MEASURED.items()}
-    records, effects = found["records"] or [], found["effects"] or []
+    own = {data: place for place, data in enumerate(plan["audit"]["tests"])}  # the recipe's sets come first
+    records = sorted(found["records"] or [], key=lambda record: own.get(record["data"], len(own)))
+    effects = found["effects"] or []
     finished = found["records"] is not None and (run / "model").is_dir()
     measured = tables(records, effects) if finished else []
     answers = _answers(run, measured)
@@ -129,7 +131,7 @@ def summarise(run: Path) -> Summary:
         tables=measured,
         classes=classes_of(records, found["details"] or {}, plan["audit"]["train"]["labels"]) if finished else [],
         answers=answers,
-        verdicts=verdicts(measured, finished, steps, list(plan["audit"]["tests"]), _detectable(answers)),
+        verdicts=verdicts(measured, finished, steps, _detectable(answers)),
         training=training,
         cost=_cost(run, plan),
         findings=findings(plan["audit"]),

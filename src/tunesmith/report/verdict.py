@@ -39,10 +39,9 @@ def verdicts(
     tables: Sequence[Table],
     finished: bool,
     steps: tuple[int, int],
-    order: Sequence[str],
     detectable: Mapping[tuple[str, str], float],
 ) -> list[Verdict]:
-    """One for each data set, those of `order` (the recipe's) first; `steps` are those done and planned.
+    """One for each data set; `steps` are those done and planned.
 
     `detectable`: by data set and metric, the smallest difference that its rows could have shown.
     """
@@ -54,8 +53,7 @@ def verdicts(
     if not whole:
         text = "Not measured: there is no test set and no validation set, so nothing says whether this model is good."
         return [Verdict("Not measured", "caution", text, ("Measure it with `tunesmith evaluate RUN --data FILE`.",))]
-    places = {data: place for place, data in enumerate(order)}
-    return [_of(table, detectable) for table in sorted(whole, key=lambda t: places.get(t.data, len(places)))]
+    return [_of(table, detectable) for table in whole]
 
 
 def _of(table: Table, detectable: Mapping[tuple[str, str], float]) -> Verdict:
