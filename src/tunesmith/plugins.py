@@ -10,6 +10,7 @@ from pathlib import Path
 from tunesmith import rundir
 from tunesmith.errors import InputError
 
+PLUGIN = "tunesmith_plugin_"  # begins the name of a module that is such a file
 _LOADED: dict[Path, str] = {}  # sha256 of each plugin that this process has run
 
 
@@ -17,7 +18,7 @@ def load_plugins(paths: Sequence[str | os.PathLike[str]]) -> dict[str, str]:
     """Runs the user's files, which register names that recipes use; their sha256 by name."""
     hashes: dict[str, str] = {}
     for path in map(Path, paths):
-        spec = importlib.util.spec_from_file_location(f"tunesmith_plugin_{path.stem}", path)
+        spec = importlib.util.spec_from_file_location(f"{PLUGIN}{path.stem}", path)
         if not path.is_file() or spec is None or spec.loader is None:
             raise InputError(f"--plugin {path} is not a Python file", "give the path of a .py file")
         hashes[path.name] = rundir.sha256_file(path)

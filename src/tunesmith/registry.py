@@ -62,7 +62,8 @@ class Registry(Generic[T]):
         hint = f"did you mean {near[0]!r}? " if near else ""
         if (here := self._called_here(name)) is not None:
             hint = f"write `{here}`; "
-        raise InputError(f"{place}unknown {self.what} {name!r}", f"{hint}known: {', '.join(sorted(self._items))}")
+        known = f"known: {', '.join(sorted(self._items))}; what a file of yours registers, with --plugin FILE"
+        raise InputError(f"{place}unknown {self.what} {name!r}", hint + known)
 
     def _called_here(self, name: str) -> str | None:
         """What a recipe writes for a name that the field has for an item or its options."""

@@ -7,6 +7,7 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -468,6 +469,23 @@ def test_a_plugin_registers_a_metric_that_a_recipe_uses(project: Path) -> None:
     assert {record["metric"] for record in done.json["records"]} == {"words_answered"}
     manifest = json.loads((project / "plugin-run" / "manifest.json").read_text())
     assert list(manifest["plugins"]) == ["length.py"]
+
+
+@pytest.mark.parametrize(
+    ("does", "told"),
+    [
+        ("raise ValueError('boom')", r"--plugin .*odd\.py:\d+ fails: ValueError: boom\nremedy: mend the file"),
+        ("return (float('nan'), 1.0)", r"odd_words has no finite number for a row of .*\nremedy: mend the metric"),
+    ],
+)
+def test_a_metric_of_a_plugin_that_fails_is_told_before_training(project: Path, does: str, told: str) -> None:
+    body = METRIC.replace("return (float(len(prediction.output)), 1.0)", does).replace("words_answered", "odd_words")
+    (project / "odd.py").write_text(body.replace("odd_words", f"odd_words_{len(does)}"))
+    words = ["train", project / "chat.yaml", f"evaluate.metrics=[odd_words_{len(does)}]"]
+    done = call(*words, "--plugin", project / "odd.py", "--out", project / "odd-run")
+    assert done.code == 2
+    assert re.search(told.replace("odd_words", r"odd_words_\d+"), done.err), done.err
+    assert not (project / "odd-run").exists()
 
 
 # ---------------------------------------------------------------- failures

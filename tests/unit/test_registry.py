@@ -46,10 +46,11 @@ def test_an_unknown_name_comes_with_the_nearest(package: str) -> None:
     with pytest.raises(InputError) as caught:
         things(package).get("aple")
     assert caught.value.cause == "unknown thing 'aple'"
-    assert caught.value.remedy == "did you mean 'apple'? known: apple, pear"
+    own = "what a file of yours registers, with --plugin FILE"
+    assert caught.value.remedy == f"did you mean 'apple'? known: apple, pear; {own}"
     with pytest.raises(InputError) as caught:
         things(package).get("xyzzy")
-    assert caught.value.remedy == "known: apple, pear"
+    assert caught.value.remedy == f"known: apple, pear; {own}"
 
 
 def test_a_name_that_others_use_is_told_in_a_recipes_words(package: str) -> None:

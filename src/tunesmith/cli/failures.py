@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from tunesmith.cli.verb import Call, json_text
 from tunesmith.errors import TunesmithError
+from tunesmith.plugins import PLUGIN
 from tunesmith.report.visible import visible
 
 INTERRUPTED, TERMINATED, RESUMABLE, RESOURCE, FAULT = 130, 143, 75, 4, 1
@@ -63,11 +64,22 @@ def explain(error: BaseException, call: Call) -> Failure:
         )
     lines = str(error).strip().splitlines()
     said = f": {lines[0]}" if lines else ""
+    if (place := _in_a_plugin(error)) is not None:
+        return Failure(f"--plugin {place} fails: {type(error).__name__}{said}", "mend the file" + _then_resume(call), 2)
     return Failure(
         f"tunesmith failed: {type(error).__name__}{said}",
         "run it again with --debug for the traceback, and report it",
         FAULT,
     )
+
+
+def _in_a_plugin(error: BaseException) -> str | None:
+    """The file and line of a user's own file that an error went through, the innermost; None for one of ours."""
+    frames = [
+        (frame.f_globals.get("__name__", ""), frame, line) for frame, line in traceback.walk_tb(error.__traceback__)
+    ]
+    places = [f"{frame.f_code.co_filename}:{line}" for name, frame, line in frames if name.startswith(PLUGIN)]
+    return places[-1] if places else None
 
 
 def drop_output() -> None:

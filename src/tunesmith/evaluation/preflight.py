@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from tunesmith import sandbox
 from tunesmith.data.rows import labels_of
 from tunesmith.errors import InputError
@@ -89,8 +91,11 @@ def check_metrics(
     for metric in build(names, answers):
         if isinstance(metric, Scoring):
             metric.prepare(tried)
-        else:
-            statistics(metric, tried)
+        elif not np.isfinite(statistics(metric, tried)).all():
+            raise InputError(
+                f"{metric.name} has no finite number for a row of {data} that is not answered yet",
+                "mend the metric, or leave it out",
+            )
     return names
 
 
