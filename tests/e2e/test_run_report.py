@@ -495,7 +495,7 @@ def browser() -> str:
     return found
 
 
-def drawn(page: Path, place: Path) -> tuple[str, str]:
+def drawn(page: Path, place: Path, *more: str) -> tuple[str, str]:
     """The document after its scripts have run, and what the browser logged."""
     words: Sequence[str] = (
         browser(),
@@ -505,6 +505,7 @@ def drawn(page: Path, place: Path) -> tuple[str, str]:
         f"--user-data-dir={place / 'profile'}",
         "--virtual-time-budget=3000",
         "--enable-logging=stderr",
+        *more,
         "--dump-dom",
         page.resolve().as_uri(),
     )
@@ -521,3 +522,41 @@ def test_scripts_run_without_an_error_and_hostile_rows_stay_text(run: Path, tmp_
     assert "<title>1</title>" not in document
     assert len(re.findall(r'<li class="(?:label|prose)">', document)) >= 6
     assert 'aria-pressed="true"' in document
+
+
+PHONE = """<iframe src="report.html" width="390" height="844"></iframe>
+<script>
+const lines = (cell) => {
+  const range = document.createRange();
+  range.selectNodeContents(cell);
+  return new Set([...range.getClientRects()].map((box) => box.top)).size;
+};
+onload = () => {
+  const page = document.querySelector("iframe").contentDocument;
+  page.querySelectorAll("details").forEach((one) => (one.open = true));
+  const names = [...page.querySelectorAll(".wrap th.text")].filter((cell) => /^\\w+$/.test(cell.textContent));
+  document.body.textContent = JSON.stringify({
+    wide: page.documentElement.scrollWidth - page.documentElement.clientWidth,
+    torn: names.filter((cell) => lines(cell) > 1).map((cell) => cell.textContent),
+    names: names.map((cell) => cell.textContent),
+  });
+};
+</script>"""
+
+
+@pytest.mark.slow
+def test_on_a_phone_the_page_stays_in_its_window_and_names_stay_whole(run: Path, tmp_path: Path) -> None:
+    """Run and a second set are called by a word wider than the window; intervals and a signature are long, too."""
+    named = tmp_path / ("long" * 30)
+    shutil.copytree(run, named)
+    for name in ("evaluation.json", "comparison.json"):
+        own = [{**r, "low": -1234.5, "high": 1234.5} for r in json.loads((named / name).read_text())]
+        other = [{**r, "data": named.name, "signature": "case:mixed|" * 9} for r in own]
+        (named / name).write_text(json.dumps(own + other))
+    assert main(["report", str(named)]) == 0
+    (named / "phone.html").write_text(PHONE)
+    document, _ = drawn(named / "phone.html", tmp_path, "--allow-file-access-from-files")
+    found = json.loads(Page(document).text)
+    assert found["wide"] == 0
+    assert found["torn"] == []
+    assert ("north" in found["names"]) == (run.name == "classified")
