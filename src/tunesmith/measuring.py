@@ -202,7 +202,9 @@ def score(
         before = next((of_group[model] for model in (BASE, *BASELINES) if model in of_group), None)
         if before is not None and group == ALL:
             having = forced.union(applicable([metric.name for metric in built], before))
-            tested = [m for m in built if m.name in having and (BASE in found or not isinstance(m, WithoutFloor))]
+            tested = [
+                m for m in built if m.name in having and not (answers.MAJORITY in found and isinstance(m, WithoutFloor))
+            ]
             effects = paired_effects(name, before, tuned, tested, recipe.seed, own)
     details: dict[str, Any] = {}
     if labels is not None:

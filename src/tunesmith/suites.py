@@ -65,11 +65,19 @@ def evaluate_suite(
             with loaded.method.reference(loaded.policy):
                 answered = {BASE: _answered(loaded, again, limit, seed), **answered}
         for place in range(len(answered[TUNED])):
-            measuring.merge(results, _scored({model: own[place] for model, own in answered.items()}, seed))
+            own = {
+                model: replace(of[place], task=of[place].task + _asked(limit, shots)) for model, of in answered.items()
+            }
+            measuring.merge(results, _scored(own, seed))
         measuring.write_results(run, results)
         if of_what.is_run:
             write.try_report(path)
     return api.result_of(run, {**results, "decoding": {}})  # tasks say themselves how answers are drawn
+
+
+def _asked(limit: int | None, shots: int | None) -> str:
+    """What is added to a task's name where it was not asked as it is: so that its own results stay beside those."""
+    return ("" if shots is None else f"-{shots}shot") + ("" if limit is None else f"-first{limit}")
 
 
 def _task(suite: str) -> str:

@@ -69,6 +69,13 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, tiny_ber
             f"model: {model}\ndata: {{train: {name}.jsonl, {data}}}\n{rest}\nmethod: {method}\n"
             f"train: {{max_steps: 2, batch_size: 4}}\n{answers}"
         )
+    for name in ("code", "code-test"):
+        rows = [{"prompt": f"{name} {i}?", "completion": "x = 1", "test": "assert x"} for i in range(9)]
+        write_rows(folder / f"{name}.jsonl", rows)
+    (folder / "code.yaml").write_text(
+        f"model: {tiny_llama}\ndata: {{train: code.jsonl, test: code-test.jsonl}}\nobjective: sft\n"
+        "method: {name: lora, rank: 2}\ntrain: {max_steps: 2}\nevaluate: {code: {tests: test}}\n"
+    )
     return folder
 
 
@@ -93,6 +100,12 @@ REFUSED: dict[str, tuple[str, str, str]] = {
     "no probabilities": ("chat", "evaluate.metrics=[ece]", "ece is of labels that were learned, and the answer to"),
     "no answers": ("text", "evaluate.metrics=[exact_match]", "exact_match needs a reference, and"),
     "unknown metric to watch": ("labels", "train.early_stopping.metric=acuracy", "unknown metric 'acuracy'"),
+    "sets to watch": ("labels", "train.early_stopping.metric=conformal_coverage", "and sets of labels are made when"),
+    "programs that nothing counts": (
+        "code",
+        "evaluate.metrics=[exact_match]",
+        "no metric counts those that pass: exact",
+    ),
     "answers beyond the context": ("chat", "evaluate.max_new_tokens=512", "evaluate.max_new_tokens is 512, and"),
     "no room for text": ("labels", "train.sequence_length=2", "2 of 2 tokens are the tokenizer's own"),
 }

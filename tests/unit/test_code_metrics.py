@@ -124,6 +124,22 @@ def test_rows_without_tests_are_told_before_training() -> None:
         check_metrics(["pass_at_1"], [], "test", rows, None, Code(tests="test"))
 
 
+@pytest.mark.usefixtures("contained")
+def test_tests_that_are_no_python_are_told_before_training() -> None:
+    """Behind the answer that is expected; where that is no program by itself it says nothing of the tests."""
+
+    def row(number: int, answer: str, test: str) -> Row:
+        messages = [TURNS[0], {"role": "assistant", "content": answer}]
+        return Row({"messages": messages}, f"f:{number}", {"test": test})
+
+    code, fine = Code(tests="test"), [row(1, "x = 1", "assert x"), row(2, "I do not know (", "assert x(")]
+    assert check_metrics(["pass_at_1"], [], "test", fine, None, code) == ["pass_at_1"]
+    with pytest.raises(InputError, match=r"1 of 3 rows have tests \('test'\) that are no Python .*, such as f:4 \("):
+        check_metrics(["pass_at_1"], [], "test", [*fine, row(4, "x = 1", "def check(:")], None, code)
+    unanswered = Row({"messages": TURNS[:1]}, "f:3", {"test": "assert x("})
+    assert check_metrics([], [], "test", [unanswered], None, code) == []
+
+
 def test_rows_that_ask_for_no_answer_have_no_programs() -> None:
     with pytest.raises(InputError, match=r"evaluate\.code runs answers that a model writes, and f:2 asks for none"):
         check_metrics([], ["loss"], "test", [Row({"text": "a"}, "f:2")], None, Code(tests="test"))

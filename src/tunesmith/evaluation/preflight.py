@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from tunesmith.errors import InputError
 from tunesmith.evaluation import METRICS, scaling
 from tunesmith.evaluation.baselines import label_counts, unread
 from tunesmith.evaluation.calibrated import parts
-from tunesmith.evaluation.code_metrics import PASSED, SAMPLES
+from tunesmith.evaluation.code_metrics import PASSED, SAMPLES, PassAtK, program
 from tunesmith.evaluation.conformal import OF_SETS, least_rows
 from tunesmith.evaluation.groups import parted
 from tunesmith.evaluation.likelihood_metrics import Loss
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from tunesmith.recipe import Recipe
     from tunesmith.recipe_evaluation import Code, Evaluate
 
+_UNREADABLE = (SyntaxError, ValueError, RecursionError, MemoryError)  # of a text that is no Python
 SEEN = 100  # rows by which a metric that nobody asked for is judged
 
 
@@ -43,6 +44,7 @@ def measured(recipe: Recipe, objective: Objective, prepared: Prepared) -> list[s
     check_calibration(recipe.evaluate, objective.describe(), chosen_on, judges, recipe.seed)
     check_decoding(recipe.evaluate, objective.needs, chosen_on, judges)
     if held is not None and stopping is not None and stopping.metric not in (None, "loss"):
+        _check_stopping(stopping.metric)
         rows = _rows(held)
         code = recipe.evaluate.code
         check_metrics([stopping.metric], usual, "validation", rows, unread(objective, rows, counts), code)
@@ -55,7 +57,27 @@ def measured(recipe: Recipe, objective: Objective, prepared: Prepared) -> list[s
     for name, rows in of_sets.items():
         tried = check_metrics(asked, usual, name, rows, unread(objective, rows, counts), recipe.evaluate.code, sets_too)
         found |= dict.fromkeys(tried)
+    _check_code_is_read(recipe, found)
     return list(found)
+
+
+def _check_stopping(metric: str | None) -> None:
+    if metric in OF_SETS:
+        raise InputError(
+            f"train.early_stopping.metric is {metric}, and sets of labels are made when training has ended",
+            "choose another, such as loss",
+        )
+
+
+def _check_code_is_read(recipe: Recipe, metrics: Iterable[str]) -> None:
+    """Programs are run for a metric that says how many pass; without one each would be run for nothing."""
+    choosing = [asked.metric for asked in (recipe.train.early_stopping, recipe.evaluate.decoding) if asked]
+    named = [*metrics, *filter(None, choosing)]
+    if recipe.evaluate.code and not any(isinstance(METRICS.get(name)([]), PassAtK) for name in named):
+        raise InputError(
+            f"evaluate.code runs answers as programs, and no metric counts those that pass: {', '.join(named)}",
+            "add pass_at_1 to evaluate.metrics, or leave evaluate.code out",
+        )
 
 
 def check_metrics(
@@ -113,14 +135,37 @@ def _check_programs(rows: Sequence[Row], code: Code) -> None:
             f"{untested[0]}",
             "give these rows programs that fail where an answer is wrong, as by `assert`, or take them out",
         )
+    broken = [where for row in rows if (where := _broken(row, code)) is not None]
+    if broken:
+        raise InputError(
+            f"{len(broken)} of {len(rows)} rows have tests ({code.tests!r}) that are no Python behind the answer that "
+            f"is expected, such as {broken[0]}",
+            "mend them, or take these rows out: any answer would fail",
+        )
     sandbox.check()
+
+
+def _broken(row: Row, code: Code) -> str | None:
+    """Where the row's tests make no program of its own answer, and what is wrong; None of a row without one."""
+    last = row.value["messages"][-1]
+    if last.get("role") != "assistant":
+        return None
+    try:
+        ast.parse(program(str(last["content"]), replace(row, tags={**row.tags, code.tests: ""}), code))
+    except _UNREADABLE:
+        return None  # the answer is none by itself, which says nothing of the tests
+    try:
+        ast.parse(program(str(last["content"]), row, code))
+    except _UNREADABLE as error:
+        return f"{row.where} ({error})"
+    return None
 
 
 def _does_nothing(program: str) -> bool:
     """Whether it is empty, or numbers and texts alone; what is no program may go on from what stands before."""
     try:
         steps = ast.parse(program).body
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+    except _UNREADABLE:
         return False
     return all(isinstance(step, ast.Expr) and isinstance(step.value, ast.Constant) for step in steps)
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from tunesmith.errors import InputError
 from tunesmith.evaluation import METRICS
+from tunesmith.evaluation.answers import MAJORITY
 from tunesmith.evaluation.baselines import BASELINES
 from tunesmith.evaluation.metrics import WithoutFloor
 from tunesmith.report.plots import Mark, Scale, scale_of
@@ -211,7 +212,7 @@ def _at_one_end(line: Line) -> bool:
 def _unsaid(name: str, compared: str | None, before: Json | None, untested: bool) -> dict[str, str]:
     if compared is not None and before is None:
         return {compared: "not measured, as its answers do not hold what that takes"}
-    if compared is not None and untested and name in METRICS and isinstance(METRICS.get(name)([]), WithoutFloor):
+    if compared == MAJORITY and untested and name in METRICS and isinstance(METRICS.get(name)([]), WithoutFloor):
         return {
             "difference": f"not tested, as by {name} guesses at random beat its counterpart ({model_title(compared)})"
         }

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from tunesmith.data.chat import Renderer
     from tunesmith.models.policy import Policy
 
+MEND = "mend the task's YAML file, or the functions that it names"
 NEAR = 3  # names that are told where a task is unknown
 SHOTS_SEED = 1234  # by which that library draws examples
 
@@ -81,11 +82,15 @@ def find(name: str, folder: Path | None, shots: int | None) -> dict[str, Any]:
             )
         try:
             tasks: dict[str, Any] = manager.load([name])["tasks"]
-        except Exception as error:  # a task is made of files and code of others
+        except OSError as error:  # among them those of a data set that is not here
             raise InputError(
                 f"the task {name} cannot be had here: {type(error).__name__}: {_first_line(error)}",
                 "nothing is fetched: give a task with --tasks DIR whose YAML names local files (dataset_path: json, "
                 "dataset_kwargs: {data_files: ...}), or load its data set once by yourself",
+            ) from error
+        except Exception as error:  # a task is made of files and code of others
+            raise InputError(
+                f"the task {name} cannot be made: {type(error).__name__}: {_first_line(error)}", MEND
             ) from error
     for task in tasks.values():
         task.set_fewshot_seed(seed=SHOTS_SEED)
@@ -119,7 +124,7 @@ def answered(
         except Exception as error:
             raise InputError(
                 f"{', '.join(tasks)} cannot be measured: {type(error).__name__}: {_first_line(error)}",
-                "mend the task's YAML file or its functions",
+                MEND,
             ) from error
     return [
         _told(name, task, found["samples"][name], found["results"][name], found["versions"][name])
