@@ -304,8 +304,8 @@ def evaluate(
             asked,
             of_card(loaded.card),
         )
-        told = measuring.score(of, rows, found, loaded.objective, recipe, metrics, measuring.count_seen(run, rows))
-        measuring.merge(results, told)
+        known = measuring.count_seen(run, rows) | measuring.count_cut(loaded.objective, loaded.renderer, rows)
+        measuring.merge(results, measuring.score(of, rows, found, loaded.objective, recipe, metrics, known))
         kept = recipe.evaluate.keep if keep is None else None if keep == "all" else keep
         measuring.write_predictions(run, of, rows, found, kept, recipe.evaluate.groups)
         measuring.write_results(run, results)

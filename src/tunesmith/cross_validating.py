@@ -163,7 +163,7 @@ def _measured(path: Path, recipe: Recipe, parts: Sequence[Path], told: Mapping[s
     with run.hold():
         results = measuring.read_results(run)
         whole = {model: own for model, own in found.items() if len(own) == len(rows)}
-        measuring.merge(results, measuring.score(FOLDS, rows, whole, objective, recipe, seen=_UNSEEN))
+        measuring.merge(results, measuring.score(FOLDS, rows, whole, objective, recipe, counts=_UNSEEN))
         kept = path / answers.FOLDER
         kept.mkdir(exist_ok=True)
         rundir.write_file(kept / f"{FOLDS}.jsonl", b"".join(_lines(parts)))

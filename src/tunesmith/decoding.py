@@ -8,13 +8,14 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.data.store import some_rows
 from tunesmith.evaluation import METRICS
 from tunesmith.evaluation.code_metrics import PassAtK
 from tunesmith.evaluation.groups import sources
 from tunesmith.evaluation.intervals import IntArray, interval
 from tunesmith.evaluation.metrics import RowMetric, build, lacking, statistics
 from tunesmith.evaluation.paired import compare, holm
-from tunesmith.measuring import BASE, TUNED, answered, some_rows
+from tunesmith.measuring import BASE, TUNED, answered
 from tunesmith.models.drawing import Drawn, Setting, settings
 from tunesmith.types import Prediction
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from tunesmith import rundir
 from tunesmith.data.checks import as_keys, row_keys, shared
+from tunesmith.data.store import some_rows
 from tunesmith.errors import InputError
 from tunesmith.evaluation import answers
 from tunesmith.evaluation.baselines import BASELINES, label_counts, unread
@@ -90,7 +91,7 @@ def measure_run(
             calibration,
         )
         write_predictions(run, name, rows, found, recipe.evaluate.keep, recipe.evaluate.groups)
-        merge(results, score(name, rows, found, assets.objective, recipe, seen=count_seen(run, rows)))
+        merge(results, score(name, rows, found, assets.objective, recipe, counts=count_seen(run, rows)))
     write_results(run, results)
     return results
 
@@ -167,16 +168,18 @@ def score(
     objective: Objective,
     recipe: Recipe,
     metrics: Sequence[str] | None = None,
-    seen: Mapping[str, int | None] | None = None,
+    counts: Mapping[str, int | None] | None = None,
 ) -> dict[str, Any]:
     """Records with intervals for each model, over all rows, by class and by group; and the paired effects of tuning.
 
     `metrics` (else the recipe's) are measured or refused; those of the objective where the rows can have them. By
     a metric that the majority class is no floor for, the tuned model is not tested against it. Each record has
-    what `count_seen` found (`seen`), and among how many passages was searched (`candidates`), if any were.
+    the `counts` of the set's rows (of `count_seen` and `count_cut`), and among how many passages was searched
+    (`candidates`), if any were.
     """
     asked = metrics or recipe.evaluate.metrics
-    names = metric_names((*objective.needs.metrics, *OF_SETS), asked)
+    sets = OF_SETS if applicable(OF_SETS, found[TUNED]) else ()  # what was asked of sets is judged by them in any case
+    names = metric_names((*objective.needs.metrics, *sets), [*asked, *sets] if asked else None)
     labels: list[str] | None = objective.describe().get("labels")
     cluster = recipe.evaluate.cluster
     clusters_N = None if cluster is None else sources([row.tags[cluster] for row in rows])
@@ -192,19 +195,15 @@ def score(
         tuned = of_group[TUNED]
         built = build(names if asked and group == ALL else applicable(names, tuned), tuned, labels)
         own = None if clusters_N is None else numbered(clusters_N[places_N])
-        forced = {metric.name for metric in built} - {*applicable([metric.name for metric in built], tuned)}
+        asked_for = [metric.name for metric in built if metric.name not in applicable([metric.name], tuned)]
         for model, predictions in of_group.items():
-            fits = forced.union(applicable([metric.name for metric in built], predictions))
-            having = [metric for metric in built if metric.name in fits or model == TUNED]
-            records += measure(model, name, predictions, having, recipe.seed, own, group)
+            records += measure(model, name, predictions, _had(built, predictions, asked_for), recipe.seed, own, group)
         if group == ALL:
             apart = [told(name, one, gaps(one, tuned, built, recipe.seed, clusters_N)) for one in columns]
         before = next((of_group[model] for model in (BASE, *BASELINES) if model in of_group), None)
         if before is not None and group == ALL:
-            having = forced.union(applicable([metric.name for metric in built], before))
-            tested = [
-                m for m in built if m.name in having and not (answers.MAJORITY in found and isinstance(m, WithoutFloor))
-            ]
+            no_floor = WithoutFloor if answers.MAJORITY in found else ()
+            tested = [m for m in _had(built, before, asked_for) if not isinstance(m, no_floor)]
             effects = paired_effects(name, before, tuned, tested, recipe.seed, own)
     details: dict[str, Any] = {}
     if labels is not None:
@@ -215,12 +214,18 @@ def score(
     searched = found[TUNED][0].scores.get("candidates")
     unknown = 0 if labels is None else sum(not set(p.expected) <= set(labels) for p in found[TUNED])
     own = {
-        **(seen or {}),
+        **(counts or {}),
         **({} if searched is None else {"candidates": int(searched)}),
         **({"unknown_labels": unknown} if unknown else {}),
     }
     said = [record | own for record in records_to_json(records)]
     return {"records": said, "effects": effects, "details": details, "groups": apart}
+
+
+def _had(metrics: Sequence[RowMetric], predictions: Sequence[Prediction], asked_for: Sequence[str]) -> list[RowMetric]:
+    """Those of the metrics that the predictions can have, or that were asked for all the same."""
+    fitting = {*asked_for, *applicable([metric.name for metric in metrics], predictions)}
+    return [metric for metric in metrics if metric.name in fitting]
 
 
 def count_seen(run: RunDir, rows: Sequence[Row]) -> dict[str, int | None]:
@@ -234,6 +239,12 @@ def count_seen(run: RunDir, rows: Sequence[Row]) -> dict[str, int | None]:
         path = run.path / file
         found[name] = len(shared(keys, as_keys(path.read_bytes()))) if path.is_file() else None
     return found
+
+
+def count_cut(objective: Objective, renderer: Renderer, rows: Sequence[Row]) -> dict[str, int]:
+    """How many of the rows are longer than the model reads; nothing where none is."""
+    cut = sum(objective.example(row, renderer).cut > 0 for row in rows)
+    return {"cut": cut} if cut else {}
 
 
 def merge(results: dict[str, Any], new: Mapping[str, Any]) -> None:
@@ -326,11 +337,3 @@ def paired_effects(
 
 def _nothing() -> dict[str, Any]:
     return {"records": [], "effects": [], "details": {}, "groups": [], "decoding": {}}
-
-
-def some_rows(store: TokenStore, limit: int | None, seed: int) -> list[Row]:
-    """All rows, or as many as `limit`, drawn with the seed."""
-    chosen = np.arange(len(store))
-    if limit is not None and limit < len(store):
-        chosen = np.sort(np.random.default_rng(seed).permutation(len(store))[:limit])
-    return [store.row(int(i)) for i in chosen]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 ModelKind = Literal["decoder", "encoder", "encoder-decoder"]
 Coupling = Literal["token", "example", "group", "batch"]
-AnswerKind = Literal["text", "label", "number", "passages"]
+AnswerKind = Literal["text", "label", "number", "passages", "tags"]
 GradientMode = Literal["plain", "per_example", "cached"]
 WINDOW = "window"
 Number: TypeAlias = "Tensor | float"
@@ -282,11 +282,11 @@ class Prediction:
 
     @property
     def kind(self) -> AnswerKind:
-        """What the answer is: a number, passages in an order, one label or several of those learned, or else text."""
-        if "predicted" in self.scores:
-            return "number"
-        if "rank" in self.scores:
-            return "passages"
+        """What the answer is: a number, passages in an order, tags of words, labels that were learned, or else text."""
+        of_scores: dict[str, AnswerKind] = {"predicted": "number", "rank": "passages", "words": "tags"}
+        for score, kind in of_scores.items():
+            if score in self.scores:
+                return kind
         return "label" if self.probabilities is not None or self.multi_label else "text"
 
     @property

@@ -226,6 +226,9 @@ def test_what_cannot_be_measured_is_refused_in_a_line(
     broken = TASKS["choosing"].replace("FOLDER", str(tasks)).replace("task: choosing", "task: broken")
     (tmp_path / "broken.yaml").write_text(broken + "process_results: !function functions.fail\n")
     refused("broken cannot be measured", "--suite", "lm-eval:broken", "--tasks", str(tmp_path))
+    odd = TASKS["choosing"].replace("FOLDER", str(tasks)).replace("task: choosing", "task: odd")
+    (tmp_path / "odd.yaml").write_text(odd + "output_type: guessing\n")
+    refused("remedy: mend the task's YAML file", "--suite", "lm-eval:odd", "--tasks", str(tmp_path))
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     refused("pip install tunesmith[lm-eval]", "--suite", "lm-eval:choosing", *within)
 

@@ -219,3 +219,11 @@ class TokenStore:
         labels = self._weights[stretch].copy().view("<i4") if entry["trained"] == _LABELS else None
         role, stream = self._names[entry["role"]], self._names[entry["stream"]]
         return Piece(self._tokens[stretch].copy(), weights, role, stream, labels, int(entry["typed_from"]))
+
+
+def some_rows(store: TokenStore, limit: int | None, seed: int) -> list[Row]:
+    """All rows, or as many as `limit`, drawn with the seed."""
+    chosen = np.arange(len(store))
+    if limit is not None and limit < len(store):
+        chosen = np.sort(np.random.default_rng(seed).permutation(len(store))[:limit])
+    return [store.row(int(i)) for i in chosen]

@@ -52,7 +52,7 @@ class EntityF1:
     0 where there is nothing to find, as seqeval has it. Statistics: hits, predicted, actual.
     """
 
-    of: ClassVar[tuple[AnswerKind, ...]] = ("text",)
+    of: ClassVar[tuple[AnswerKind, ...]] = ("text", "tags")
     name: ClassVar[str] = "entity_f1"
     about: ClassVar[About] = About(
         "Tjong Kim Sang and De Meulder 2003, cs/0306050",
@@ -115,7 +115,7 @@ class EntityRecall(EntityF1):
 class TagAccuracy:
     """The share of words whose tag is the reference's; a word that the output has no tag for is wrong."""
 
-    of: ClassVar[tuple[AnswerKind, ...]] = ("text",)
+    of: ClassVar[tuple[AnswerKind, ...]] = ("text", "tags")
     name: ClassVar[str] = "tag_accuracy"
     about: ClassVar[About] = About(
         "the share of right tags",

@@ -31,6 +31,7 @@ KINDS: Mapping[AnswerKind, str] = {
     "label": "labels that were learned",
     "number": "numbers",
     "passages": "passages that are ranked",
+    "tags": "tags of words",
 }
 ABSENT = 0.05  # the share of classes that may have no row
 
@@ -117,10 +118,7 @@ class Demanding(Protocol):
 def lacking(
     metric: RowMetric, statistics_NK: FloatArray, compared: bool = False, clusters_N: NDArray[np.int64] | None = None
 ) -> str | None:
-    """Why these rows give the metric no interval, or (`compared`) its difference none and no test; None if they do.
-
-    Rows of fewer than LEAST_SOURCES clusters give none to any, and one row to no metric without bounds.
-    """
+    """Why these rows give the metric no interval, or (`compared`) its difference none and no test; None if they do."""
     sources = LEAST_SOURCES if clusters_N is None else int(clusters_N.max(initial=-1)) + 1
     if sources < LEAST_SOURCES:
         return f"no interval: the rows are of {sources} source{'s' * (sources != 1)}, and it takes {LEAST_SOURCES}"
@@ -269,7 +267,7 @@ class ExactMatch(_Rate):
     """
 
     name: ClassVar[str] = "exact_match"
-    of: ClassVar[tuple[AnswerKind, ...]] = ("text",)
+    of: ClassVar[tuple[AnswerKind, ...]] = ("text", "tags")
     about: ClassVar[About] = About(
         "Rajpurkar et al. 2016, arXiv 1606.05250, without their normalisation",
         "own: a comparison of texts",

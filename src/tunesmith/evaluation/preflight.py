@@ -11,6 +11,7 @@ import numpy as np
 
 from tunesmith import sandbox
 from tunesmith.data.rows import labels_of
+from tunesmith.data.store import some_rows
 from tunesmith.errors import InputError
 from tunesmith.evaluation import METRICS, scaling
 from tunesmith.evaluation.baselines import label_counts, unread
@@ -50,10 +51,11 @@ def measured(recipe: Recipe, objective: Objective, prepared: Prepared) -> list[s
         check_metrics([stopping.metric], usual, "validation", rows, unread(objective, rows, counts), code)
     sets = prepared.tests or ({"validation": held} if held is not None else {})
     asked, sets_too = recipe.evaluate.metrics or [], recipe.evaluate.conformal is not None
+    asked = list(dict.fromkeys([*asked, *OF_SETS])) if asked and sets_too else asked
     found: dict[str, None] = {}
     of_sets = {name: _rows(store) for name, store in sets.items()}
     if recipe.data.fold is None:
-        check_groups(recipe.evaluate, list(of_sets.values()))
+        check_groups(recipe.evaluate, [some_rows(store, recipe.evaluate.limit, recipe.seed) for store in sets.values()])
     for name, rows in of_sets.items():
         tried = check_metrics(asked, usual, name, rows, unread(objective, rows, counts), recipe.evaluate.code, sets_too)
         found |= dict.fromkeys(tried)

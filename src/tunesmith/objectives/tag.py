@@ -180,7 +180,8 @@ def _words(row: Row) -> list[str]:
 
 def _prediction(row: Row, tags: Sequence[str]) -> Prediction:
     expected = row.value.get("tags")
-    return Prediction(" ".join(tags), None if expected is None else " ".join(expected), row.where)
+    scores = {"words": float(len(tags))}
+    return Prediction(" ".join(tags), None if expected is None else " ".join(expected), row.where, scores)
 
 
 def _most_frequent(counts: Mapping[str, int]) -> str:

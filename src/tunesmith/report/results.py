@@ -97,23 +97,28 @@ def weaknesses(records: Sequence[Mapping[str, Any]]) -> list[str]:
         return [
             "there is no test set (data.test): these rows also chose the checkpoint, so the numbers may be too good"
         ]
-    whole = [r for r in records if r["group"] == "all"]
-    seen = {
-        (r["data"], rows): (r[key], r["n"])
-        for key, rows in (("in_train", "training"), ("in_validation", "validation"))
-        for r in whole
-        if r.get(key)
-    }
-    strange = {r["data"]: (r["unknown_labels"], r["n"]) for r in whole if "unknown_labels" in r}
-    return [
-        f"{count:,} of {of:,} rows of {visible(data)} have labels that the model does not know, so they count as "
-        "wrong, and in the loss as of the smallest probability there is"
-        for data, (count, of) in strange.items()
-    ] + [
-        f"{count:,} of {of:,} rows of {visible(data)} stand in the {rows} rows too, so the numbers are too good: "
-        f"measure on rows that {'it was not trained on' if rows == 'training' else 'chose nothing'}"
-        for (data, rows), (count, of) in seen.items()
-    ]
+    whole = {r["data"]: r for r in records if r["group"] == "all"}
+    found: list[str] = []
+    for data, record in whole.items():
+        of = f"of {record['n']:,} rows of {visible(data)}"
+        if unknown := record.get("unknown_labels"):
+            found.append(
+                f"{unknown:,} {of} have labels that the model does not know, so they count as wrong, and in the loss "
+                "as of the smallest probability there is"
+            )
+        if trained := record.get("in_train"):
+            found.append(
+                f"{trained:,} {of} stand in the training rows too, so the numbers are too good: "
+                "measure on rows that it was not trained on"
+            )
+        if chose := record.get("in_validation"):
+            found.append(
+                f"{chose:,} {of} stand in the validation rows too, so the numbers are too good: "
+                "measure on rows that chose nothing"
+            )
+        if cut := record.get("cut"):
+            found.append(f"{cut:,} {of} are longer than the model reads (train.sequence_length), and were cut")
+    return found
 
 
 def results_tables(records: Sequence[Mapping[str, Any]], effects: Sequence[Mapping[str, Any]]) -> list[Table]:
