@@ -161,6 +161,8 @@ def _unknown_key(keys: Keys, siblings: list[str]) -> Problem:
         return Problem(path, f"unknown key {key!r}", f"a dotted key works on the command line only; write `{nested}`")
     if normal in siblings:
         return Problem(path, f"unknown key {path}", f"write {beside(normal)}")
+    if f"{normal}s" in siblings:
+        return Problem(path, f"unknown key {path}", f"write {beside(normal)}s")
     if normal in leaves:
         if "." not in leaves[normal]:
             return Problem(path, f"{path} does not belong here", f"write {normal} beside model and data")

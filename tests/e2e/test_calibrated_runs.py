@@ -135,6 +135,30 @@ def test_validation_rows_that_are_not_measured_need_no_groups(tiny_bert: Path, t
         api.plan(asked, data={name: data[name] for name in ("train", "validation")})
 
 
+def test_sets_are_judged_whatever_metrics_are_named(run: Path) -> None:
+    records = json.loads((run / "evaluation.json").read_text())
+    assert "conformal_coverage" not in METRICS
+    named = {r["metric"] for r in records if (r["model"], r["group"], r["data"]) == ("tuned", "all", "test")}
+    assert named == {*METRICS, "conformal_coverage", "conformal_set_size"}
+    assert set(json.loads((run / "plan.json").read_text())["metrics"]) == named
+
+
+def test_groups_are_those_of_the_rows_that_are_measured(tiny_bert: Path) -> None:
+    """Of 30 rows 14 stand left; of the 8 that a limit leaves no side has 10."""
+    with pytest.raises(InputError, match="no value has 10 rows or more to measure"):
+        api.plan(recipe(tiny_bert, by="side", smallest_group=10, limit=8), data=DATA)
+
+
+def test_rows_that_are_cut_are_counted(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy, file = tmp_path / "run", tmp_path / "long.jsonl"
+    shutil.copytree(run, copy)
+    long = [{**row, "text": row["text"] + " and so on" * (200 * (i < 3))} for i, row in enumerate(rows(10, 4))]
+    file.write_text("".join(json.dumps(row) + "\n" for row in long))
+    assert main(["evaluate", str(copy), "--data", str(file), "--by", "none"]) == 0
+    told = capsys.readouterr().out
+    assert "warning: 3 of 10 rows of long are longer than the model reads (train.sequence_length), and were cut" in told
+
+
 def test_a_scaling_that_makes_probabilities_worse_is_said_to() -> None:
     def record(model: str, metric: str, value: float) -> dict[str, Any]:
         return {"data": "test", "group": "all", "model": model, "metric": metric, "value": value}

@@ -164,3 +164,11 @@ def test_a_second_pass_over_a_set_takes_the_place_of_the_first() -> None:
     assert {e["data"] for e in results["effects"]} == {"other"}
     assert set(results["details"]["test"]) == {"tuned"}
     assert set(results["details"]) == {"test", "other"}
+
+
+@pytest.mark.parametrize(("baseline", "tested"), [("majority", False), ("cosine", True), ("base", True)])
+def test_only_the_majority_class_is_no_floor_for_macro_f1(baseline: str, tested: bool) -> None:
+    given = rows(60)
+    found = {baseline: answers(given, False), "tuned": answers(given, True)}
+    effects = measuring.score("test", given, found, objective(), recipe(metrics=["accuracy", "macro_f1"]))["effects"]
+    assert ("macro_f1" in {effect["metric"] for effect in effects}) == tested

@@ -290,6 +290,10 @@ def test_labels_that_train_lacks(run: Any) -> None:
     with pytest.raises(RefusedError) as caught:
         run(Labels(), **data)
     assert caught.value.cause == "4 rows of test have labels that train lacks: 'c', 'd'"
+    assert caught.value.remedy.startswith("add rows of these labels")
+    with pytest.raises(RefusedError) as caught:
+        run(Labels(), train=data["train"], test=classed(6, ["a", "A"], start=50))
+    assert caught.value.remedy.startswith("write 'A' as train does, 'a'; or add rows of these labels")
     got = run(Labels(), **data, allow=["unknown_labels"])
     assert got.audit.unknown_labels == {"test": {"c": 2, "d": 2}}
     assert got.tests["test"].column("label").tolist() == [-1, 0, -1, -1, 0, -1]

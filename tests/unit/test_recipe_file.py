@@ -577,3 +577,11 @@ def test_a_recipe_is_frozen(tmp_path: Path) -> None:
     recipe, _ = load(tmp_path, BASE)
     with pytest.raises(ValidationError, match="frozen"):
         recipe.seed = 3  # type: ignore[misc]
+
+
+def test_one_of_what_is_a_list_is_told_the_list(tmp_path: Path) -> None:
+    error = refusal(
+        tmp_path, "model: m\nobjective: sft\nmethod: lora\ndata: {train: a}\nevaluate: {metric: accuracy}\n"
+    )
+    assert error.cause == "recipe.yaml:5: unknown key evaluate.metric"
+    assert error.remedy == "write evaluate.metrics"

@@ -150,9 +150,12 @@ def unknown_labels(train: Pool, held: Mapping[str, Pool], allow: Collection[str]
     if found and "unknown_labels" not in allow:
         name, missing = next(iter(found.items()))
         labels = ", ".join(map(repr, list(missing)[:_PLACES])) + (", ..." if len(missing) > _PLACES else "")
+        spelled = {label.casefold(): label for label in known}
+        alike = next(((label, spelled[label.casefold()]) for label in missing if label.casefold() in spelled), None)
+        hint = f"write {alike[0]!r} as train does, {alike[1]!r}; or " if alike else ""
         raise RefusedError(
             f"{sum(missing.values())} rows of {name} have labels that train lacks: {labels}",
-            "add rows of these labels to train, or set data.allow: [unknown_labels]",
+            f"{hint}add rows of these labels to train, or set data.allow: [unknown_labels]",
         )
     return found
 
