@@ -86,9 +86,9 @@ def test_small_groups_are_named_and_not_judged() -> None:
     lines = gap_lines([entry])
     assert lines[0].startswith("test by shop: accuracy is best of 'n', worst of 's', of 2 groups: 0.500 apart [")
     assert "no interval of that, because of 30 rows in 15 bins" in lines[1]
-    assert gap_line({**accuracy, "low": -0.1}).endswith("which chance alone can make")
+    assert gap_line({**accuracy, "low": -0.1}, entry["judged"]).endswith("which chance alone can make")
     assert small_line({**entry, "small": {}}) is None
-    assert gap_line({**accuracy, "value": 0.0}) == "accuracy is the same of all 2 groups"
+    assert gap_line({**accuracy, "value": 0.0}, entry["judged"]) == "accuracy is the same of all 2 groups"
 
 
 def test_rows_of_one_source_count_as_such_and_one_group_has_no_gap() -> None:

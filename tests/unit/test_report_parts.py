@@ -22,7 +22,7 @@ from tunesmith.report.classes import classes_of
 from tunesmith.report.curves import POINTS, read_training
 from tunesmith.report.figures import in_rows
 from tunesmith.report.findings import findings
-from tunesmith.report.gaps import gap_line, small_line
+from tunesmith.report.gaps import gap_line, gap_lines, small_line
 from tunesmith.report.markdown import code, escaped, fenced
 
 PLAN = {"early_stopping": None, "clip": 1.0}
@@ -333,8 +333,18 @@ def test_every_record_of_a_group_is_in_its_metrics_table_and_rows_without_a_valu
     }
     assert all(line.metric.title == title for title, lines in found.metrics.items() for _, line in lines)
     told = {"metric": "accuracy", "best": "", "worst": "b", "value": 0.1, "low": 0.0, "high": 0.2, "groups": 2}
-    assert gap_line(told).startswith("accuracy is best of (no value), worst of 'b', of 2 groups")
+    assert gap_line(told, {"": 30, "b": 30}).startswith("accuracy is best of (no value), worst of 'b', of 2 groups")
     assert small_line({"small": {"": 1}, "least": 20}) == "not judged, of fewer than 20 rows: (no value) 1"
+
+
+@pytest.mark.parametrize("low", [0.1, -0.1, None])
+def test_a_gap_of_groups_of_few_rows_is_said_to_tell_little(low: float | None) -> None:
+    gap = {"metric": "accuracy", "best": "a", "worst": "b", "value": 0.5, "low": low, "high": 0.9, "groups": 3}
+    assert gap_line(gap, {"a": 1200, "b": 19, "c": 20}).endswith("; so few rows (1,200 and 19) tell little")
+    assert gap_lines([{"data": "test", "column": "of", "gaps": [gap], "small": {}, "judged": {"a": 4, "b": 4}}])[
+        0
+    ].endswith("; so few rows (4 and 4) tell little")
+    assert "tell little" not in gap_line(gap, {"a": 20, "b": 20, "c": 3}), "the third is in neither number"
 
 
 @pytest.mark.parametrize(("count", "said"), [(0, "0 test rows"), (1, "1 test row"), (1200, "1,200 test rows")])

@@ -127,6 +127,37 @@ def test_what_was_not_compared_measured_or_finished_is_called_so() -> None:
     assert going.sentence.startswith("Unfinished: 3 of 9 steps are done")
 
 
+def test_a_base_that_was_measured_and_not_tested_is_told_with_its_value() -> None:
+    whole = {"low": None, "high": None, "reason": "no interval: lm-eval makes it of all rows at once"}
+    found = judged(pair("exact_match", 0.0, 0.0, data="gen") + pair("bleu", 0.25, 0.3, n=3, data="gen", **whole), [])
+    assert (found.standing, found.tone) == ("Not tested", "")
+    assert found.sentence == (
+        "Not tested: BLEU of the tuned model is 0.300, that of its base 0.250, on only 3 rows of gen; there is no test "
+        "of the difference: lm-eval makes it of all rows at once."
+    )
+    plain = judged(pair("accuracy", 0.5, 0.6, "majority"), [])
+    assert "that of always answering the most frequent label 50.0%, on 400 test rows" in plain.sentence
+    assert plain.sentence.endswith("there is no test of the difference.")
+
+
+def test_a_metric_that_is_tested_speaks_before_one_that_is_not() -> None:
+    records = pair("macro_f1", 0.2, 0.6, "majority") + pair("accuracy", 0.5, 0.6, "majority")
+    found = judged(records, [effect("accuracy", 0.1, 0.05, 0.15, 1e-5)])
+    assert found.sentence.startswith("Better than always answering the most frequent label: accuracy rose")
+    assert (
+        "There is no test of macro F1: by macro_f1 guesses at random beat its counterpart (most frequent label)."
+        in (found.caveats)
+    )
+    assert not any("same end" in caveat for caveat in found.caveats)
+
+
+def test_rows_of_folds_are_told_to_be_held_out() -> None:
+    given = pair("accuracy", 0.5, 0.6, data="folds"), [effect("accuracy", 0.1, 0.05, 0.15, 1e-5, "folds")]
+    told = "on 400 rows, each answered by a model that was trained without it, a difference"
+    assert told in judged(*given, crossval=True).sentence
+    assert "on 400 rows of folds, a difference" in judged(*given).sentence, "a set of that name is no cross-validation"
+
+
 def test_rows_that_could_have_shown_a_difference_are_said_where_none_was_seen() -> None:
     nothing = [effect("accuracy", 0.01, -0.02, 0.04, 0.6)]
     found = judged(pair("accuracy", 0.5, 0.51), nothing, detectable={("test", "accuracy"): 0.043})

@@ -93,6 +93,26 @@ class Line:
         return {**{who: why for who, why in found.items() if why}, **self.unsaid}
 
     @property
+    def at_one_end(self) -> bool:
+        """Whether both models stand at the same end of the scale, as exact match often does for free text."""
+        return (
+            self.before is not None
+            and self.before["value"] == self.after["value"]
+            and self.after["value"] in self.metric.bounds
+        )
+
+    @property
+    def is_untested(self) -> bool:
+        """Whether both models were measured and no test of their difference was made."""
+        return self.before is not None and self.effect is None
+
+    @property
+    def why_untested(self) -> str:
+        """In a clause; "" where it is not known."""
+        why = next(iter(self.reasons.values()), "")
+        return self.unsaid.get("difference", why).removeprefix("not tested, as ").removeprefix("no interval: ")
+
+    @property
     def notes(self) -> list[str]:
         """`reasons` in words, and how another library computed the metric."""
         signature = self.after.get("signature")
@@ -195,18 +215,13 @@ def model_title(model: str) -> str:
 def headline(lines: Iterable[Line]) -> Line | None:
     """The line that the verdict is about: the first in the recipe's order that can tell the models apart.
 
-    One where both stand at the same end of the scale, as exact match often does for free text, cannot; nor can one
-    whose rows are too few to test it.
+    One where both stand at the same end of the scale cannot; nor can one whose rows are too few to test it. One that
+    is not tested at all is the last resort.
     """
     known = [line for line in lines if line.metric.higher is not None]
-    telling = (line for line in known if not _at_one_end(line) and line.standing != "cannot tell")
-    return next(telling, known[0] if known else None)
-
-
-def _at_one_end(line: Line) -> bool:
-    if line.before is None:
-        return False
-    return line.before["value"] == line.after["value"] and line.after["value"] in line.metric.bounds
+    telling = [line for line in known if not line.at_one_end and line.standing != "cannot tell"]
+    tested = [line for line in telling if not line.is_untested]
+    return next(iter([*tested, *telling, *known]), None)
 
 
 def _unsaid(name: str, compared: str | None, before: Json | None, untested: bool) -> dict[str, str]:

@@ -10,6 +10,7 @@ from tunesmith.report.figures import figure
 
 NO_VALUE = "(no value)"  # what a group is called whose rows have none in the column
 Json = Mapping[str, Any]
+FEW_ROWS = 20  # of a group; intervals of fewer hold less often than they say
 NAMED = 8  # groups that are too small are named, and counted beyond
 
 
@@ -17,23 +18,27 @@ def _called(value: str) -> str:
     return repr(value) if value else NO_VALUE
 
 
-def gap_line(gap: Json, title: str | None = None) -> str:
-    """One metric, called by its `title` or else its name: the best group, the worst, what chance leaves of the gap."""
+def gap_line(gap: Json, rows: Mapping[str, int], title: str | None = None) -> str:
+    """One metric, called by its `title` or else its name: the best group, the worst, what chance leaves of the gap.
+
+    `rows`: how many each group has.
+    """
+    few = [rows[gap["best"]], rows[gap["worst"]]]
+    told = f"; so few rows ({few[0]:,} and {few[1]:,}) tell little" if min(few) < FEW_ROWS else ""
     best, worst = _called(gap["best"]), _called(gap["worst"])
     if gap["value"] == 0:
         return f"{title or gap['metric']} is the same of all {gap['groups']} groups"
     ends = f"{title or gap['metric']} is best of {best}, worst of {worst}, of {gap['groups']} groups"
     if gap["low"] is None:
-        return f"{ends}: {figure(gap['value'])} apart; no interval of that" + (
-            f", because of {gap['reason'].partition(': ')[2]}" if gap.get("reason") else ""
-        )
+        because = f", because of {gap['reason'].partition(': ')[2]}" if gap.get("reason") else ""
+        return f"{ends}: {figure(gap['value'])} apart; no interval of that{because}{told}"
     span = f"{figure(gap['value'])} apart [{figure(gap['low'])}, {figure(gap['high'])}]"
-    return f"{ends}: {span}" + ("" if gap["low"] > 0 else ", which chance alone can make")
+    return f"{ends}: {span}" + ("" if gap["low"] > 0 else ", which chance alone can make") + told
 
 
-def titled_line(gap: Json) -> str:
+def titled_line(gap: Json, rows: Mapping[str, int]) -> str:
     """The same, with the metric called as in a report."""
-    return gap_line(gap, facts_of(gap["metric"]).title)
+    return gap_line(gap, rows, facts_of(gap["metric"]).title)
 
 
 def small_line(entry: Json) -> str | None:
@@ -50,6 +55,7 @@ def gap_lines(groups: Sequence[Json]) -> list[str]:
     """All of them, a line each, for a screen."""
     lines: list[str] = []
     for entry in groups:
-        found = [*map(gap_line, entry["gaps"]), *filter(None, [small_line(entry)])]
+        gaps = [gap_line(gap, entry["judged"]) for gap in entry["gaps"]]
+        found = [*gaps, *filter(None, [small_line(entry)])]
         lines += [f"{entry['data']} by {entry['column']}: {line}" for line in found]
     return lines

@@ -113,6 +113,7 @@ def summarise(run: Path) -> Summary:
     measured = tables(records, effects) if finished else []
     answers = _answers(run, measured)
     training = read_training(run, plan["meaning"]["train"], _higher(plan))
+    crossval = _crossval(run)
     steps = (training.steps, int(plan["meaning"]["train"]["total_steps"]))
     return Summary(
         name=run.resolve().name,
@@ -131,12 +132,12 @@ def summarise(run: Path) -> Summary:
         tables=measured,
         classes=classes_of(records, found["details"] or {}, plan["audit"]["train"]["labels"]) if finished else [],
         answers=answers,
-        verdicts=verdicts(measured, finished, steps, _detectable(answers)),
+        verdicts=verdicts(measured, finished, steps, _detectable(answers), crossval is not None),
         training=training,
         cost=_cost(run, plan),
         findings=findings(plan["audit"]),
         licence=catalog().licences.get(plan["base"]["licence"] or ""),
-        crossval=_crossval(run),
+        crossval=crossval,
     )
 
 

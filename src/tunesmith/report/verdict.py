@@ -12,6 +12,7 @@ from tunesmith.report.figures import figure, in_rows, p_told, percent
 
 FEW_ROWS = 50
 VALIDATION = "validation"
+FOLDS = "folds"  # what the answers of all folds of a cross-validation are called
 _THAN = {"base": "its base"} | {name: baseline.than for name, baseline in BASELINES.items()}
 _PILLS = {
     "better": "Better",
@@ -40,10 +41,12 @@ def verdicts(
     finished: bool,
     steps: tuple[int, int],
     detectable: Mapping[tuple[str, str], float],
+    crossval: bool = False,
 ) -> list[Verdict]:
     """One for each data set; `steps` are those done and planned.
 
-    `detectable`: by data set and metric, the smallest difference that its rows could have shown.
+    `detectable`: by data set and metric, the smallest difference that its rows could have shown. `crossval`: whether
+    the set "folds" is of a cross-validation.
     """
     whole = [table for table in tables if table.group == "all"]
     if not finished:
@@ -53,10 +56,10 @@ def verdicts(
     if not whole:
         text = "Not measured: there is no test set and no validation set, so nothing says whether this model is good."
         return [Verdict("Not measured", "caution", text, ("Measure it with `tunesmith evaluate RUN --data FILE`.",))]
-    return [_of(table, detectable) for table in whole]
+    return [_of(table, detectable, crossval and table.data == FOLDS) for table in whole]
 
 
-def _of(table: Table, detectable: Mapping[tuple[str, str], float]) -> Verdict:
+def _of(table: Table, detectable: Mapping[tuple[str, str], float], folds: bool) -> Verdict:
     line = headline(table.lines)
     if line is None:
         names = ", ".join(line.metric.name for line in table.lines)
@@ -67,6 +70,8 @@ def _of(table: Table, detectable: Mapping[tuple[str, str], float]) -> Verdict:
     few = "only " * (line.after["n"] < FEW_ROWS)
     plural = "s" * (line.after["n"] != 1)
     named = f"{table.data} row{plural}" if table.data in ("test", VALIDATION) else f"row{plural} of {table.data}"
+    if folds:
+        named = f"row{plural}, each answered by a model that was trained without it"
     rows = f"{few}{line.after['n']:,} {named}"
     caveats = _caveats(table, line, detectable.get((table.data, line.metric.name)))
     if trained_on:
@@ -76,7 +81,7 @@ def _of(table: Table, detectable: Mapping[tuple[str, str], float]) -> Verdict:
         rows += " also chose the checkpoint"
     standing = line.standing
     where = " on validation rows" * bool(chose) or " on rows it was trained on" * bool(trained_on)
-    pill = _PILLS[standing] + where * (standing == "better")
+    pill = "Not tested" if line.is_untested else _PILLS[standing] + where * (standing == "better")
     tone = "caution" if (chose or trained_on) and standing == "better" else _TONES[standing]
     said = _compared(line, rows) if standing else _alone(line, rows)
     return Verdict(pill, tone, said, caveats, line, table.data)
@@ -113,6 +118,14 @@ def evidence(line: Line) -> str:
 
 
 def _alone(line: Line, rows: str) -> str:
+    if line.before is not None:
+        than = _THAN.get(line.before["model"], line.before["model"])
+        tuned, other = (value(line.metric, record["value"]) for record in (line.after, line.before))
+        because = f": {line.why_untested}" if line.why_untested else ""
+        return (
+            f"Not tested: {line.metric.title} of the tuned model is {tuned}, that of {than} {other}, on {rows}; "
+            f"there is no test of the difference{because}."
+        )
     span = f"95% interval {limits(line.metric, line.after)}"
     if line.after.get("reason"):
         span = line.after["reason"]
@@ -153,7 +166,8 @@ def _caveats(table: Table, line: Line, detectable: float | None) -> tuple[str, .
     if line.before is not None and line.before["model"] in BASELINES:
         found.append(BASELINES[line.before["model"]].why)
     before = [other for other in table.lines[: table.lines.index(line)] if other.metric.higher is not None]
-    passed = [other.metric.title for other in before if other.standing != "cannot tell"]
+    passed = [other.metric.title for other in before if other.at_one_end and other.standing != "cannot tell"]
+    untested = [other for other in before if other.is_untested and not other.at_one_end]
     silent = [
         f"{other.metric.title} ({other.effect['reason']})"
         for other in before
@@ -161,6 +175,9 @@ def _caveats(table: Table, line: Line, detectable: float | None) -> tuple[str, .
     ]
     if silent:
         found.append(f"These rows do not carry a test of {', '.join(silent)}.")
+    found += [
+        f"There is no test of {other.metric.title}: {other.why_untested or 'none was made'}." for other in untested
+    ]
     if passed:
         found.append(f"Both models stand at the same end of {', '.join(passed)}, which cannot tell them apart.")
     return tuple(found)
