@@ -229,6 +229,21 @@ def test_a_signal_while_measuring_is_obeyed_at_once(
     assert call("resume", stopped, "--json").code == 0
 
 
+@pytest.mark.parametrize("where", ["step", "evaluating"])
+def test_a_cross_validation_stopped_by_a_signal_goes_on_by_the_same_command(
+    project: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("crossval", project / "chat.yaml", "train.max_steps=1", "data.validation=null", "data.test=null")
+    words = (*words, "--folds", "2", "--out", project / f"crossval-{where}")
+    stop_at(monkeypatch, where, signal.SIGTERM)
+    done = call(*words)
+    monkeypatch.undo()
+    assert done.code == 75, done.err
+    assert is_two_lines(done)
+    assert "remedy: go on with the same command" in done.err
+    assert call(*words, "--json").code == 0
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_while_the_base_loads_leaves_nothing(
     project: Path, number: signal.Signals, code: int, monkeypatch: pytest.MonkeyPatch

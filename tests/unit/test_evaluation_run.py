@@ -64,7 +64,7 @@ def test_metric_names() -> None:
         metric_names(["loss"], [])
 
 
-def test_records_are_json_even_where_a_limit_is_infinite() -> None:
+def test_records_are_json_even_where_there_is_no_limit() -> None:
     records = measure("tuned", "test", [Prediction("", None, "row", {"nll": 2.0, "tokens": 4.0})], [Loss()], 0)
     assert json.loads(json.dumps(records_to_json(records), allow_nan=False)) == [
         {
@@ -72,11 +72,11 @@ def test_records_are_json_even_where_a_limit_is_infinite() -> None:
             "data": "test",
             "metric": "loss",
             "value": 0.5,
-            "low": 0.0,
+            "low": None,
             "high": None,
             "n": 1,
             "group": "all",
-            "reason": None,
+            "reason": "no interval: one row has no spread",
             "signature": None,
         }
     ]

@@ -168,6 +168,7 @@ def test_results_fit_into_80_columns_whatever_their_size() -> None:
         screen(stream).print(table)
     assert max(len(line.rstrip()) for line in stream.getvalue().splitlines()) <= 80
     assert "…" not in stream.getvalue()
+    assert stream.getvalue().count(" 1,000") == 3, "the last column is there, whole"
     assert "unknown" in stream.getvalue()
     assert "<0.001" in stream.getvalue()
 

@@ -23,6 +23,7 @@ def _run(options: argparse.Namespace, call: Call) -> int:
     from tunesmith.cross_validating import crossval
     from tunesmith.report.live import View
 
+    call.repeats = True
     with View(sys.stderr if call.json else sys.stdout) as view:
         found = crossval(
             options.recipe,

@@ -92,17 +92,23 @@ def drop_output() -> None:
 
 def _interrupted(call: Call, terminated: bool) -> Failure:
     cause = "asked to end by SIGTERM" if terminated else "interrupted"
-    if _resumable(call):
-        return Failure(cause, f"go on with `tunesmith resume {shlex.quote(str(call.run))}`", RESUMABLE)
+    if (again := _again(call)) is not None:
+        return Failure(cause, f"go on with {again}", RESUMABLE)
     return Failure(cause, "nothing was left half done; run it again", TERMINATED if terminated else INTERRUPTED)
 
 
-def _resumable(call: Call) -> bool:
-    return call.run is not None and (call.run / "manifest.json").is_file()
+def _again(call: Call) -> str | None:
+    """The command that goes on with what was done; None where nothing was."""
+    if call.run is None:
+        return None
+    if call.repeats:
+        return "the same command"
+    return f"`tunesmith resume {shlex.quote(str(call.run))}`" if (call.run / "manifest.json").is_file() else None
 
 
 def _then_resume(call: Call) -> str:
-    return f", then go on with `tunesmith resume {shlex.quote(str(call.run))}`" if _resumable(call) else ""
+    again = _again(call)
+    return f", then go on with {again}" if again else ""
 
 
 def _look_at(path: str) -> str:

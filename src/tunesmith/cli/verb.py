@@ -15,11 +15,14 @@ from tunesmith.errors import InputError
 
 @dataclass(slots=True)
 class Call:
-    """One invocation. `run`: the run that holds what was done so far, once there is one."""
+    """One invocation. `run`: the run that holds what was done so far, once there is one. `repeats`: the same command
+    goes on with what it began.
+    """
 
     json: bool = False
     debug: bool = False
     run: Path | None = None
+    repeats: bool = False
 
     def print_json(self, value: Any) -> None:
         """The verb's result for a machine: the only thing that goes to stdout with --json."""

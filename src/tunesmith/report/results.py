@@ -146,7 +146,7 @@ def _table(title: str, records: Sequence[Mapping[str, Any]], changes: Mapping[st
     compared = next((model for model in models if model not in (TUNED, UNCALIBRATED)), None)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
     table.title, table.title_justify = Text(f"\nmeasured on {title}"), "left"
-    table.add_column("metric", overflow="fold", min_width=20)
+    table.add_column("metric", overflow="fold", min_width=8)
     for heading in [*([compared] if compared else []), TUNED, *(["difference", "p"] if changes else []), "n"]:
         table.add_column(heading, justify="right", no_wrap=True)
     for metric in dict.fromkeys(str(record["metric"]) for record in records):
