@@ -163,7 +163,9 @@ def _measured(path: Path, recipe: Recipe, parts: Sequence[Path], told: Mapping[s
     with run.hold():
         results = measuring.read_results(run)
         whole = {model: own for model, own in found.items() if len(own) == len(rows)}
-        measuring.merge(results, measuring.score(FOLDS, rows, whole, objective, recipe, counts=_UNSEEN))
+        measuring.merge(
+            results, measuring.score(FOLDS, rows, whole, objective, recipe, counts=_UNSEEN | _unknown(parts))
+        )
         kept = path / answers.FOLDER
         kept.mkdir(exist_ok=True)
         rundir.write_file(kept / f"{FOLDS}.jsonl", b"".join(_lines(parts)))
@@ -171,6 +173,15 @@ def _measured(path: Path, recipe: Recipe, parts: Sequence[Path], told: Mapping[s
         measuring.write_results(run, results)
         write.try_report(path)
     return api.result_of(run, results)
+
+
+def _unknown(parts: Sequence[Path]) -> dict[str, int]:
+    """How many rows have labels that the model which answered them does not know; nothing where none has."""
+    counts = [
+        next(int(record.get("unknown_labels", 0)) for record in measuring.read_results(RunDir(part))["records"])
+        for part in parts
+    ]
+    return {"unknown_labels": sum(counts)} if any(counts) else {}
 
 
 def _lines(parts: Sequence[Path]) -> Iterator[bytes]:

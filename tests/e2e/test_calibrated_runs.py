@@ -117,7 +117,7 @@ def test_other_groups_are_asked_of_a_finished_run(
     words = ["evaluate", str(copy), "--data", str(file)]
     assert main(words) == 2
     told = capsys.readouterr().err
-    assert "there is no column 'side', which evaluate or train of the recipe names" in told
+    assert "there is no column 'side', which evaluate or train asks for" in told
     assert main([*words, "--by", "none"]) == 0
     assert main([*words, "--by", "shop", "--name", "shops"]) == 0
     assert "shops by shop: accuracy is" in capsys.readouterr().out

@@ -382,7 +382,7 @@ def test_evaluate_on_one_row_knows_no_spread_and_says_so(project: Path, run: Pat
     write_rows(project / "one.jsonl", [{"prompt": "one?", "completion": "red"}])
     done = call("evaluate", copy, "--data", project / "one.jsonl")
     assert done.code == 0, done.err
-    assert "loss (tuned) on one: no interval: one row has no spread" in done.out
+    assert "loss (tuned) on one: no interval: 1 row, and it takes 5" in done.out
 
 
 def contents(run: Path, *besides: str) -> dict[str, bytes]:

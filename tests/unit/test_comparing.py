@@ -457,7 +457,7 @@ def test_json_has_everything_and_no_infinity(tmp_path: Path) -> None:
     found = json.loads(json.dumps(compare(a, b).to_json(), allow_nan=False))
     loss = next(test for test in found["tests"] if test["metric"] == "loss")
     assert {loss[name] for name in ("low", "high", "p", "rows_needed", "detectable")} == {None}
-    assert loss["reason"] == "no interval: one row has no spread"
+    assert loss["reason"] == "no interval: 1 row, and it takes 5"
     assert found["models"] == {"a": {"run": str(a), "model": "tuned"}, "b": {"run": str(b), "model": "tuned"}}
     assert found["shared"] == [{"data": "test", "rows": 1, "left_out": {"a": 0, "b": 0}, "cluster": None, "tests": 2}]
 
@@ -472,7 +472,7 @@ def test_one_row_of_a_loss_has_no_limits_and_says_so(tmp_path: Path) -> None:
     for text in (shown(found), comparison_page(found)):
         text = text.replace('<span class="whole">', "")
         assert "Cannot tell b from a: loss 0.500 against 0.250" in " ".join(text.split())
-        assert "no interval: one row has no spread" in " ".join(text.split())
+        assert "no interval: 1 row, and it takes 5" in " ".join(text.split())
         assert "inf" not in text.split("<script")[0].replace("information", "")
 
 

@@ -235,3 +235,15 @@ def test_what_is_wrong_with_a_later_fold_is_told_before_the_first(project: Path,
     with pytest.raises(RefusedError, match="1 rows of fold have labels that train lacks: 'odd'"):
         tunesmith.crossval(project / "recipe.yaml", folds=3, out=tmp_path / "run", data={"train": [*ROWS, odd]})
     assert not (tmp_path / "run").exists()
+
+
+def test_rows_whose_label_their_own_model_does_not_know_are_told(
+    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model that is left knows the label, those of the folds do not: the numbers are theirs."""
+    odd = {"text": "an odd one", "label": "odd", "of": "odd"}
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*ROWS, odd]))
+    words = ["crossval", str(project / "recipe.yaml"), f"data.train={tmp_path}/rows.jsonl", "--folds", "3"]
+    assert main([*words, "data.allow=[unknown_labels]", "--out", str(tmp_path / "run")]) == 0
+    told = "1 of 25 rows of folds have labels that the model does not know"
+    assert told in capsys.readouterr().out

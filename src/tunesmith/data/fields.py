@@ -124,7 +124,7 @@ class Fields:
     def tag(self, name: str) -> str:
         """What a group of rows has in common: a text, number or truth value as text, "" where there is none."""
         if name not in self._raw:
-            raise absent_column(name, self._raw, self.where, named="which evaluate or train of the recipe names")
+            raise absent_column(name, self._raw, self.where, named="which evaluate or train asks for")
         value = self.get(name)
         if isinstance(value, bool) or value is None:
             return {True: "true", False: "false", None: ""}[value]

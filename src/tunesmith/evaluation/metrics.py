@@ -24,7 +24,7 @@ MetricKind = Literal["rate", "mean", "ratio", "general"]
 Bounds = tuple[float, float]
 FloatArray = NDArray[np.float64]
 LEAST_WORTH = 10  # rows of a rate that a metric over classes must be worth: of fewer intervals hold 74% to 92%, or 99%
-LEAST_SOURCES = 5  # of 2 with 20 rows each the loss's interval holds 60%, of 3 72%, from 5 on all hold 92% or more
+LEAST_UNITS = 5  # rows of a loss, sources of any metric: of 2 a loss's interval holds 42% to 60%, of 5 92% or more
 LEAST_WORTH_COMPARED = 12  # with 3 rows of a class and 47 of the other a difference holds 84%
 KINDS: Mapping[AnswerKind, str] = {
     "text": "texts",
@@ -119,11 +119,10 @@ def lacking(
     metric: RowMetric, statistics_NK: FloatArray, compared: bool = False, clusters_N: NDArray[np.int64] | None = None
 ) -> str | None:
     """Why these rows give the metric no interval, or (`compared`) its difference none and no test; None if they do."""
-    sources = LEAST_SOURCES if clusters_N is None else int(clusters_N.max(initial=-1)) + 1
-    if sources < LEAST_SOURCES:
-        return f"no interval: the rows are of {sources} source{'s' * (sources != 1)}, and it takes {LEAST_SOURCES}"
-    if len(statistics_NK) == 1 and not all(map(math.isfinite, metric.bounds)):
-        return "no interval: one row has no spread"
+    units = len(statistics_NK) if clusters_N is None else int(clusters_N.max(initial=-1)) + 1
+    if units < LEAST_UNITS and (clusters_N is not None or not all(map(math.isfinite, metric.bounds))):
+        what = ("row" if clusters_N is None else "source") + "s" * (units != 1)
+        return f"no interval: {units} {what}, and it takes {LEAST_UNITS}"
     why = metric.lacks(statistics_NK, compared) if isinstance(metric, Demanding) else None
     return why and f"no interval: {why}"
 
