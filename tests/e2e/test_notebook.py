@@ -82,4 +82,5 @@ def test_predictions_come_back_as_values_and_a_listener_hears_beside_the_picture
 def test_an_error_ends_in_its_cause_and_remedy(outputs: list[list[Output]]) -> None:
     (error,) = (o for o in outputs[6] if o["output_type"] == "error")
     assert error["ename"] == "InputError"
-    assert error["evalue"] == f"unknown method 'lorra' (did you mean 'lora'? known: {', '.join(METHODS)})"
+    known = f"known: {', '.join(METHODS)}; what a file of yours registers, with --plugin FILE"
+    assert error["evalue"] == f"unknown method 'lorra' (did you mean 'lora'? {known})"

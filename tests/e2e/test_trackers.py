@@ -31,7 +31,7 @@ NEEDED = {
 }
 INSTALLED = [name for name, modules in NEEDED.items() if all(find_spec(module) for module in modules)]
 STEPS = 6
-ROWS = [{"prompt": f"colour {i}?", "completion": ("red", "green")[i % 2]} for i in range(24)]
+ROWS = [{"prompt": f"colour {i}?", "completion": ("red", "green")[i % 2]} for i in range(26)]
 PLOTTED = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_bytes")
 # Killed in step 6, where the last checkpoint stands at 4: step 5 is taken again.
 KILLED = """

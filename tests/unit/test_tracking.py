@@ -88,7 +88,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> type[Memory]:
     return Memory
 
 
-ROWS = [{"prompt": f"colour {i}?", "completion": ("red", "green")[i % 2]} for i in range(24)]
+ROWS = [{"prompt": f"colour {i}?", "completion": ("red", "green")[i % 2]} for i in range(26)]
 DATA = {"train": ROWS[:16], "validation": ROWS[16:20], "test": ROWS[20:]}
 
 
