@@ -280,6 +280,7 @@ class _Probe:
         def base(head: Any) -> nn.Module:
             return few_layers(assets.local, head, dtype, self._count, device, in_nf4=in_nf4)
 
+        _make_workspaces(device)
         before = torch.cuda.memory_allocated(device)  # models measured before this one do not always go at once
         policy = session.build(plan, assets, base)
         engine, clip = training.engine_of(plan, assets, policy, []), Clip(plan.training.clip)
@@ -309,6 +310,12 @@ class _Probe:
         examples = [store.example(int(index)) for index in self._examples]
         batch = collate(examples, range(len(examples)), packed=policy.packed, pad_id=policy.tokens.pad)
         return objective.annotate(policy, batch) if isinstance(objective, Annotator) else batch
+
+
+def _make_workspaces(device: torch.device) -> None:
+    """What cuBLAS allocates with its first product and keeps: else it would count as the first model's."""
+    square = torch.ones(16, 16, device=device, dtype=torch.bfloat16)
+    torch.mm(square, square)
 
 
 class _Gauge:

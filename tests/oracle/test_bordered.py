@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tunesmith.kernels import bordered
 from tunesmith.kernels.bordered import LARGEST, Bordered, BorderedNf4, base_of
 from tunesmith.kernels.nf4 import Nf4Linear
 
@@ -136,3 +138,16 @@ def test_e4m3_holds_a_weight_and_four_times_its_largest_value() -> None:
     assert not cast[:, 200:].float().any()
     assert _error(cast[:, :200].float() * scale.T, weight) < 0.03
     torch.testing.assert_close(scale[0] * LARGEST, HEADROOM * weight.float().abs().amax(1))
+
+
+def test_the_buffer_of_weights_in_4_bits_is_shared_and_goes_with_the_last() -> None:
+    one, other = (BorderedNf4(_linears(["first"], in_4_bits=True)) for _ in range(2))
+    assert one._made().data_ptr() == other._made().data_ptr()
+    device = torch.device("cpu")
+    assert device in bordered._buffers
+    del one
+    gc.collect()
+    assert device in bordered._buffers
+    del other
+    gc.collect()
+    assert device not in bordered._buffers

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -173,12 +174,13 @@ class BorderedNf4(Bordered):
     def _place(self, bases: list[nn.Linear]) -> None:
         self._layers = cast("list[Nf4Linear]", bases)
         like = self._layers[0].scales
+        self._buffer = _buffers.setdefault(like.device, _Buffer(like.device))
         self._down_PI = torch.zeros(self.border, self.inputs, dtype=torch.bfloat16, device=like.device)
         self._up_OP = torch.zeros(self.outputs, self.border, dtype=torch.bfloat16, device=like.device)
 
     def _made(self) -> Tensor:
         shape = (self.outputs + self.border, self.inputs + self.border)
-        whole = _buffer(self._down_PI.device, shape[0] * shape[1]).view(shape)
+        whole = self._buffer.of(shape[0] * shape[1]).view(shape)
         whole[self.outputs :, : self.inputs] = self._down_PI
         whole[: self.outputs, self.inputs :] = self._up_OP
         start = 0
@@ -251,14 +253,20 @@ class BorderedFp8(Bordered):
         )
 
 
-_buffers: dict[torch.device, Tensor] = {}
+class _Buffer:
+    """What weights in 4 bits are made in, as large as the largest of them; goes with the last that uses it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._held = torch.empty(0, dtype=torch.bfloat16, device=device)
+
+    def of(self, size: int) -> Tensor:
+        """So many bfloat16."""
+        if len(self._held) < size:
+            self._held = torch.empty(size, dtype=torch.bfloat16, device=self._held.device)
+        return self._held[:size]
 
 
-def _buffer(device: torch.device, size: int) -> Tensor:
-    """So many bfloat16 of the buffer that weights in 4 bits are made in."""
-    if device not in _buffers or len(_buffers[device]) < size:
-        _buffers[device] = torch.empty(size, dtype=torch.bfloat16, device=device)
-    return _buffers[device][:size]
+_buffers: WeakValueDictionary[torch.device, _Buffer] = WeakValueDictionary()
 
 
 def base_of(linear: Any) -> nn.Linear:
