@@ -53,7 +53,7 @@ def make() -> str:
         low, high = (f"{bound:g}".replace("inf", "∞") for bound in metric.bounds)
         span = f"{low} to {high}, {'higher' if metric.higher_is_better else 'lower'} is better"
         about = metric.about
-        of = ", ".join(KINDS[kind] for kind in getattr(metric, "of", KINDS))
+        of = ", ".join(KINDS[kind] for kind in metric.of)
         rows.append([code(name), first_lines(metric), of, about.source, about.library, span, about.use])
     found = table(["metric", "is", "of", "source", "computed by", "range", "use it for"], rows)
     return page("Metrics", INTRODUCTION, found, PROGRAMS)

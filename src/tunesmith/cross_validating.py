@@ -22,7 +22,6 @@ from tunesmith.rundir import RunDir
 from tunesmith.session import objective_of
 from tunesmith.types import Prediction, Row
 
-FOLDS = "folds"  # the folder of the folds' runs, and the name of all their answers as one set
 FREE = ("out", "place", "report_to")  # of a recipe: what may differ where a cross-validation is gone on with
 _UNSEEN = {"in_train": 0, "in_validation": 0}  # of a fold's rows, by the model that answers them
 
@@ -72,7 +71,7 @@ def crossval(
         )
     path = Path(out) if out else typed.out or Path("runs") / name
     options: dict[str, Any] = {"plugins": plugins, "listen": listen, "progress": progress}
-    parts = [path / FOLDS / str(number) for number in range(1, folds + 1)]
+    parts = [path / rundir.FOLDS / str(number) for number in range(1, folds + 1)]
     runs = {run: _fold(typed, number, folds, by) for number, run in enumerate([path, *parts])}
     _check(runs, plugins)
     for run, of_run in runs.items():
@@ -164,11 +163,11 @@ def _measured(path: Path, recipe: Recipe, parts: Sequence[Path], told: Mapping[s
         results = measuring.read_results(run)
         whole = {model: own for model, own in found.items() if len(own) == len(rows)}
         measuring.merge(
-            results, measuring.score(FOLDS, rows, whole, objective, recipe, counts=_UNSEEN | _unknown(parts))
+            results, measuring.score(rundir.FOLDS, rows, whole, objective, recipe, counts=_UNSEEN | _unknown(parts))
         )
         kept = path / answers.FOLDER
         kept.mkdir(exist_ok=True)
-        rundir.write_file(kept / f"{FOLDS}.jsonl", b"".join(_lines(parts)))
+        rundir.write_file(kept / f"{rundir.FOLDS}.jsonl", b"".join(_lines(parts)))
         rundir.write_json(path / rundir.CROSSVAL, told)
         measuring.write_results(run, results)
         write.try_report(path)

@@ -130,7 +130,7 @@ def measure_rows(
         baseline = objective.needs.baseline
         listen("phase", {"name": "evaluating", "what": f"{baseline} on {name}", "rows": len(rows)})
         with method.reference(policy):
-            found = {baseline: scored(metrics, objective.untuned(policy, rows, renderer, base_spec)), **found}
+            found = {baseline: objective.untuned(policy, rows, renderer, base_spec), **found}
     elif with_base and objective.needs.baseline is not None:
         answers = unread(objective, rows, counts)
         found = found if answers is None else {objective.needs.baseline: scored(metrics, answers), **found}

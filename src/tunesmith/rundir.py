@@ -24,6 +24,7 @@ from tunesmith.errors import InputError, ResourceError
 
 LOCK, HOLDER = ".lock", ".holder.json"
 TRAIN_KEYS = "train.keys"  # of what each training row shows the model, 16 bytes a row, sorted
+FOLDS = "folds"  # the folder of a cross-validation's folds, and the name of all their answers as one set
 CROSSVAL = "crossval.json"  # what a cross-validation found in its folds
 VALIDATION_KEYS = "validation.keys"  # likewise
 BEFORE_MANIFEST = ("recipe.yaml", "plan.json", TRAIN_KEYS, VALIDATION_KEYS)  # what a run writes before it has begun

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 ModelKind = Literal["decoder", "encoder", "encoder-decoder"]
 Coupling = Literal["token", "example", "group", "batch"]
-AnswerKind = Literal["text", "label", "number", "passages", "tags"]
+AnswerKind = Literal["text", "label", "number", "passages", "tags", "choices"]
+_KINDS: dict[str, AnswerKind] = {"predicted": "number", "rank": "passages", "words": "tags", "choices": "choices"}
 GradientMode = Literal["plain", "per_example", "cached"]
 WINDOW = "window"
 Number: TypeAlias = "Tensor | float"
@@ -282,9 +283,8 @@ class Prediction:
 
     @property
     def kind(self) -> AnswerKind:
-        """What the answer is: a number, passages in an order, tags of words, labels that were learned, or else text."""
-        of_scores: dict[str, AnswerKind] = {"predicted": "number", "rank": "passages", "words": "tags"}
-        for score, kind in of_scores.items():
+        """What the answer is, by a score that only such have; else labels that were learned, or a text."""
+        for score, kind in _KINDS.items():
             if score in self.scores:
                 return kind
         return "label" if self.probabilities is not None or self.multi_label else "text"

@@ -206,6 +206,8 @@ def test_an_exported_model_is_calibrated_too_and_a_merged_one_in_its_head(run: P
     before = api.predict(run, DATA["test"])
     api.export(run, tmp_path / "copy")
     same(api.predict(tmp_path / "copy", DATA["test"]), before)
+    later = api.evaluate(tmp_path / "copy", rows(60, 5), name="later", metrics=["accuracy"], by=["side"])
+    assert {r["group"] for r in later.records} >= {"all", "side=left", "side=right"}, "a model has no recipe of its own"
     api.export(run, tmp_path / "merged", merge=True, data=DATA["test"])
     same(api.predict(tmp_path / "merged", DATA["test"]), before)
     calibration = of_card(read_card(run / "model"))
@@ -229,8 +231,9 @@ def test_what_cannot_be_calibrated_is_refused_by_the_plan(tiny_bert: Path) -> No
     sets = {name: [{"text": row["text"], "labels": [row["label"]]} for row in own] for name, own in DATA.items()}
     refused("learns no such", {"calibrate": "vector"}, sets)
     unseen = {name: own for name, own in DATA.items() if name != "validation"}
-    refused("there are no validation rows", {"conformal": 0.9}, unseen)
-    refused("there are no test rows", {"calibrate": "vector"}, {n: own for n, own in DATA.items() if n != "test"})
+    refused(r"there are no validation rows \(set data\.validation\)", {"conformal": 0.9}, unseen)
+    untested = {name: own for name, own in DATA.items() if name != "test"}
+    refused(r"there are no test rows \(set data\.test\)", {"calibrate": "vector"}, untested)
     refused("takes 99 validation rows, and there are 40", {"conformal": 0.99}, DATA)
     refused(
         "takes 24 validation rows that no scaling is fitted to, and there are 20",

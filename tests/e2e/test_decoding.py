@@ -191,8 +191,8 @@ def test_what_cannot_be_chosen_is_refused_by_the_plan(tiny_llama: Path, tiny_ber
             api.plan(recipe(base, {"decoding": sweep}, to), data=data)
 
     without = {name: own for name, own in DATA.items() if name != "validation"}
-    refused("there are no validation rows", without)
-    refused("there are no test rows", {name: own for name, own in DATA.items() if name != "test"})
+    refused(r"there are no validation rows \(set data\.validation\)", without)
+    refused(r"there are no test rows \(set data\.test\)", {name: own for name, own in DATA.items() if name != "test"})
     labelled = {name: [{"text": r["prompt"], "label": r["completion"]} for r in own] for name, own in DATA.items()}
     refused("answers that a model writes", labelled, base=tiny_bert, to="classify")
     texts = {name: [{"text": r["prompt"] + " it is so"} for r in own] for name, own in DATA.items()}
@@ -224,3 +224,10 @@ def test_what_a_number_must_be_is_told_where_a_list_will_do_too(key: str, value:
     given = {**recipe(Path("base"), {"decoding": {**SWEEP, key: value}}), "data": {"train": "rows.jsonl"}}
     with pytest.raises(InputError, match=cause):
         parse_recipe(given)
+
+
+def test_rows_of_few_sources_choose_nothing(tiny_llama: Path, tmp_path: Path) -> None:
+    data = {name: [{**row, "by": f"{i % 3}"} for i, row in enumerate(own)] for name, own in DATA.items()}
+    api.train(recipe(tiny_llama, {**ASKED, "cluster": "by", "base": False}), data=data, out=tmp_path / "run")
+    told = json.loads((tmp_path / "run" / "decoding.json").read_text())
+    assert {tried["reason"] for tried in told["models"]["tuned"]["tried"]} == {"no interval: 3 sources, and it takes 5"}

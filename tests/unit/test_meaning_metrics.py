@@ -99,3 +99,22 @@ def test_the_published_similarities_of_the_real_encoder(model_cache: Path) -> No
     forget()
     published = [[1.0, 0.6660, 0.1046], [0.6660, 1.0, 0.1411], [0.1046, 0.1411, 1.0]]
     assert found @ found.T == pytest.approx(np.array(published), abs=1e-4)
+
+
+@pytest.mark.usefixtures("encoder")
+def test_what_a_model_is_compared_with_is_measured_by_it_too(tiny_bert: Path, tmp_path: Path) -> None:
+    rows = [
+        {"question": f"who is {i}?", "context": f"{i} is Ada, {i + 1} is Bo.", "answers": ["Ada"]} for i in range(12)
+    ]
+    recipe = {
+        "model": str(tiny_bert),
+        "objective": "span",
+        "method": {"name": "lora", "rank": 2},
+        "train": {"max_steps": 1, "batch_size": 2},
+        "place": {"threads": 1},
+        "evaluate": {"metrics": ["similarity"]},
+    }
+    found = api.train(recipe, data={"train": rows[:6], "test": rows[6:]}, out=tmp_path / "run")
+    said = [row.answers["overlap"].output for row in read(tmp_path / "run", "test")]
+    expected = (meaning_metrics.vectors(said) * meaning_metrics.vectors(["Ada"] * len(said))).sum(1)
+    assert found.record("similarity", model="overlap")["value"] == pytest.approx(expected.mean())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -101,6 +102,17 @@ def test_a_clustered_run_says_so_in_its_records_and_effects() -> None:
     assert a["value"] == c["value"]
     assert c["high"] - c["low"] > a["high"] - a["low"]
     assert clustered["effects"][0]["p"] > alone["effects"][0]["p"]
+
+
+def test_classes_and_gaps_of_few_sources_say_why_they_have_no_interval() -> None:
+    given = [replace(row, tags={**row.tags, "source": str(i % 3)}) for i, row in enumerate(rows(40))]
+    results = measuring.score("test", given, found_of(given), objective(), recipe(cluster="source", by=["shop"]))
+    for group, metric in (("label=up", "recall"), ("shop=north", "accuracy"), ("all", "accuracy")):
+        record = value(results, metric, group)
+        assert record["low"] is None
+        assert "and it takes 5" in record["reason"]
+    (entry,) = results["groups"]
+    assert all(gap["low"] is None and "and it takes 5" in gap["reason"] for gap in entry["gaps"])
 
 
 def test_details_have_the_pictures_of_a_classifier_and_nothing_else_has_any() -> None:

@@ -189,6 +189,18 @@ def test_a_frozen_base_is_read_by_its_head(tiny_bert: Path, tmp_path: Path) -> N
     assert rows[0]["loss"] > rows[2]["loss"] > 0
 
 
+@pytest.mark.parametrize(("metric", "fits"), [("macro_f1", False), ("exact_match", False), ("brier", True)])
+def test_choices_are_no_classes(metric: str, fits: bool, tiny_bert: Path) -> None:
+    """Each row has texts of its own to choose from."""
+    recipe = {"model": str(tiny_bert), "objective": "multiple_choice", "method": "head", "train": {"max_steps": 1}}
+    data = {"train": _rows(20), "test": _rows(6, 1)}
+    if fits:
+        assert api.plan({**recipe, "evaluate": {"metrics": [metric]}}, data=data).metrics == [metric]
+        return
+    with pytest.raises(InputError, match=f"{metric} is of .*, and the answer to .* is of choices of each row's own"):
+        api.plan({**recipe, "evaluate": {"metrics": [metric]}}, data=data)
+
+
 @pytest.mark.data
 def test_questions_of_a_bias_benchmark(data_sets: Path, tiny_bert: Path, tmp_path: Path) -> None:
     """BBQ has no training rows: a model of other questions is asked some of it."""

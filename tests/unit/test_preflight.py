@@ -40,7 +40,11 @@ def test_what_can_be_measured_passes() -> None:
     [
         ("acuracy", chat("a"), "unknown metric 'acuracy'"),
         ("exact_match", text(), "exact_match needs a reference, and test.jsonl:1 has none"),
-        ("ece", chat("a"), "ece is of labels that were learned, and the answer to test.jsonl:1 is of texts"),
+        (
+            "ece",
+            chat("a"),
+            "ece is of labels that were learned and choices of each row's own, and the answer to test.jsonl:1 is of",
+        ),
         ("schema_valid", chat("plain"), "schema_valid needs"),
     ],
 )
@@ -56,6 +60,7 @@ GIVEN = {
     "number": Prediction("1", "2", "f:1", {"predicted": 1.0, "expected": 2.0}),
     "passages": Prediction("a", "b", "f:1", {"rank": 1.0, "nll": 1.0, "tokens": 1.0}),
     "tags": Prediction("O O", "O B-X", "f:1", {"words": 2.0}),
+    "choices": Prediction("a", "b", "f:1", {"choices": 2.0, "nll": 1.0, "tokens": 1.0}, {"a": 0.9, "b": 0.1}),
 }
 
 
@@ -69,6 +74,9 @@ GIVEN = {
         ("number", "macro_f1", False),
         ("text", "rmse", False),
         ("text", "mrr", False),
+        ("choices", "macro_f1", False),
+        ("choices", "roc_auc", False),
+        ("choices", "brier", True),
         ("tags", "macro_f1", False),
         ("tags", "exact_match", True),
         ("tags", "entity_f1", True),

@@ -564,7 +564,8 @@ def test_a_dumped_recipe_loads_back(recipe: Recipe) -> None:
 @given(st.text() | words.map(lambda text: f"model: {text}\ndata: {text}"))
 def test_any_text_is_a_value_or_a_refusal(text: str) -> None:
     with contextlib.suppress(InputError):
-        read_yaml(text, "x")
+        found = read_yaml(text, "x").value
+        assert read_yaml(write_yaml({"a": found}), "x").value == {"a": found}
 
 
 @given(st.dictionaries(st.sampled_from(["model", "data", "method", "objective", "train", "seed", "out", "x"]), plain))

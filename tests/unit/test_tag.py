@@ -267,3 +267,9 @@ def test_a_merged_model_tags_as_the_run_does(tiny_bert: Path, tmp_path: Path) ->
     answers = [[answer.output for answer in api.predict(path, rows)] for path in (run, merged)]
     assert answers[0] == answers[1]
     assert len(set(answers[0])) > 1
+
+
+def test_tags_of_a_text_are_no_class(tiny_bert: Path) -> None:
+    recipe = {**_recipe(tiny_bert, "lora"), "evaluate": {"metrics": ["macro_f1"]}}
+    with pytest.raises(InputError, match=r"macro_f1 is of .*, and the answer to .* is of tags of words"):
+        api.plan(recipe, data={"train": _rows(20), "test": _rows(5, 1)})

@@ -86,6 +86,8 @@ def test_what_is_not_there_beside_others_has_a_reason() -> None:
     ]
     assert found["roc_auc"] == ["most frequent label: not measured, as its answers do not hold what that takes"]
     assert tables(records, [])[0].lines[1].notes == [], "where nothing is compared, nothing is missing"
+    cosine = pair("accuracy", 0.5, 0.6, "cosine") + pair("macro_f1", 0.2, 0.6, "cosine")
+    assert tables(cosine, [effect("accuracy", 0.1, 0.0, 0.2, 0.01)])[0].lines[1].notes == [], "no guess beats that"
     assert "roc_auc (majority) on test: not measured" in reasons(records, [])[0]
 
 

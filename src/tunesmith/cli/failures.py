@@ -75,10 +75,11 @@ def explain(error: BaseException, call: Call) -> Failure:
 
 def _in_a_plugin(error: BaseException) -> str | None:
     """The file and line of a user's own file that an error went through, the innermost; None for one of ours."""
-    frames = [
-        (frame.f_globals.get("__name__", ""), frame, line) for frame, line in traceback.walk_tb(error.__traceback__)
+    places = [
+        f"{frame.f_code.co_filename}:{line}"
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if frame.f_globals.get("__name__", "").startswith(PLUGIN)
     ]
-    places = [f"{frame.f_code.co_filename}:{line}" for name, frame, line in frames if name.startswith(PLUGIN)]
     return places[-1] if places else None
 
 

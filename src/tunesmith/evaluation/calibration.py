@@ -36,7 +36,7 @@ class Ece:
     several labels has no one confidence.
     """
 
-    of: ClassVar[tuple[AnswerKind, ...]] = ("label",)
+    of: ClassVar[tuple[AnswerKind, ...]] = ("label", "choices")
     name: ClassVar[str] = "ece"
     about: ClassVar[About] = About(
         "Guo et al. 2017, arXiv 1706.04599",
@@ -149,7 +149,7 @@ class Brier:
     training never saw has the probability 0.
     """
 
-    of: ClassVar[tuple[AnswerKind, ...]] = ("label",)
+    of: ClassVar[tuple[AnswerKind, ...]] = ("label", "choices")
     name: ClassVar[str] = "brier"
     about: ClassVar[About] = About(
         "Brier 1950, Mon. Weather Rev. 78(1)",

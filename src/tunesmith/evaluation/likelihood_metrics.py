@@ -21,7 +21,7 @@ def has_likelihoods(predictions: Sequence[Prediction]) -> bool:
 class Loss:
     """Nats per trained token over all rows: the sum of `nll` by the sum of `tokens`."""
 
-    of: ClassVar[tuple[AnswerKind, ...]] = ("text", "label", "number", "passages")
+    of: ClassVar[tuple[AnswerKind, ...]] = ("text", "label", "number", "passages", "choices")
     name: ClassVar[str] = "loss"
     about: ClassVar[About] = About(
         "cross-entropy, in nats",

@@ -32,6 +32,7 @@ KINDS: Mapping[AnswerKind, str] = {
     "number": "numbers",
     "passages": "passages that are ranked",
     "tags": "tags of words",
+    "choices": "choices of each row's own",
 }
 ABSENT = 0.05  # the share of classes that may have no row
 
@@ -286,7 +287,7 @@ class Accuracy(_Rate):
     """The label is the reference's, character by character; of several labels, all are and no other is given."""
 
     name: ClassVar[str] = "accuracy"
-    of: ClassVar[tuple[AnswerKind, ...]] = ("label", "text")
+    of: ClassVar[tuple[AnswerKind, ...]] = ("label", "text", "choices")
     about: ClassVar[About] = About(
         "the share of right answers",
         "own, as scikit-learn's accuracy_score",

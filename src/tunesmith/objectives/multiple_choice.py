@@ -118,9 +118,10 @@ def _prediction(row: Row, logprobs: Sequence[float], chosen: int | None = None) 
     choices, answer = row.value["choices"], row.value.get("answer")
     best = max(range(len(choices)), key=lambda index: logprobs[index]) if chosen is None else chosen
     probabilities = dict(zip(choices, map(math.exp, logprobs), strict=True))
+    scores = {"choices": float(len(choices))}
     if answer is None:
-        return Prediction(choices[best], None, row.where, probabilities=probabilities)
-    scores = {"nll": -logprobs[answer], "tokens": 1.0}
+        return Prediction(choices[best], None, row.where, scores, probabilities)
+    scores |= {"nll": -logprobs[answer], "tokens": 1.0}
     return Prediction(choices[best], choices[answer], row.where, scores, probabilities)
 
 

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tunesmith import rundir
 from tunesmith.evaluation.baselines import BASELINES
 from tunesmith.report.before_after import Line, MetricFacts, Table, headline
 from tunesmith.report.figures import figure, in_rows, p_told, percent
 
 FEW_ROWS = 50
 VALIDATION = "validation"
-FOLDS = "folds"  # what the answers of all folds of a cross-validation are called
 _THAN = {"base": "its base"} | {name: baseline.than for name, baseline in BASELINES.items()}
 _PILLS = {
     "better": "Better",
@@ -26,7 +26,10 @@ _TONES = {"better": "better", "worse": "worse", "no better": "caution", "cannot 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """`standing` in a word or two with its tone, the sentence, and what limits it. `line` is what it is about."""
+    """`standing` in a word or two with its tone, the sentence, and what limits it. `line` is what it is about.
+
+    `held_out`: each row was answered by a model that was trained without it.
+    """
 
     standing: str
     tone: str
@@ -34,6 +37,7 @@ class Verdict:
     caveats: tuple[str, ...] = ()
     line: Line | None = None
     data: str = ""
+    held_out: bool = False
 
 
 def verdicts(
@@ -56,7 +60,7 @@ def verdicts(
     if not whole:
         text = "Not measured: there is no test set and no validation set, so nothing says whether this model is good."
         return [Verdict("Not measured", "caution", text, ("Measure it with `tunesmith evaluate RUN --data FILE`.",))]
-    return [_of(table, detectable, crossval and table.data == FOLDS) for table in whole]
+    return [_of(table, detectable, crossval and table.data == rundir.FOLDS) for table in whole]
 
 
 def _of(table: Table, detectable: Mapping[tuple[str, str], float], folds: bool) -> Verdict:
@@ -84,7 +88,7 @@ def _of(table: Table, detectable: Mapping[tuple[str, str], float], folds: bool) 
     pill = "Not tested" if line.is_untested else _PILLS[standing] + where * (standing == "better")
     tone = "caution" if (chose or trained_on) and standing == "better" else _TONES[standing]
     said = _compared(line, rows) if standing else _alone(line, rows)
-    return Verdict(pill, tone, said, caveats, line, table.data)
+    return Verdict(pill, tone, said, caveats, line, table.data, folds)
 
 
 def _compared(line: Line, rows: str) -> str:
