@@ -228,6 +228,7 @@ def test_what_a_number_must_be_is_told_where_a_list_will_do_too(key: str, value:
 
 def test_rows_of_few_sources_choose_nothing(tiny_llama: Path, tmp_path: Path) -> None:
     data = {name: [{**row, "by": f"{i % 3}"} for i, row in enumerate(own)] for name, own in DATA.items()}
-    api.train(recipe(tiny_llama, {**ASKED, "cluster": "by", "base": False}), data=data, out=tmp_path / "run")
+    asked = {**ASKED, "cluster": "by", "by": "by", "smallest_group": 1, "base": False}  # its groups choose nothing
+    api.train(recipe(tiny_llama, asked), data=data, out=tmp_path / "run")
     told = json.loads((tmp_path / "run" / "decoding.json").read_text())
     assert {tried["reason"] for tried in told["models"]["tuned"]["tried"]} == {"no interval: 3 sources, and it takes 5"}

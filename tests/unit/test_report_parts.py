@@ -22,7 +22,7 @@ from tunesmith.report.classes import classes_of
 from tunesmith.report.curves import POINTS, read_training
 from tunesmith.report.figures import in_rows
 from tunesmith.report.findings import findings
-from tunesmith.report.gaps import gap_line, gap_lines, small_line
+from tunesmith.report.gaps import gap_line, gap_lines, small_line, titled_line
 from tunesmith.report.markdown import code, escaped, fenced
 
 PLAN = {"early_stopping": None, "clip": 1.0}
@@ -334,6 +334,7 @@ def test_every_record_of_a_group_is_in_its_metrics_table_and_rows_without_a_valu
     assert all(line.metric.title == title for title, lines in found.metrics.items() for _, line in lines)
     told = {"metric": "accuracy", "best": "", "worst": "b", "value": 0.1, "low": 0.0, "high": 0.2, "groups": 2}
     assert gap_line(told, {"": 30, "b": 30}).startswith("accuracy is best of (no value), worst of 'b', of 2 groups")
+    assert titled_line({**told, "metric": "macro_f1"}, {"": 30, "b": 30}).startswith("macro F1 is best of")
     assert small_line({"small": {"": 1}, "least": 20}) == "not judged, of fewer than 20 rows: (no value) 1"
 
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from sklearn.metrics import ndcg_score
+from sklearn.metrics import label_ranking_average_precision_score, ndcg_score, top_k_accuracy_score
 
 from tunesmith import api, cli
 from tunesmith.data.formats import convert, detect
@@ -114,6 +114,24 @@ def test_ranks_and_metrics_are_those_of_a_slow_search(
     for name, total in (("mrr", reciprocal), ("recall_at_10", recalled), ("ndcg_at_10", gained)):
         metric = METRICS.get(name)([])
         assert float(metric.aggregate(statistics(metric, found).sum(0))) == pytest.approx(total / queries)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 2**31 - 1))
+def test_one_passage_a_query_is_ranked_as_scikit_learn_does(seed: int) -> None:
+    rng, many = np.random.default_rng(seed), 25
+    queries, passages = (rng.normal(size=(many, 4)).astype(np.float32) for _ in range(2))
+    others = [str(p) for p in range(many)]
+    rows = [Row({"query": str(q), "positives": [str(q)], "negatives": others}, f"f:{q}") for q in range(many)]
+    found = Drawn(queries, passages).predict(None, rows, None, SampleSpec(1))  # type: ignore[arg-type]
+    scores = queries @ passages.T
+    expected = {
+        "mrr": label_ranking_average_precision_score(np.eye(many), scores),
+        "recall_at_10": top_k_accuracy_score(range(many), scores, k=10),
+    }
+    for name, score in expected.items():
+        metric = METRICS.get(name)([])
+        assert float(metric.aggregate(statistics(metric, found).sum(0))) == pytest.approx(score)
 
 
 @pytest.mark.parametrize("name", ["mrr", "recall_at_10", "ndcg_at_10"])

@@ -11,12 +11,15 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from tunesmith import rundir
+from tunesmith import rundir, training
+from tunesmith.data.checks import as_keys
 from tunesmith.errors import InputError, ResourceError
+from tunesmith.recipe_file import parse_recipe
 from tunesmith.rundir import Journal, RunDir
 
 HOLDER = """
@@ -355,6 +358,21 @@ def test_a_run_stopped_before_its_manifest_gives_way_to_a_new_one(tmp_path: Path
         RunDir.open(run.path)
     (run.path / "notes.txt").write_text("mine")
     assert not rundir.is_unbegun(run.path)
+
+
+def test_all_that_is_written_before_the_manifest_gives_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "_manifest", killed)
+    recipe = parse_recipe({"model": "m", "data": {"train": "t"}, "objective": "sft", "method": "lora"})
+    plan: Any = SimpleNamespace(to_json=dict)
+    assets: Any = SimpleNamespace(prepared=SimpleNamespace(keys=as_keys(b"0" * 16), validation_keys=as_keys(b"")))
+    run = RunDir(tmp_path / "run")
+    with run.hold(), pytest.raises(KeyboardInterrupt):
+        training.begin(run, recipe, plan, assets, {})
+    assert {p.name for p in run.path.iterdir()} >= set(rundir.BEFORE_MANIFEST)
+    assert rundir.is_unbegun(run.path)
 
 
 def test_a_recipe_of_the_users_own_is_not_taken_for_what_a_run_left(tmp_path: Path) -> None:
