@@ -122,6 +122,7 @@ def test_all_answers_are_measured_as_one_set_and_the_spread_is_told(found: tunes
     assert "trained without it and without all rows of its of" in page
     assert "rows, each answered by a model that was trained without it" in page
     assert "<dt>Rows of all folds</dt>" in page
+    assert "each held out once" in page
     assert "standard deviation" in str(tunesmith.api.report(found.path, format="md"))
     assert [row.input for row in answers.read(found.path, "folds")]
     assert tunesmith.predict(found.path, [{"text": "good"}])[0].output in ("a", "b")
