@@ -97,7 +97,7 @@ def test_plain_text_is_learned_and_measured_by_its_likelihood(project: Path) -> 
 
 
 REFUSED: dict[str, tuple[str, str, str]] = {
-    "no probabilities": ("chat", "evaluate.metrics=[ece]", "ece is of labels that were learned, and the answer to"),
+    "no probabilities": ("chat", "evaluate.metrics=[ece]", "choices of each row's own, and the answer to"),
     "no answers": ("text", "evaluate.metrics=[exact_match]", "exact_match needs a reference, and"),
     "unknown metric to watch": ("labels", "train.early_stopping.metric=acuracy", "unknown metric 'acuracy'"),
     "sets to watch": ("labels", "train.early_stopping.metric=conformal_coverage", "and sets of labels are made when"),
