@@ -210,8 +210,9 @@ def resolve_placement(
     shape = _shape(facts, trainable, each_trained, precision)
     free = memory.free_bytes(device)
     each = 4 if precision == "fp32" else 2
-    taught = 0 if facts.teacher is None else facts.teacher.parameters * each
-    room = math.inf if measured else MEMORY_SHARE * free - memory.static_bytes(shape, device) - taught
+    static = memory.static_bytes(shape, device) + (facts.teacher.parameters * each if facts.teacher else 0)
+    static += memory.kernel_bytes(device, precision, min(longest, int(epoch.examples)), meaning.total_steps)
+    room = math.inf if measured else MEMORY_SHARE * free - static
     kept = math.ceil(memory.activation_bytes(shape, each, recompute=False) / epoch.density)
     again = math.ceil(memory.activation_bytes(shape, each, recompute=True) / epoch.density)
     recompute = bool(train.recompute)
@@ -220,7 +221,7 @@ def resolve_placement(
         defaults.append(Default("train.recompute", recompute, "memory forces it" if recompute else "memory allows it"))
     per_token = (again if recompute else kept) if not facts.method.frozen_backbone else again // 2
     if room < per_token * longest:
-        needed = memory.static_bytes(shape, device) + taught + per_token * longest
+        needed = static + per_token * longest
         raise ResourceError(
             f"the longest example ({longest} tokens) needs about {needed / memory.GIB:.1f} GiB, "
             f"and {MEMORY_SHARE * free / memory.GIB:.1f} GiB may be used on {device}",
@@ -247,8 +248,7 @@ def resolve_placement(
         recomputed=facts.model.layers if recompute else 0,
         trained=trained,
     )
-    held = memory.process_bytes(device) + memory.static_bytes(shape, device) + taught
-    return placement, shape, held + per_token * step_tokens
+    return placement, shape, memory.process_bytes(device) + static + per_token * step_tokens
 
 
 def _trained(facts: Facts, meaning: Meaning, precision: str) -> tuple[Literal["fp32", "bf16"], int]:

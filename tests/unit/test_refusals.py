@@ -483,7 +483,7 @@ def test_an_example_that_no_memory_holds(monkeypatch: pytest.MonkeyPatch) -> Non
     from tunesmith.engine.precision import Speed
 
     monkeypatch.setattr(settings.memory, "free_bytes", lambda device: 0)
-    meaning: Any = SimpleNamespace(optimizer="adamw")
+    meaning: Any = SimpleNamespace(optimizer="adamw", total_steps=10)
     epoch = settings.Epoch(1.0, 100, 10)
     with pytest.raises(TunesmithError, match=r"the longest example \(100 tokens\) needs about"):
         settings.resolve_placement(facts(precision="fp32"), meaning, Speed("cpu", 1e9, 1e9), 10, 100, epoch, [])

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tunesmith import api, settings
+from tunesmith.engine import memory
 from tunesmith.engine.memory import Shape, activation_bytes
 from tunesmith.engine.precision import Speed
 from tunesmith.settings import Default, Epoch, Placement, Prediction, _precision, predict, with_compiling
@@ -130,9 +131,9 @@ def test_a_coupled_step_that_is_cut_runs_twice() -> None:
 @pytest.mark.parametrize(
     ("fp32", "bf16", "taken", "reason"),
     [
-        (9e10, 2e11, "fp32", "fp32 90, bf16 200 GFLOP/s measured here; whole steps gain from bf16 above 3 times"),
+        (9e10, 2e11, "fp32", "fp32 90, bf16 200 GFLOP/s measured here; whole steps gain from bf16 above 5 times"),
         (9e10, 4e10, "fp32", "fp32 90, bf16 40 GFLOP/s measured here"),
-        (9e10, 3e11, "bf16", "fp32 90, bf16 300 GFLOP/s measured here"),
+        (9e10, 5e11, "bf16", "fp32 90, bf16 500 GFLOP/s measured here"),
     ],
 )
 def test_the_precision_is_told_with_what_decided_it(fp32: float, bf16: float, taken: str, reason: str) -> None:
@@ -140,6 +141,16 @@ def test_the_precision_is_told_with_what_decided_it(fp32: float, bf16: float, ta
     told: list[Default] = []
     assert _precision(facts, Speed("cpu", fp32, bf16), told) == taken
     assert [(d.value, d.why) for d in told] == [(taken, reason)]
+
+
+def test_kernels_that_are_kept_for_each_length_count_in_bf16_on_a_cpu() -> None:
+    cpu = torch.device("cpu")
+    few, many, all_of_them = (
+        memory.kernel_bytes(cpu, "bf16", *lengths) for lengths in ((10, 10), (300, 10), (300, 9999))
+    )
+    assert 0 < few < many < all_of_them
+    assert memory.kernel_bytes(cpu, "bf16", 300, 99999) == all_of_them
+    assert memory.kernel_bytes(cpu, "fp32", 300, 10) == memory.kernel_bytes(torch.device("cuda"), "bf16", 300, 10) == 0
 
 
 def test_what_is_only_measured_runs_in_pieces_too(tiny_llama: Path) -> None:
