@@ -82,7 +82,7 @@ def test_what_is_not_there_beside_others_has_a_reason() -> None:
     }
     assert found["accuracy"] == found["acc,none"] == []
     assert found["macro_f1"] == [
-        "difference: not tested, as by macro_f1 guesses at random beat its counterpart (most frequent label)"
+        "difference: not tested, as random guesses beat its counterpart (most frequent label) by macro_f1"
     ]
     assert found["roc_auc"] == ["most frequent label: not measured, as its answers do not hold what that takes"]
     assert tables(records, [])[0].lines[1].notes == [], "where nothing is compared, nothing is missing"
@@ -147,7 +147,7 @@ def test_a_metric_that_is_tested_speaks_before_one_that_is_not() -> None:
     found = judged(records, [effect("accuracy", 0.1, 0.05, 0.15, 1e-5)])
     assert found.sentence.startswith("Better than always answering the most frequent label: accuracy rose")
     assert (
-        "There is no test of macro F1: by macro_f1 guesses at random beat its counterpart (most frequent label)."
+        "There is no test of macro F1: random guesses beat its counterpart (most frequent label) by macro_f1."
         in (found.caveats)
     )
     assert not any("same end" in caveat for caveat in found.caveats)

@@ -163,7 +163,7 @@ class Renamed(Protocol):
 
 @runtime_checkable
 class WithoutFloor(Protocol):
-    """A metric by which guesses at random beat the most frequent label: to beat that label by it shows nothing."""
+    """A metric by which random guesses beat the most frequent label: to beat that label by it shows nothing."""
 
     majority_is_no_floor: ClassVar[bool]
 

@@ -29,7 +29,7 @@ def verdict(comparison: Comparison, shared: Shared, before: str, after: str) -> 
     """On one pair and set, by the first metric that can tell the models apart, as a run's report has it."""
     tests = tests_of(comparison, shared, before, after)
     if not tests:
-        said = f"{after} is not tested against {before}: by these metrics guesses at random beat it too."
+        said = f"{after} is not tested against {before}: random guesses beat it by these metrics too."
         return Verdict("Not tested", "caution", said)
     found = {(r.metric, r.model): r.value for r in comparison.records if r.data == shared.data}
     telling = (t for t in tests if t.difference or found[t.metric, after] not in facts_of(t.metric).bounds)
