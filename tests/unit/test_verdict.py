@@ -146,9 +146,8 @@ def test_a_metric_that_is_tested_speaks_before_one_that_is_not() -> None:
     records = pair("macro_f1", 0.2, 0.6, "majority") + pair("accuracy", 0.5, 0.6, "majority")
     found = judged(records, [effect("accuracy", 0.1, 0.05, 0.15, 1e-5)])
     assert found.sentence.startswith("Better than always answering the most frequent label: accuracy rose")
-    assert (
-        "There is no test of macro F1: random guesses beat its counterpart (most frequent label) by macro_f1."
-        in (found.caveats)
+    assert "There is no test of macro F1: random guesses beat its counterpart (most frequent label) by macro_f1." in (
+        found.caveats
     )
     assert not any("same end" in caveat for caveat in found.caveats)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,8 +18,9 @@ from tunesmith import compat, rundir
 
 SHAPE = (1024, 768, 2048)  # tokens, in, out: a linear layer of a small model
 GPU_SHAPE = (8192, 4096, 4096)
+ROUNDS, SECONDS = 5, 0.6  # a probe takes both at least: another process may have the cores for a moment
 # How many times faster bf16's products must be before whole steps are taken in it. Our kernels for CPUs serve fp32:
-# where products were 2.6 and 3.3 times faster, LoRA steps of a 135M model were 1.15 and 1.13 times faster, less exact,
+# where products were 2.3 and 2.6 times faster, LoRA steps of a 135M model were 1.13 and 1.15 times faster, less exact,
 # and took more memory with each new length (`memory.kernel_bytes`).
 WORTH = {"cpu": 5.0, "mps": 1.1, "cuda": 1.1}
 
@@ -79,27 +82,31 @@ def probe(device: torch.device, cache: Path) -> Speed:
         return Speed(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         pass
-    speed = Speed(name, _rate(device, torch.float32), _rate(device, torch.bfloat16))
+    fp32, bf16 = _rates(device, (torch.float32, torch.bfloat16))
+    speed = Speed(name, fp32, bf16)
     path.parent.mkdir(parents=True, exist_ok=True)
     rundir.write_json(path, asdict(speed), shared=True)
     return speed
 
 
-def _rate(device: torch.device, dtype: torch.dtype) -> float:
+def _rates(device: torch.device, dtypes: Sequence[torch.dtype]) -> list[float]:
+    """The best rate of each, in turns, so that what else the machine does falls on all of them."""
     tokens, width, outputs = GPU_SHAPE if device.type == "cuda" else SHAPE
-    try:
-        x = torch.randn(tokens, width, device=device, dtype=dtype)
-        w = torch.randn(outputs, width, device=device, dtype=dtype)
-        best = float("inf")
-        for _ in range(5):
-            _wait(device)
-            start = time.perf_counter()
-            torch.nn.functional.linear(x, w)
-            _wait(device)
-            best = min(best, time.perf_counter() - start)
-    except RuntimeError:  # a dtype that the device does not serve
-        return 0.0
-    return 2 * tokens * width * outputs / best
+    best = dict.fromkeys(dtypes, math.inf)
+    given = {d: [torch.randn(n, width, device=device).to(d) for n in (tokens, outputs)] for d in dtypes}
+    began, rounds = time.perf_counter(), 0
+    while rounds < ROUNDS or time.perf_counter() < began + SECONDS:
+        for dtype, (x, w) in given.items():
+            try:
+                _wait(device)
+                start = time.perf_counter()
+                torch.nn.functional.linear(x, w)
+                _wait(device)
+            except RuntimeError:  # a dtype that the device does not serve
+                continue
+            best[dtype] = min(best[dtype], time.perf_counter() - start)
+        rounds += 1
+    return [2 * tokens * width * outputs / best[dtype] for dtype in dtypes]
 
 
 def _wait(device: torch.device) -> None:

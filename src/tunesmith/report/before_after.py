@@ -228,9 +228,7 @@ def _unsaid(name: str, compared: str | None, before: Json | None, untested: bool
     if compared is not None and before is None:
         return {compared: "not measured, as its answers do not hold what that takes"}
     if compared == MAJORITY and untested and name in METRICS and isinstance(METRICS.get(name)([]), WithoutFloor):
-        return {
-            "difference": f"not tested, as random guesses beat its counterpart ({model_title(compared)}) by {name}"
-        }
+        return {"difference": f"not tested, as random guesses beat its counterpart ({model_title(compared)}) by {name}"}
     return {}
 
 
