@@ -210,8 +210,8 @@ def resolve_placement(
     shape = _shape(facts, trainable, each_trained, precision)
     free = memory.free_bytes(device)
     each = 4 if precision == "fp32" else 2
-    static = memory.static_bytes(shape, device) + (facts.teacher.parameters * each if facts.teacher else 0)
-    static += memory.kernel_bytes(device, precision, min(longest, int(epoch.examples)), meaning.total_steps)
+    static = memory.static_bytes(shape, device) + memory.primitive_bytes(device, precision, meaning.total_steps)
+    static += 0 if facts.teacher is None else facts.teacher.parameters * each
     room = math.inf if measured else MEMORY_SHARE * free - static
     kept = math.ceil(memory.activation_bytes(shape, each, recompute=False) / epoch.density)
     again = math.ceil(memory.activation_bytes(shape, each, recompute=True) / epoch.density)

@@ -539,6 +539,10 @@ onload = () => {
     wide: page.documentElement.scrollWidth - page.documentElement.clientWidth,
     torn: names.filter((cell) => lines(cell) > 1).map((cell) => cell.textContent),
     names: names.map((cell) => cell.textContent),
+    shades: [...page.querySelectorAll(".wrap")].filter((one) => one.scrollWidth > one.clientWidth).map((one) => {
+      const style = getComputedStyle(one);
+      return [style.backgroundAttachment, style.backgroundImage.split("linear-gradient").length - 1];
+    }),
   });
 };
 </script>"""
@@ -559,4 +563,6 @@ def test_on_a_phone_the_page_stays_in_its_window_and_names_stay_whole(run: Path,
     found = json.loads(Page(document).text)
     assert found["wide"] == 0
     assert found["torn"] == []
-    assert ("north" in found["names"]) == (run.name == "classified")
+    covers_and_shades = ["local, local, scroll, scroll", 4]
+    assert found["shades"] == [covers_and_shades] * len(found["shades"]), "a table scrolls and does not show it"
+    assert ("north" in found["names"]) == bool(found["shades"]) == (run.name == "classified")

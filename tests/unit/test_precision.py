@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,11 +28,27 @@ def test_rates_are_the_best_of_turns_and_an_unserved_dtype_has_none(monkeypatch:
 
     monkeypatch.setattr(torch.nn.functional, "linear", linear)
     monkeypatch.setattr(precision.time, "perf_counter", lambda: clock)
+    monkeypatch.setattr(precision, "SECONDS", 100.0)
     rates = precision._rates(CPU, (torch.float32, torch.bfloat16, torch.float64))
     tokens, width, outputs = precision.SHAPE
     product = 2 * tokens * width * outputs
-    assert seen == [torch.float32, torch.bfloat16, torch.float64] * precision.ROUNDS
+    assert seen == [torch.float32, torch.bfloat16, torch.float64] * 7  # of 16 s each, but for one
     assert rates == [product / 0.5, product / 8.0, 0.0]
+
+
+def test_a_dtype_that_a_device_does_not_hold_has_no_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = torch.randn
+
+    def randn(*size: int, dtype: torch.dtype, **where: Any) -> Tensor:
+        if dtype == torch.bfloat16:
+            raise TypeError("BFloat16 is not supported")
+        return made(*size, dtype=dtype, **where)
+
+    monkeypatch.setattr(torch, "randn", randn)
+    monkeypatch.setattr(precision, "SECONDS", 0.0)
+    fp32, bf16 = precision._rates(CPU, (torch.float32, torch.bfloat16))
+    assert fp32 > 0
+    assert bf16 == 0
 
 
 def test_a_probe_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,14 +143,20 @@ def test_the_precision_is_told_with_what_decided_it(fp32: float, bf16: float, ta
     assert [(d.value, d.why) for d in told] == [(taken, reason)]
 
 
-def test_kernels_that_are_kept_for_each_length_count_in_bf16_on_a_cpu() -> None:
-    cpu = torch.device("cpu")
-    few, many, all_of_them = (
-        memory.kernel_bytes(cpu, "bf16", *lengths) for lengths in ((10, 10), (300, 10), (300, 9999))
-    )
-    assert 0 < few < many < all_of_them
-    assert memory.kernel_bytes(cpu, "bf16", 300, 99999) == all_of_them
-    assert memory.kernel_bytes(cpu, "fp32", 300, 10) == memory.kernel_bytes(torch.device("cuda"), "bf16", 300, 10) == 0
+def test_products_that_are_made_for_one_shape_count_in_bf16_on_a_cpu(tiny_llama: Path) -> None:
+    rows = [{"prompt": f"{i}?", "completion": "x"} for i in range(8)]
+
+    def told(precision: str, steps: int) -> int:
+        train = {"max_steps": steps, "epochs": None, "batch_size": 4}
+        asked = {"objective": "sft", "method": "lora", "precision": precision, "train": train}
+        recipe = {"model": str(tiny_llama), **asked}
+        return api.plan(recipe, data={"train": rows}).prediction.peak_memory_bytes
+
+    grown = {precision: told(precision, 5000) - told(precision, 1) for precision in ("fp32", "bf16")}
+    most = memory.PRIMITIVE * memory.PRIMITIVES
+    assert grown["bf16"] == pytest.approx(most, rel=0.05)
+    assert abs(grown["fp32"]) < 0.05 * most
+    assert memory.primitive_bytes(torch.device("cuda"), "bf16", 5000) == 0
 
 
 def test_what_is_only_measured_runs_in_pieces_too(tiny_llama: Path) -> None:

@@ -14,9 +14,9 @@ NF4_SCRATCH = 12  # bytes a weight of the layer that is made anew: codes as inte
 ADAM_BYTES = 16  # of one trainable parameter: fp32 weight, gradient and two moments
 ADAM_8BIT_BYTES = {"fp32": 10, "bf16": 6}  # likewise, by what the weight is in, with moments in 8 bits
 SNAPSHOT = 0.75  # of these is in a checkpoint that is being written: all but the gradient, with 8 bits a little less
-# What stays of kernels that are made for one shape each, in bf16 on a CPU with AVX-512: of attention for each length of
-# a segment; of products as oneDNN holds them, so many at most, of which a row's length has 8 (4 widths, both passes).
-ATTENTION_KERNELS, PRIMITIVE, PRIMITIVES = 1_500_000, 600_000, 1024
+# Bytes of a product that oneDNN has made for one shape, in bf16 on a CPU with AVX-512, whatever its widths; it holds so
+# many at most, of which a step of new lengths makes so many.
+PRIMITIVE, PRIMITIVES, OF_A_STEP = 580_000, 1024, 10
 LOGIT_CHUNK = {"cpu": 3 * 64 * 2**20, "mps": 3 * 2**30, "cuda": 3 * 2**30}  # what the loss holds at once
 
 
@@ -72,11 +72,11 @@ def static_bytes(shape: Shape, device: torch.device) -> int:
     return frozen * shape.weight_bytes - spared + anew + trained + LOGIT_CHUNK[device.type]
 
 
-def kernel_bytes(device: torch.device, precision: str, segments: int, rows: int) -> int:
-    """What kernels for so many lengths of segments and of rows take at most, which grows as a run meets them."""
+def primitive_bytes(device: torch.device, precision: str, steps: int) -> int:
+    """What a run comes to hold of products that are made for one shape each: up to 0.6 GB, within a hundred steps."""
     if device.type != "cpu" or precision == "fp32":
         return 0
-    return ATTENTION_KERNELS * segments + PRIMITIVE * min(PRIMITIVES, 8 * rows)
+    return PRIMITIVE * min(PRIMITIVES, OF_A_STEP * steps)
 
 
 def process_bytes(device: torch.device) -> int:

@@ -21,7 +21,7 @@ GPU_SHAPE = (8192, 4096, 4096)
 ROUNDS, SECONDS = 5, 0.6  # a probe takes both at least: another process may have the cores for a moment
 # How many times faster bf16's products must be before whole steps are taken in it. Our kernels for CPUs serve fp32:
 # where products were 2.3 and 2.6 times faster, LoRA steps of a 135M model were 1.13 and 1.15 times faster, less exact,
-# and took more memory with each new length (`memory.kernel_bytes`).
+# and took more memory with each new length (`memory.primitive_bytes`).
 WORTH = {"cpu": 5.0, "mps": 1.1, "cuda": 1.1}
 
 
@@ -93,16 +93,17 @@ def _rates(device: torch.device, dtypes: Sequence[torch.dtype]) -> list[float]:
     """The best rate of each, in turns, so that what else the machine does falls on all of them."""
     tokens, width, outputs = GPU_SHAPE if device.type == "cuda" else SHAPE
     best = dict.fromkeys(dtypes, math.inf)
-    given = {d: [torch.randn(n, width, device=device).to(d) for n in (tokens, outputs)] for d in dtypes}
     began, rounds = time.perf_counter(), 0
     while rounds < ROUNDS or time.perf_counter() < began + SECONDS:
-        for dtype, (x, w) in given.items():
+        for dtype in dtypes:
             try:
+                x = torch.randn(tokens, width, device=device, dtype=dtype)
+                w = torch.randn(outputs, width, device=device, dtype=dtype)
                 _wait(device)
                 start = time.perf_counter()
                 torch.nn.functional.linear(x, w)
                 _wait(device)
-            except RuntimeError:  # a dtype that the device does not serve
+            except (RuntimeError, TypeError):  # a dtype that the device does not serve
                 continue
             best[dtype] = min(best[dtype], time.perf_counter() - start)
         rounds += 1
