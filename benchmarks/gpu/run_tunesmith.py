@@ -49,19 +49,21 @@ def main() -> None:
     clip = Clip(1.0)
     loaded = time.perf_counter() - began
     chosen = workload.lengths(asked.rows, asked.tokens, asked.steps, asked.lengths)
-    batches = [batch(part, shape["vocab_size"], step) for step, part in enumerate(chosen)]
+    steps = [batches(part, shape["vocab_size"], step, asked.micro_batches) for step, part in enumerate(chosen)]
     marks = Marks(asked.warm_up)
     losses: list[float] = []
 
     def one(index: int) -> None:
-        stats = engine.forward_backward(objective, policy, Step(index + 1, [batches[index]], {}))
+        stats = engine.forward_backward(objective, policy, Step(index + 1, steps[index], {}))
         clip.before_step(engine, index + 1)
         engine.step()
         clip.after_step(engine, index + 1)
         losses.append(stats.loss)
 
     half = "the feed-forward half of " if asked.again == "feed" else ""
-    recomputed = f", {half}{asked.recompute} layers recomputed" if asked.recompute else ""
+    away = " from the host's memory" if asked.again == "away" else ""
+    recomputed = f", {half}{asked.recompute} layers recomputed{away}" if asked.recompute else ""
+    recomputed += f", {asked.micro_batches} micro-batches" if asked.micro_batches > 1 else ""
     unfused = ", unfused" if asked.unfused else ""
     method = ", full" if asked.method == "full" else ""
     method += ", adamw_8bit" if asked.optimizer == "adamw_8bit" else ""
@@ -100,10 +102,12 @@ def build(shape: dict[str, Any], asked: argparse.Namespace) -> Policy:
     return policy
 
 
-def batch(part: list[int], vocabulary: int, step: int) -> Any:
+def batches(part: list[int], vocabulary: int, step: int, micro_batches: int) -> list[Any]:
     rows = workload.examples(part, vocabulary, step)
     pieces = [Example((Piece(ids, (ids >= 0).astype("float32")),)) for ids in rows]
-    return collate(pieces, range(len(pieces)), packed=True, pad_id=0)
+    size = -(-len(pieces) // micro_batches)
+    parts = [pieces[at : at + size] for at in range(0, len(pieces), size)]
+    return [collate(each, range(len(each)), packed=True, pad_id=0) for each in parts]
 
 
 def profile(work: Any, to: Path) -> None:
@@ -141,7 +145,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--warm-up", type=int, default=5)
     parser.add_argument("--recompute", type=int, default=0, help="so many layers run again in the backward")
-    parser.add_argument("--again", choices=["feed", "whole"], default="whole", help="what of them does")
+    parser.add_argument("--again", choices=["feed", "whole", "away"], default="whole", help="what of them does")
+    parser.add_argument("--micro-batches", type=int, default=1, help="that a step's examples come in")
     parser.add_argument("--gib", type=float, help="as a card of so many GiB would run it")
     parser.add_argument("--unfused", action="store_true", help="without our kernels")
     parser.add_argument("--profile", type=Path)

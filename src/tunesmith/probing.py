@@ -204,7 +204,7 @@ def _chosen(
     if plain is None:
         return None
     lines: dict[Again, Line] = {"none": plain}
-    for again in _ways(assets, plain):
+    for again in _ways(assets, placement, plain):
         if again != "none" and (measured := line(again, work.largest)) is not None:
             lines[again] = measured
         choice = choose(lines, total, room, all_of=again if assets.facts.recipe.train.recompute else None)
@@ -214,14 +214,20 @@ def _chosen(
     return None
 
 
-def _ways(assets: Assets, plain: Line) -> tuple[Again, ...]:
+def _ways(assets: Assets, placement: Placement, plain: Line) -> Iterator[Again]:
     """How layers may run again, in the order of what that costs."""
     asked = assets.facts.recipe.train.recompute
-    if asked:
-        return ("whole",)
-    if asked is not None or not assets.method.facts.recomputes:
-        return ("none",)
-    return ("none", "feed", "whole") if plain.of_few.served else ("none", "whole")
+    if not asked:
+        yield "none"
+        if asked is not None or not assets.method.facts.recomputes:
+            return
+        if plain.of_few.served:
+            yield "feed"
+    yield "whole"
+    model, each = assets.facts.model, 4 if placement.precision == "fp32" else 2
+    host = each * (model.layers * model.width * placement.micro_batch_tokens + model.embedding_parameters)
+    if host < settings.MEMORY_SHARE * memory.free_bytes(torch.device("cpu")):
+        yield "away"
 
 
 class _Probe:

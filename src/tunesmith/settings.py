@@ -319,8 +319,11 @@ def as_json(value: Meaning | Placement | Prediction | Default) -> dict[str, Any]
 
 def recomputed(placement: Placement) -> str:
     """What runs again in the backward, in words; empty for nothing."""
-    what = {"none": "", "feed": "the feed-forward half of ", "whole": ""}[placement.recompute]
-    return f"{what}{placement.recomputed} layers" if placement.recomputed else ""
+    if not placement.recomputed:
+        return ""
+    half = "the feed-forward half of " if placement.recompute == "feed" else ""
+    away = " from inputs in the host's memory" if placement.recompute == "away" else ""
+    return f"{half}{placement.recomputed} layers{away}"
 
 
 def _precision(facts: Facts, speed: Speed, defaults: list[Default]) -> str:

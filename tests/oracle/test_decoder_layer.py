@@ -113,7 +113,7 @@ def test_in_4_bits_it_is_the_layer_over_the_dequantised_base(rows: str) -> None:
     assert max(errors.values()) < 0.05, errors
 
 
-@pytest.mark.parametrize("again", ["feed", "whole"])
+@pytest.mark.parametrize("again", ["feed", "whole", "away"])
 @pytest.mark.parametrize("precision", ["bf16", "fp8", "int4"])
 @pytest.mark.parametrize("rows", ["alike", "mixed"])
 def test_layers_that_run_again_keep_less_and_give_the_same_bits(again: Again, precision: str, rows: str) -> None:
@@ -130,7 +130,7 @@ def test_layers_that_run_again_keep_less_and_give_the_same_bits(again: Again, pr
         found.append(_through(policy, lengths, x, grad))
         kept.append(_kept(policy, lengths, x))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
-    assert kept[1] < {"feed": 0.6, "whole": 0.3}[again] * kept[0]
+    assert kept[1] < {"feed": 0.6, "whole": 0.3, "away": 0.2}[again] * kept[0]
 
 
 def _kept(policy: Policy, lengths: list[int], x: Tensor) -> int:

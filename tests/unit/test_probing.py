@@ -121,9 +121,11 @@ def test_all_layers_run_again_where_that_was_asked() -> None:
 
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Card:
-    """A device whose peaks are those that a test names, so many bytes for each layer that runs once."""
+    """A device whose peaks are those that a test names, so many bytes for each layer that runs once, or `input` of them
+    for one that runs again from the device's memory.
+    """
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
-    sizes = {"left": 0, "layer": 0, "layers": 0, "again": 0, "token": 0, "tokens": 0, "most": 1 << 30}
+    sizes = {"left": 0, "layer": 0, "layers": 0, "again": 0, "input": 0, "token": 0, "tokens": 0, "most": 1 << 30}
     build, collate = session.build, probing.collate
 
     def laid_out(examples: Any, *given: Any, **named: Any) -> Any:
@@ -136,6 +138,7 @@ def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Card:
         policy = build(plan, assets, base)
         sizes["layers"] = policy.config.num_hidden_layers
         sizes["again"] = plan.placement.recomputed
+        sizes["away"] = plan.placement.recompute == "away"
         return policy
 
     def most(*_: Any) -> int:
@@ -143,6 +146,7 @@ def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Card:
             sizes["left"]
             + (1 << 20)
             + (sizes["layer"] + sizes["token"] * sizes["tokens"]) * (sizes["layers"] - sizes["again"])
+            + sizes["input"] * sizes["again"] * (not sizes["away"])
         )
 
     monkeypatch.setattr(session, "build", built)
@@ -216,6 +220,20 @@ def test_asked_for_layers_all_run_again(card: Card, tiny_llama: Path, tmp_path: 
     plan = api.plan(_recipe(deep, recompute=True), data={"train": ROWS})
     assert (plan.placement.recompute, plan.placement.recomputed) == ("whole", 8)
     assert plan.placement.micro_batch_tokens > 500, "smaller ones, which fit too, are not looked for"
+
+
+@pytest.mark.parametrize("asked", [None, True])
+def test_inputs_wait_in_the_hosts_memory_where_the_devices_is_not_enough(
+    card: Card, tiny_llama: Path, tmp_path: Path, asked: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card(20 << 20, input=12 << 20)
+    deep = _deep(tiny_llama, tmp_path / "deep", 8)
+    recipe = _recipe(deep, micro_batch_size=4, recompute=asked)
+    plan = api.plan(recipe, data={"train": ROWS})
+    assert (plan.placement.recompute, plan.placement.recomputed) == ("away", 8 if asked else 4)
+    monkeypatch.setattr("tunesmith.settings.MEMORY_SHARE", 0.0)  # no room in the host's either
+    with pytest.raises(ResourceError, match="does not fit"):
+        api.plan(recipe, data={"train": ROWS})
 
 
 def test_what_fits_in_no_way_is_refused(card: Card, tiny_llama: Path, tmp_path: Path) -> None:
@@ -413,3 +431,5 @@ def test_placements_are_told_in_words() -> None:
     assert recomputed(placement) == ""
     assert recomputed(replace(placement, recompute="whole", recomputed=3)) == "3 layers"
     assert recomputed(replace(placement, recompute="feed", recomputed=3)) == "the feed-forward half of 3 layers"
+    away = replace(placement, recompute="away", recomputed=3)
+    assert recomputed(away) == "3 layers from inputs in the host's memory"
