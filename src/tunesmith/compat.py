@@ -21,6 +21,7 @@ from typing import Any
 # same rule. transformers 5.23 does not know them and falls back to GPT-2's pattern alone, which
 # joins two spaces before a digit differently.
 GGUF_SINGLE_DIGITS = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"})
+GRAPHS = 64  # of one function that torch compiles
 # They fill their masks with fp32's smallest number, which bf16 does not hold.
 FP32_ONLY = frozenset({"deberta", "deberta-v2"})
 GGUF_PLAIN_GPT2 = frozenset({"gpt-2", "mpt", "olmo", "jais", "phi-2"})
@@ -53,20 +54,27 @@ def compiling() -> Generator[None]:
     import torch
 
     private: Any = torch
-    with warnings.catch_warnings(), private._dynamo.config.patch(recompile_limit=64):
+    with warnings.catch_warnings(), private._dynamo.config.patch(recompile_limit=GRAPHS):
         warnings.simplefilter("ignore")
         yield
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` under torch.compile, for any number of positions and without its warnings."""
+    """`function` under torch.compile, for any number of positions and without its warnings.
+
+    Numbers that happen to be equal at first are not taken for one. The limits stay set, because setting them at each
+    call would take longer than the guards of a graph do (28 us of a core).
+    """
     import torch
 
-    with compiling():
-        inner: Any = torch.compile(function, dynamic=True)
+    private: Any = torch
+    private._dynamo.config.recompile_limit = max(private._dynamo.config.recompile_limit, GRAPHS)
+    private.fx.experimental._config.use_duck_shape = False
+    inner: Any = torch.compile(function, dynamic=True)
 
     def run(*given: Any, **named: Any) -> Any:
-        with compiling():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             return inner(*given, **named)
 
     return run

@@ -20,7 +20,7 @@ from transformers import BertConfig, BertModel, Gemma3ForCausalLM, Gemma3TextCon
 
 from tunesmith import api
 from tunesmith.data.pack import collate, place
-from tunesmith.kernels import attention, compiled_layers
+from tunesmith.kernels import attention, compiled_layers, cuda_attention
 from tunesmith.kernels.accelerate import COMPILED, accelerate
 from tunesmith.methods.lora import Lora
 from tunesmith.models.layers import layers
@@ -115,6 +115,30 @@ def test_numbers_stay_and_graphs_are_few(family: str, lora: bool, graphs: list[A
             torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-6)
 
 
+DENSE = ([8], [8, 8], [5, 9], [12, 12, 12], [24], [7, 20, 4], [16])
+
+
+@pytest.mark.parametrize("family", ["qwen3", "bert"])
+def test_rows_that_are_a_dense_batch_run_in_one_graph(
+    family: str, graphs: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_attention, "CUDNN_PAYS", 8)
+    monkeypatch.setattr(cuda_attention, "BLOCK", 4)
+    policy = _policy(family)
+    expected = [_learn(policy, lengths) for lengths in DENSE]
+    _fuse(policy)
+    for lengths, theirs in zip(DENSE, expected, strict=True):
+        ours = _learn(policy, lengths)
+        if lengths == [8, 8]:
+            assert len(graphs) == 2, "graphs that stop at attention, or one for each number of segments"
+        for name in ours:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-6)
+    many = len(graphs)
+    for lengths in reversed(DENSE):
+        _learn(policy, lengths)
+    assert len(graphs) == many, "what ran before decides what is compiled"
+
+
 def test_layers_that_train_are_not_taken_for_those_that_do_not(graphs: list[Any]) -> None:
     policy = _policy("qwen3")
     for name, parameter in policy.named_parameters():
@@ -206,10 +230,11 @@ def test_a_run_hands_on_what_its_plan_says(tiny_llama: Path, tmp_path: Path, mon
 @pytest.mark.parametrize("family", ["qwen3", "bert"])
 def test_compiled_for_cuda_numbers_stay(family: str, lora: bool) -> None:
     policy = _policy(family, lora).to("cuda")
-    expected = [_learn(policy, [n * 15 for n in lengths]) for lengths in LENGTHS]
+    rows = [[n * 15 for n in lengths] for lengths in LENGTHS] + [[n * 256 for n in lengths] for lengths in DENSE]
+    expected = [_learn(policy, lengths) for lengths in rows]
     assert accelerate(policy, compiled=layers(policy.model).values())[COMPILED] == 3
-    for lengths, theirs in zip(LENGTHS, expected, strict=True):
-        ours = _learn(policy, [n * 15 for n in lengths])
+    for lengths, theirs in zip(rows, expected, strict=True):
+        ours = _learn(policy, lengths)
         assert ours.keys() == theirs.keys()
         for name in ours:
             torch.testing.assert_close(ours[name], theirs[name], rtol=2e-3, atol=1e-5)

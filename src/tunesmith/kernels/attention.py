@@ -21,6 +21,7 @@ from tunesmith.kernels import cuda_attention, padded_attention
 
 IMPLEMENTATION = "segments"
 KEYWORD = "segment_bounds"  # the keyword of the model's forward that carries Bounds to attention
+BIASES = ("position_bias", "s_aux")  # of scores, that no backend applies
 
 
 @dataclass(slots=True)
@@ -30,6 +31,7 @@ class Bounds:
     The first `shared` positions of a row stand before each of its segments but the first, which begins
     with them (see `shared_prefix`). `calls` counts attention calls that used the bounds, so that a model
     which never asks is found out. `made` keeps what a backend makes of the bounds once for all layers.
+    `alike`: the length of every segment where compiled layers may take the rows as a dense batch, else 0.
     `before`: keys and values [K, P, D] of attention modules, for P positions at the beginning of every row that are
     counted in the bounds and among the shared ones, and that have no queries.
     """
@@ -39,6 +41,7 @@ class Bounds:
     shared: int = 0
     made: dict[Any, Any] = field(default_factory=dict[Any, Any])
     before: Mapping[nn.Module, tuple[Tensor, Tensor]] | None = None
+    alike: int = 0
 
     def prefix(self, start: int) -> int:
         """How many positions from the row's beginning the segment at `start` has before its own."""
@@ -69,13 +72,13 @@ def segment_attention(
     bounds = keywords.get(KEYWORD)
     if not isinstance(bounds, Bounds):
         raise RuntimeError(f"{type(module).__name__} called segment attention without {KEYWORD}")
-    unknown = [name for name in ("position_bias", "s_aux") if keywords.get(name) is not None]
+    unknown = [name for name in BIASES if keywords.get(name) is not None]
     if unknown or attention_mask is not None:
         raise RuntimeError(
             f"{type(module).__name__} needs {unknown or 'a mask'}, which segment attention does not apply"
         )
     bounds.calls += 1
-    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    causal = _looks_back(module, is_causal)
     count = 0
     if bounds.before is not None:
         key_PD, value_PD = bounds.before[module]
@@ -88,6 +91,10 @@ def segment_attention(
     look = cuda_attention.Look(bounds, query_BHTD.shape[2], causal, window, softcap, scaling)
     out_BTHD = _attended(query_BHTD, key_BKTD, value_BKTD, look, dropout)
     return (out_BTHD[:, count:] if count else out_BTHD), None
+
+
+def _looks_back(module: nn.Module, is_causal: bool | None) -> bool:
+    return bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
 
 
 def _joined(before_KPD: Tensor, x_BKTD: Tensor) -> Tensor:
@@ -237,16 +244,37 @@ def register() -> None:
 
 @cache
 def keep_outside_graphs() -> None:
-    """From now on what torch compiles stops before this attention and goes on behind it; only casts are compiled."""
+    """From now on what torch compiles goes through this attention where the rows are a dense batch (`Bounds.alike`).
+
+    Elsewhere it stops before it and goes on behind it; only casts are compiled.
+    """
     from transformers.modeling_utils import AttentionInterface
 
     outside: Any = torch.compiler.disable(segment_attention)
 
-    def cast_first(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *given: Any, **named: Any) -> Any:
+    def cast_first(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        **named: Any,
+    ) -> Any:
         if torch.is_autocast_enabled("cuda"):
             dtype = torch.get_autocast_dtype("cuda")
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        return outside(module, query, key, value, *given, **named)
+        bounds: Bounds | None = named.get(KEYWORD)
+        if bounds is not None and bounds.alike and attention_mask is None and _is_plain(bounds.alike, named):
+            causal = _looks_back(module, named.get("is_causal"))
+            return cuda_attention.dense(query, key, value, bounds.alike, causal, named.get("scaling")), None
+        return outside(module, query, key, value, attention_mask, **named)
 
     register()
     AttentionInterface.register(IMPLEMENTATION, cast_first)
+
+
+def _is_plain(length: int, named: dict[str, Any]) -> bool:
+    """Whether scores are as they come, of a whole segment of this length."""
+    window = named.get("sliding_window")
+    changed = [name for name in ("softcap", *BIASES) if named.get(name) is not None]
+    return not changed and not named.get("dropout") and (window is None or length <= window)

@@ -62,11 +62,16 @@ class Look:
     @property
     def dense(self) -> int | None:
         """The length of every segment, where they are all alike and fill the rows; else None."""
-        spans = [span for row in self.bounds.rows for span in row]
-        length = spans[0][1] - spans[0][0] if spans else 0
-        alike = length > 0 and all(b - a == length for a, b in spans)
-        fills = alike and all(len(row) * length == self.length for row in self.bounds.rows)
-        return length if fills and not self.bounds.shared and self.window is None and self.softcap is None else None
+        length = None if self.bounds.shared else alike(self.bounds, self.length)
+        return length if length and self.window is None and self.softcap is None else None
+
+
+def alike(bounds: Bounds, length: int) -> int:
+    """The length of every segment, where they are all alike and fill rows of `length` positions; else 0."""
+    spans = [span for row in bounds.rows for span in row]
+    one = spans[0][1] - spans[0][0] if spans else 0
+    same = one > 0 and all(b - a == one for a, b in spans)
+    return one if same and all(len(row) * one == length for row in bounds.rows) else 0
 
 
 def reach(bounds: Bounds, window: int | None) -> int | None:
@@ -107,7 +112,7 @@ def attend(query_BHTD: Tensor, key_BKTD: Tensor, value_BKTD: Tensor, look: Look)
     `backend` must be "dense" or "blocks".
     """
     if look.dense is not None:
-        return _dense(query_BHTD, key_BKTD, value_BKTD, look)
+        return dense(query_BHTD, key_BKTD, value_BKTD, look.dense, look.causal, look.scaling)
     features = query_BHTD.shape[1] * query_BHTD.shape[3]
     missing = padded_length(look, features, query_BHTD.dtype) - query_BHTD.shape[2]
     if missing:
@@ -126,27 +131,24 @@ def attend(query_BHTD: Tensor, key_BKTD: Tensor, value_BKTD: Tensor, look: Look)
     return out_BTHD[:, : look.length] if missing else out_BTHD
 
 
-def _dense(query_BHTD: Tensor, key_BKTD: Tensor, value_BKTD: Tensor, look: Look) -> Tensor:
+def dense(
+    query_BHTD: Tensor, key_BKTD: Tensor, value_BKTD: Tensor, segment: int, causal: bool, scaling: float | None
+) -> Tensor:
+    """[B, T, H, D], for rows that segments of this length fill; torch.compile may go through it."""
     from torch.nn.attention import sdpa_kernel
 
     batch, heads, length, _ = query_BHTD.shape
-    assert look.dense is not None
     grouped = heads != key_BKTD.shape[1]
     if grouped and query_BHTD.dtype not in HALF:  # only the half-precision kernels take fewer key heads as they are
         key_BKTD, value_BKTD = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key_BKTD, value_BKTD))
         grouped = False
 
     def cut(x_BHTD: Tensor) -> Tensor:
-        return x_BHTD.transpose(1, 2).reshape(-1, look.dense or 0, x_BHTD.shape[1], x_BHTD.shape[3]).transpose(1, 2)
+        return x_BHTD.transpose(1, 2).reshape(-1, segment, x_BHTD.shape[1], x_BHTD.shape[3]).transpose(1, 2)
 
-    with sdpa_kernel(order_of(look.dense), set_priority=True):
+    with sdpa_kernel(order_of(segment), set_priority=True):
         out = F.scaled_dot_product_attention(
-            cut(query_BHTD),
-            cut(key_BKTD),
-            cut(value_BKTD),
-            is_causal=look.causal,
-            scale=look.scaling,
-            enable_gqa=grouped,
+            cut(query_BHTD), cut(key_BKTD), cut(value_BKTD), is_causal=causal, scale=scaling, enable_gqa=grouped
         )
     return out.transpose(1, 2).reshape(batch, length, heads, value_BKTD.shape[3])
 
@@ -156,7 +158,12 @@ def order_of(length: int) -> list[Any]:
     from torch.nn.attention import SDPBackend
 
     order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    return [SDPBackend.CUDNN_ATTENTION, *order] if length >= CUDNN_PAYS and length % BLOCK == 0 else order
+    return [SDPBackend.CUDNN_ATTENTION, *order] if comes_again(length) else order
+
+
+def comes_again(length: int) -> bool:
+    """Whether many examples are likely to have this length, because they were cut at it."""
+    return length >= CUDNN_PAYS and length % BLOCK == 0
 
 
 def _mask(look: Look, length: int, device: torch.device) -> Any:
