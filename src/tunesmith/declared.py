@@ -18,6 +18,7 @@ class MethodFacts:
     `moves_output`: the output projection trains and the embeddings do not, so a tied one must be untied, which
     `unties` does. `packs`, `recomputes`: segments may share a row, layers may run again in the backward.
     `tokens` are added to the vocabulary and their rows train. `frozen_in`: what else than bf16 the base may be in.
+    `multiplies_in`: in what else than bf16 trained layers are multiplied while they learn.
     `virtual_tokens` stand before every text and count against the model's context. `feeds_attention`: keys and values
     of its own go into every layer's attention.
     `learning_rate_source` says where the default rate is from. `combines`: the ways in which several of its adapters
@@ -38,6 +39,7 @@ class MethodFacts:
     packs: bool = True
     recomputes: bool = True
     frozen_in: frozenset[str] = frozenset()
+    multiplies_in: frozenset[str] = frozenset()
     tokens: tuple[str, ...] = ()
     virtual_tokens: int = 0
     feeds_attention: bool = False

@@ -93,6 +93,11 @@ class Facts:
         return self.method.frozen_backbone and self.needs.head == "pooled" and self.needs.vectors == "text"
 
     @property
+    def multiplies_otherwise(self) -> bool:
+        """Whether layers that train are multiplied in the run's precision while they learn, and are held in another."""
+        return self.recipe.precision in self.method.multiplies_in
+
+    @property
     def context_length(self) -> int | None:
         """Tokens of a text that the model sees, beside the method's virtual ones; None where nothing sets a limit."""
         length = self.model.context_length

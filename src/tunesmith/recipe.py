@@ -279,7 +279,8 @@ class Recipe(Strict):
     precision: Literal["auto", "fp32", "bf16", "fp8", "int4"] = key(
         "auto",
         "numbers that the base is held and computes in; auto takes what is fastest here, by a probe; int4 holds the "
-        "base's linear layers in 4 bits (NF4) and computes in bf16",
+        "base's linear layers in 4 bits (NF4) and computes in bf16; fp8 multiplies in 8 bits (e4m3), frozen weights "
+        "beside low-rank updates or, of method full, weights that train",
         "bf16",
     )
     place: Place = key(Place, "where it runs", {"device": "cpu", "threads": 4})

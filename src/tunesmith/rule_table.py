@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tunesmith.facts import Facts
+from tunesmith.kernels import fp8_linear
 from tunesmith.recipe import BY_LABEL
 
 
@@ -109,10 +110,25 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         ("precision", "method"),
-        lambda f: f.recipe.precision in ("fp8", "int4") and f.recipe.precision not in f.method.frozen_in,
+        lambda f: (
+            f.recipe.precision in ("fp8", "int4")
+            and f.recipe.precision not in f.method.frozen_in | f.method.multiplies_in
+        ),
         "precision is {f.recipe.precision}, which holds frozen weights beside low-rank updates, "
         "and the method is {method}",
         "use method lora as it starts by default, or set precision to bf16",
+    ),
+    Rule(
+        ("precision", "installed libraries"),
+        lambda f: f.multiplies_otherwise and not fp8_linear.is_installed(),
+        "precision is fp8, for which {method} needs torchao, and it is not installed here",
+        "pip install tunesmith[fp8], or set precision to bf16",
+    ),
+    Rule(
+        ("precision", "place.compile"),
+        lambda f: f.multiplies_otherwise and f.recipe.place.compile is False,
+        "precision is fp8, which is no faster with {method} unless layers are compiled, and place.compile is false",
+        "leave place.compile out, or set precision to bf16",
     ),
     Rule(
         ("precision", "model"),
@@ -122,7 +138,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         ("precision", "train.dropout"),
-        lambda f: f.recipe.precision == "fp8" and bool(f.recipe.train.dropout),
+        lambda f: f.recipe.precision == "fp8" and "fp8" in f.method.frozen_in and bool(f.recipe.train.dropout),
         "precision is fp8, whose products hold the low-rank update, and train.dropout asks to drop out its input",
         "set train.dropout to 0, or precision to bf16",
     ),

@@ -21,7 +21,7 @@ from tunesmith.data.source import first_batches
 from tunesmith.engine.native import seed_step
 from tunesmith.engine.precision import serves_fp8
 from tunesmith.errors import InputError, RefusedError
-from tunesmith.kernels.accelerate import LAYERS, accelerate
+from tunesmith.kernels.accelerate import FP8, LAYERS, accelerate
 from tunesmith.methods import METHODS
 from tunesmith.models import drawing, sentence_files
 from tunesmith.models.cache import cache_dir
@@ -126,7 +126,7 @@ def save(
         "pooling": assets.facts.model.pooling,
         "packed": plan.placement.packed,
         "tokens": method.facts.tokens,
-        "precision": plan.placement.precision,
+        "precision": WHOLE if assets.facts.multiplies_otherwise else plan.placement.precision,
         "columns": dict(recipe.data.columns),
         "format": recipe.data.format,
         "templates": dict(assets.renderer.templates),
@@ -383,14 +383,14 @@ def _reentrant(enter: Callable[[], AbstractContextManager[None]]) -> Callable[[]
 
 
 def _accelerate(policy: Policy, precision: str, *, compiled: bool = False) -> None:
-    """Raises RefusedError where fp8 was asked for and no layer can be kept in it."""
+    """Raises RefusedError where fp8 was asked for and serves no layer."""
     fp8 = precision == "fp8"
     layers_to_compile = layers(policy.model).values() if compiled else ()
-    if not accelerate(policy, fp8=fp8, compiled=layers_to_compile)[LAYERS] and fp8:
-        raise RefusedError(
-            f"no layer of {type(policy.model).__name__} can be kept in fp8: it serves layers built as Llama's",
-            "set precision to bf16",
-        )
+    taken = accelerate(policy, fp8=fp8, compiled=layers_to_compile)
+    if fp8 and not taken[LAYERS] + taken[FP8]:
+        name = type(policy.model).__name__
+        why = "it serves layers built as Llama's, and widths of a multiple of 16 that train"
+        raise RefusedError(f"no layer of {name} can be kept in fp8: {why}", "set precision to bf16")
 
 
 def _kind(model: Any) -> Any:

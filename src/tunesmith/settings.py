@@ -306,6 +306,9 @@ def predict(
 def with_compiling(facts: Facts, placement: Placement, prediction: Prediction, defaults: list[Default]) -> Placement:
     """Whether torch compiles the layers that no kernel serves: as asked, or where a run is long enough on CUDA."""
     asked = facts.recipe.place.compile
+    if asked is None and facts.multiplies_otherwise:
+        asked = True
+        defaults.append(Default("place.compile", asked, f"what is multiplied in {placement.precision} must be cast"))
     if asked is None and placement.device.startswith("cuda") and not facts.method.frozen_backbone:
         asked = prediction.seconds > COMPILING_PAYS
         why = f"training takes about {prediction.seconds:.0f} s; above {COMPILING_PAYS:.0f} compiling pays"

@@ -16,6 +16,7 @@ from tunesmith import rules
 from tunesmith.beneath import Beneath
 from tunesmith.errors import TunesmithError
 from tunesmith.facts import DEFAULT_POOLING, Facts, ModelFacts, Previous
+from tunesmith.kernels import fp8_linear
 from tunesmith.methods import METHODS
 from tunesmith.objectives import OBJECTIVES
 from tunesmith.recipe_file import parse_recipe
@@ -64,7 +65,8 @@ RULES: dict[str, Callable[[], Facts]] = {
     "train.sequence_length is 600, and base sees 512": lambda: facts(train={"sequence_length": 600}),
     "precision is bf16, and this device": lambda: facts(precision="bf16"),
     "precision is fp8, which needs a CUDA": lambda: facts(precision="fp8"),
-    "precision is fp8, which holds frozen weights": lambda: facts("full", precision="fp8"),
+    "precision is fp8, which holds frozen weights": lambda: facts("dora", precision="fp8"),
+    "precision is fp8, which is no faster with full": lambda: facts("full", precision="fp8", place={"compile": False}),
     "precision is fp8, whose products": lambda: facts(precision="fp8", train={"dropout": 0.1}),
     "tiny models mask with numbers that bf16": lambda: replace(
         facts(precision="bf16"), model=replace(facts().model, autocasts=False)
@@ -117,6 +119,14 @@ def test_a_rule_refuses_with_its_reason(cause: str) -> None:
     conflicts, _ = rules.judge(RULES[cause]())
     assert any(cause in conflict.reason for conflict in conflicts), conflicts
     assert all(conflict.remedy for conflict in conflicts)
+
+
+def test_trained_layers_are_multiplied_in_fp8_where_torchao_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = replace(facts("full", precision="fp8", train={"dropout": 0.1}), fp8_served=True)
+    assert not [conflict.reason for conflict in rules.judge(asked)[0]]
+    monkeypatch.setattr(fp8_linear, "is_installed", lambda: False)
+    [conflict] = rules.judge(asked)[0]
+    assert "precision is fp8, for which full needs torchao" in conflict.reason
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -512,7 +522,7 @@ def test_a_saved_model_that_changed(tiny_llama: Path, tmp_path: Path, monkeypatc
     policy: Any = SimpleNamespace(heads={"label": None}, model=None)
     with pytest.raises(TunesmithError, match="is missing"):
         session._load_heads(policy, tmp_path)
-    monkeypatch.setattr(session, "accelerate", lambda *_, **__: {session.LAYERS: 0})
+    monkeypatch.setattr(session, "accelerate", lambda *_, **__: {session.LAYERS: 0, session.FP8: 0})
     with pytest.raises(TunesmithError, match="no layer of NoneType can be kept in fp8"):
         session._accelerate(policy, "fp8")
 

@@ -62,6 +62,15 @@ def test_layers_are_compiled_as_asked_or_where_a_run_is_long_enough(
     assert told == ([("place.compile", expected)] if asked is None and device != "cpu" and not frozen else [])
 
 
+def test_layers_that_multiply_in_fp8_are_compiled_however_short_the_run() -> None:
+    facts = _facts(frozen=False)
+    facts.recipe, facts.multiplies_otherwise = SimpleNamespace(place=SimpleNamespace(compile=None)), True
+    defaults: list[Default] = []
+    placement = Placement("cuda:0", 1, 1, "fp8", True, None, 4096, 1)
+    assert with_compiling(facts, placement, Prediction(1, 1, 1.0, 1), defaults).compiled
+    assert [default.key for default in defaults] == ["place.compile"]
+
+
 @pytest.mark.parametrize(
     ("method", "precision", "optimizer", "each", "trained"),
     [
@@ -105,7 +114,7 @@ def test_a_trained_output_projection_in_half_precision_keeps_slopes() -> None:
 
 def _facts(coupling: str = "example", *, frozen: bool = False) -> Any:
     needs, method = SimpleNamespace(coupling=coupling), SimpleNamespace(frozen_backbone=frozen)
-    return SimpleNamespace(method=method, caches_vectors=frozen, needs=needs, teacher=None)
+    return SimpleNamespace(method=method, caches_vectors=frozen, needs=needs, teacher=None, multiplies_otherwise=False)
 
 
 def test_a_coupled_step_that_is_cut_runs_twice() -> None:

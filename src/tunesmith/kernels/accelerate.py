@@ -11,13 +11,14 @@ from typing import Any
 
 from torch import nn
 
-from tunesmith.kernels import compiled_layers, decoder_layer, lora_linear, rms_norm
+from tunesmith.kernels import compiled_layers, decoder_layer, fp8_linear, lora_linear, rms_norm
 
 log = logging.getLogger("tunesmith.kernels")
 
 KERNELS = {"lora_linear": lora_linear.fuse, "rms_norm": rms_norm.fuse}
 LAYERS = "decoder_layer"
 COMPILED = "compiled_layers"
+FP8 = "fp8_linear"
 
 
 def accelerate(
@@ -29,15 +30,16 @@ def accelerate(
     are; each kernel sees at each call whether it applies and leaves the rest to the module's own forward.
     fp8: frozen weights of decoder layers on CUDA are kept in e4m3. Without `layers` those keep their weights where
     they lie, as they must where other models share them. compiled: layers that torch compiles on CUDA, where no kernel
-    of ours takes them.
+    of ours takes them; with fp8, what of them trains is multiplied in e4m3.
     """
-    taken = dict.fromkeys([*KERNELS, LAYERS, COMPILED], 0)
+    taken = dict.fromkeys([*KERNELS, LAYERS, COMPILED, FP8], 0)
     device = next((p.device.type for p in model.parameters()), "cpu")
     if layers and device == "cuda" and find_spec("triton") is not None:
         for module in model.modules():
             taken[LAYERS] += decoder_layer.fuse(module, fp8=fp8)
     left = [layer for layer in compiled if device == "cuda" and not hasattr(layer, "fast")]
     for layer in left:
+        taken[FP8] += fp8_linear.fuse(layer) if fp8 and fp8_linear.is_installed() else 0
         compiled_layers.fuse(layer)
     taken[COMPILED] = len(left)
     if device == "cpu":

@@ -19,6 +19,7 @@ class Full(OwnWeights):
         kinds=frozenset({"decoder", "encoder", "encoder-decoder"}),
         heads=frozenset({"lm", "pooled"}),
         reference="snapshot",
+        multiplies_in=frozenset({"fp8"}),
         learning_rate=5e-5,
         learning_rate_source="the largest of the rates that Devlin et al. 2019 (A.3) choose from",
     )
