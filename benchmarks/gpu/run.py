@@ -28,6 +28,7 @@ CONTESTANTS: dict[str, list[str]] = {
 FULL: dict[str, list[str]] = {  # every parameter trains
     "bf16": ["run_tunesmith.py", "--precision", "bf16"],
     "bf16-8bit": ["run_tunesmith.py", "--precision", "bf16", "--optimizer", "adamw_8bit"],
+    "fp8-8bit": ["run_tunesmith.py", "--precision", "fp8", "--optimizer", "adamw_8bit"],
     "trl-no-recompute": ["run_trl.py", "--no-recompute"],
     "trl-half": ["run_trl.py", "--no-recompute", "--half"],
     "unsloth-no-recompute": ["run_unsloth.py", "--no-recompute"],
