@@ -34,9 +34,12 @@ def _conversation(index: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("method", "precision"), [("lora", "fp32"), ("lora", "bf16"), ("dora", "bf16"), ("lora", "int4"), ("dora", "int4")]
+    ("method", "precision"),
+    [("lora", "fp32"), ("lora", "bf16"), ("dora", "bf16"), ("lora", "int4"), ("dora", "int4"), ("full", "fp8")],
 )
 def test_a_run_learns_and_answers(tiny_llama: Path, tmp_path: Path, method: str, precision: str) -> None:
+    if method == "full":
+        pytest.importorskip("torchao", reason="torchao is not installed")
     rows = [_conversation(index) for index in range(40)]
     recipe = {
         "model": str(tiny_llama),

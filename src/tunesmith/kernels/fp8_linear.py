@@ -6,6 +6,7 @@ What does not learn, as a validation or a saved model, multiplies as it would wi
 
 from __future__ import annotations
 
+import logging
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -24,15 +25,18 @@ def is_installed() -> bool:
 
 def fuse(layer: nn.Module) -> int:
     """How many linear layers inside train in e4m3 from now on. They are new modules over the same parameters."""
-    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
-
+    theirs, ours = _torchao(), _while_learning()
     served = [module for module in layer.modules() if _is_served(module)]
-    config = Float8LinearConfig.from_recipe_name("rowwise")
-    convert_to_float8_training(layer, module_filter_fn=lambda module, _: _is_served(module), config=config)
+    config = theirs.Float8LinearConfig.from_recipe_name("rowwise")
+    theirs.convert_to_float8_training(layer, module_filter_fn=_chosen, config=config)
     for module in layer.modules():
-        if type(module) is _theirs():
-            module.__class__ = _while_learning()
+        if type(module) is ours.__base__:
+            module.__class__ = ours
     return len(served)
+
+
+def _chosen(module: nn.Module, _: str) -> bool:
+    return _is_served(module)
 
 
 def _is_served(module: nn.Module) -> bool:
@@ -44,18 +48,24 @@ def _is_served(module: nn.Module) -> bool:
     )
 
 
-def _theirs() -> Any:
-    from torchao.float8.float8_linear import Float8Linear
-
-    return Float8Linear
+@cache
+def _torchao() -> Any:
+    """Its part for training; what it logs of its other parts while they are imported is nothing to a run."""
+    quiet = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        import torchao.float8
+    finally:
+        logging.disable(quiet)
+    return torchao.float8
 
 
 @cache
 def _while_learning() -> Any:
     """Their layer, as a plain one where nothing is learnt."""
-    theirs = _theirs()
+    from torchao.float8.float8_linear import Float8Linear
 
-    class Fp8Linear(theirs):
+    class Fp8Linear(Float8Linear):
         def forward(self, input: Tensor) -> Tensor:
             if torch.is_grad_enabled():
                 return super().forward(input)
