@@ -52,6 +52,7 @@ def settings(asked: argparse.Namespace, folder: Path, rows: int) -> dict[str, An
         "output_dir": str(folder),
         "max_steps": asked.steps,
         "per_device_train_batch_size": rows,
+        "gradient_accumulation_steps": 1,  # Unsloth's default is 2, of which a step would be counted as half
         "learning_rate": workload.LEARNING_RATES[asked.method],
         "lr_scheduler_type": "constant",
         "weight_decay": 0.0,

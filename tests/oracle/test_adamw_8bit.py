@@ -155,6 +155,20 @@ def test_a_held_step_moves_nothing() -> None:
     assert (parameter < 1).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_may_be_told_to_be_too_large(dtype: torch.dtype) -> None:
+    moved: list[Tensor] = []
+    for excess in (1.0, 8.0):
+        parameter = nn.Parameter(torch.ones(300, dtype=dtype))
+        optimizer = AdamW8bit([{"params": [parameter]}], lr=0.1, eps=1.0)
+        optimizer.grad_scale = torch.tensor(excess)
+        parameter.grad = (excess * torch.linspace(-1, 1, 300)).to(dtype)
+        optimizer.step()
+        moved.append(parameter.detach())
+    assert torch.equal(*moved)
+    assert not torch.equal(moved[0], torch.ones(300, dtype=dtype))
+
+
 def test_a_parameter_without_a_gradient_stays() -> None:
     moved, still = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
     optimizer = AdamW8bit([{"params": [moved, still]}], weight_decay=0.1)
@@ -167,20 +181,22 @@ def test_a_parameter_without_a_gradient_stays() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("count", [1, BLOCK, 5 * BLOCK + 3, 70_001])
-@pytest.mark.parametrize("held", [None, 0.0, 1.0])
-def test_the_kernel_moves_as_the_plain_way(dtype: torch.dtype, count: int, held: float | None) -> None:
+@pytest.mark.parametrize(("held", "excess"), [(None, None), (0.0, 3.0), (1.0, None)])
+def test_the_kernel_moves_as_the_plain_way(
+    dtype: torch.dtype, count: int, held: float | None, excess: float | None
+) -> None:
     from tunesmith.kernels.triton_adamw_8bit import move
 
     key = -123456789
     weight, gradient, state = drawn(count, dtype, seed=count, device="cuda")
     plain, before = weight.clone(), weight.clone()
     theirs = {name: value.clone() for name, value in state.items()}
-    told = None if held is None else torch.tensor(held, device="cuda")
-    move(weight, gradient, *(state[n] for n in MOMENTS), key, told, block=BLOCK, **NUMBERS)
+    told = [None if number is None else torch.tensor(number, device="cuda") for number in (held, excess)]
+    move(weight, gradient, *(state[n] for n in MOMENTS), key, *told, block=BLOCK, **NUMBERS)
     if held:
         assert torch.equal(weight, before)
         return
-    move_plainly(plain, gradient, *(theirs[n] for n in MOMENTS), key, 0, **NUMBERS)
+    move_plainly(plain, gradient.float() / (excess or 1.0), *(theirs[n] for n in MOMENTS), key, 0, **NUMBERS)
     # Sums are rounded in another order, so that a draw falls differently now and then.
     off = (weight.float() - plain.float()).abs()
     assert off.max() <= (2**-7 * plain.float().abs().max() if dtype == torch.bfloat16 else 1e-5)

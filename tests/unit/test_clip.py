@@ -21,7 +21,13 @@ def engine_of(*gradients: torch.Tensor | None) -> Any:
         parameter = nn.Parameter(torch.zeros(shape, dtype=torch.float32 if gradient is None else gradient.dtype))
         parameter.grad = gradient
         trainable[f"layer.{i}"] = parameter
-    return SimpleNamespace(trainable=trainable, held=held, hold=held.append)
+
+    def scale(factor: torch.Tensor) -> None:
+        for parameter in trainable.values():
+            if parameter.grad is not None:
+                parameter.grad *= float(factor)
+
+    return SimpleNamespace(trainable=trainable, held=held, hold=held.append, scale=scale)
 
 
 def test_gradients_above_the_norm_are_scaled_to_it() -> None:

@@ -195,6 +195,29 @@ def test_a_gradient_that_is_not_finite_is_refused_by_clip() -> None:
     assert all(torch.equal(p, before[n]) for n, p in policy.named_parameters())
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+def test_a_scaled_gradient_moves_parameters_as_far(optimizer: str, device: str) -> None:
+    """Twice scaled by the engine, and scaled by hand; decay and what follows are the optimizer's."""
+    moved: list[dict[str, Tensor]] = []
+    for by_engine in (True, False):
+        policy = llama().to(device)
+        engine = engine_of(policy, optimizer=optimizer, weight_decay=0.1)
+        for number in (1, 2):
+            engine.forward_backward(Sft(None), policy, step_of([2], number=number))
+            for factor in (0.5, 0.25) if by_engine and number == 2 else ():
+                engine.scale(torch.tensor(factor, device=device))
+            if not by_engine and number == 2:
+                for parameter in engine.trainable.values():
+                    assert parameter.grad is not None
+                    parameter.grad *= 0.125
+            engine.step()
+        engine.forward_backward(Sft(None), policy, step_of([2], number=3))
+        engine.step()  # what was told of one step holds for no other
+        moved.append({n: p.detach().clone() for n, p in policy.named_parameters()})
+    assert apart(*moved) < 1e-6
+
+
 def test_metrics_are_means_over_the_whole_step() -> None:
     class Counted(Sft):
         def terms(self, policy: Policy, batch: Batch) -> Terms:

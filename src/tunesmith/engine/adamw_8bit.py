@@ -11,6 +11,7 @@ from torch import Tensor
 
 BLOCK = 256  # numbers that share a scale
 CHUNK = 2**18  # numbers moved at a time where no kernel serves: on a CPU core 22 ns each, 36 by 2**20, 38 by 2**14
+LEAST = 1e-30  # of a scale that is divided by
 _STEP, _PLACE = 0x9E3779B1, 0x85EBCA77  # odd, so that steps and parameters have draws of their own
 
 
@@ -24,8 +25,9 @@ class AdamW8bit(torch.optim.Optimizer):
     their last bit adds up as it should (Gupta et al. 2015, arXiv 1502.02551). The draw is by seed, step, parameter and
     place: a run that goes on makes the one that was never stopped. float32 weights are moved as they are.
 
-    `found_inf`: a step moves nothing where this number on the device is not 0; it is not waited for. One Triton kernel
-    a parameter on CUDA: of an 8B model's parameters 6 bytes are read and 4 are written each.
+    `found_inf`: a step moves nothing where this number on the device is not 0. `grad_scale`: gradients are so many
+    times too large. Neither is waited for. On CUDA one Triton kernel a parameter reads 6 bytes of each number of a
+    bfloat16 parameter and writes 4.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class AdamW8bit(torch.optim.Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.found_inf: Tensor | None = None
+        self.grad_scale: Tensor | None = None
         self._seed = seed
 
     @torch.no_grad()
@@ -55,7 +58,8 @@ class AdamW8bit(torch.optim.Optimizer):
                     state.update(fresh(parameter))
                 state["step"] += 1
                 number = int(state["step"])
-                _move(parameter, state, group, _key(self._seed, number, place), number, self.found_inf)
+                key = _key(self._seed, number, place)
+                _move(parameter, state, group, key, number, self.found_inf, self.grad_scale)
 
 
 def fresh(parameter: Tensor) -> dict[str, Tensor]:
@@ -77,7 +81,13 @@ def _key(seed: int, step: int, place: int) -> int:
 
 
 def _move(
-    parameter: Tensor, state: dict[str, Tensor], group: dict[str, Any], key: int, number: int, held: Tensor | None
+    parameter: Tensor,
+    state: dict[str, Tensor],
+    group: dict[str, Any],
+    key: int,
+    number: int,
+    held: Tensor | None,
+    excess: Tensor | None,
 ) -> None:
     gradient = parameter.grad
     assert gradient is not None
@@ -95,8 +105,9 @@ def _move(
     if parameter.is_cuda and find_spec("triton") is not None:
         from tunesmith.kernels.triton_adamw_8bit import move
 
-        move(flat, slope, *codes, key, held, block=BLOCK, **numbers)
+        move(flat, slope, *codes, key, held, excess, block=BLOCK, **numbers)
     elif held is None or not held:
+        slope = slope if excess is None else slope.float() / excess
         for start in range(0, len(flat), CHUNK):
             part, blocks = slice(start, start + CHUNK), slice(start // BLOCK, (start + CHUNK) // BLOCK)
             first, first_scale, second, second_scale = codes
@@ -124,9 +135,9 @@ def move_plainly(
     """One step of `N` numbers, whose first is number `start` of its parameter, in place; the kernel does the same."""
     draw_N = _hashed(torch.arange(start, start + len(weight_N), dtype=torch.int32, device=weight_N.device) ^ key)
     gradient_N = gradient_N.float()
-    code_N = first_N.float() / 127
-    moment_N = code_N * code_N.abs() * _each(first_scale_B, first_N)
-    root_N = (second_N.float() / 255).square() * _each(second_scale_B, second_N)
+    code_N = first_N.float()
+    moment_N = code_N * code_N.abs() * _each(first_scale_B / 127**2, first_N)
+    root_N = second_N.float().square() * _each(second_scale_B / 255**2, second_N)
     moment_N = beta1 * moment_N + (1 - beta1) * gradient_N
     root_N = (beta2 * root_N.square() + (1 - beta2) * gradient_N.square()).sqrt()
     moved_N = weight_N.float() * keep - rate * moment_N / (root_N * unbias + eps)
@@ -162,7 +173,7 @@ def _each(scale_B: Tensor, like_N: Tensor) -> Tensor:
 
 def _code(x_N: Tensor, scale_B: Tensor, most: int, draw_N: Tensor) -> Tensor:
     """The whole number `c` for which `(c / most)^2` of the block's scale is `x_N` on average over the draw's 8 bits."""
-    square_N = most * most * (x_N / _each(scale_B, x_N)).nan_to_num(0.0)
+    square_N = x_N * _each(most**2 / scale_B.clamp(min=LEAST), x_N)
     code_N = square_N.sqrt().floor()
-    chance_N = (square_N - code_N.square()) / (2 * code_N + 1)
-    return (code_N + ((draw_N & 0xFF) < 256 * chance_N)).clamp(max=most)
+    up_N = (draw_N & 0xFF) * (2 * code_N + 1) < 256 * (square_N - code_N.square())
+    return (code_N + up_N).clamp(max=most)

@@ -87,6 +87,7 @@ class NativeEngine:
         self._number = 0
         self._loss: Tensor | None = None
         self._held: Tensor | None = None
+        self._scale: Tensor | None = None
         self._training = False
         self._largest: int | None = None  # examples a micro-batch may hold, once memory has run out
 
@@ -122,6 +123,14 @@ class NativeEngine:
         """The next `step` moves nothing if `bad` (a truth value, of the device) is true; it is not waited for."""
         self._held = bad if self._held is None else self._held | bad
 
+    def scale(self, factor: Tensor) -> None:
+        """The next `step` takes all gradients `factor` times: on CUDA as it reads them, elsewhere they are now."""
+        if self.device.type == "cuda":
+            self._scale = factor if self._scale is None else self._scale * factor
+        elif float(factor) != 1.0:
+            gradients = [p.grad for p in self.trainable.values() if p.grad is not None]
+            cast(Any, torch)._foreach_mul_(gradients, float(factor))  # as torch's own clipping
+
     def _train(self, policy: Policy) -> None:
         """Training mode; a walk over thousands of modules that is spared where the last step left them in it."""
         if not (self._training and policy.training):
@@ -133,11 +142,13 @@ class NativeEngine:
 
         The device is waited for behind it. Raises RefusedError for a loss that is not finite; nothing has moved then.
         """
-        held, self._held = self._held, None
+        held, scale = self._held, self._scale
+        self._held = self._scale = None
         if self._holds:
-            held_to: Any = None if held is None else held.float()
-            setattr(self._optimizer, "found_inf", held_to)  # noqa: B010  as gradient scalers hold a step
-            self._optimizer.step()
+            optimizer: Any = self._optimizer  # told as by gradient scalers
+            optimizer.found_inf = None if held is None else held.float()
+            optimizer.grad_scale = None if scale is None else 1 / scale
+            optimizer.step()
         elif held is None or not held:
             self._optimizer.step()
         if self._loss is not None and not math.isfinite(loss := float(self._loss)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -12,9 +12,6 @@ from torch import Tensor
 from tunesmith.errors import RefusedError
 from tunesmith.protocols import Engine
 from tunesmith.types import GradientMode
-
-# torch's operations over lists have no public names; its own optimizers and clipping are written with these.
-foreach: Any = torch
 
 
 class Clip:
@@ -42,11 +39,7 @@ class Clip:
         engine.hold(~finite)
         if self.max_norm is not None:
             # Times 1 where nothing is to be clipped, and where the norm is not finite: bits stay as they are.
-            factor = torch.where(finite & (norm > self.max_norm), self.max_norm / norm, 1.0).float()
-            if factor.device.type == "cuda":
-                foreach._foreach_mul_(gradients, factor)  # one launch, not one a tensor
-            elif float(factor) != 1.0:
-                foreach._foreach_mul_(gradients, float(factor))
+            engine.scale(torch.where(finite & (norm > self.max_norm), self.max_norm / norm, 1.0).float())
         return {"grad_norm": norm}
 
     def after_step(self, engine: Engine, number: int) -> None:
@@ -65,7 +58,7 @@ def _norm(gradients: list[Tensor]) -> Tensor:
     # Norms are float64 in the reduction, without a float64 copy of any gradient; on CUDA in one launch.
     device = gradients[0].device
     if device.type == "cuda" and all(g.device == device for g in gradients):
-        norms: list[Tensor] = list(foreach._foreach_norm(gradients, 2, dtype=torch.float64))
+        norms: list[Tensor] = list(cast(Any, torch)._foreach_norm(gradients, 2, dtype=torch.float64))
     else:
         norms = [torch.linalg.vector_norm(g, dtype=_wide(g)).to(device) for g in gradients]
     return torch.linalg.vector_norm(torch.stack(norms))

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCKS = 8  # of one program
+LEAST = tl.constexpr(1e-30)
 
 
 def move(
@@ -24,6 +25,7 @@ def move(
     second_scale_B: Tensor,
     key: int,
     held: Tensor | None,
+    excess: Tensor | None,
     *,
     block: int,
     keep: float,
@@ -33,7 +35,10 @@ def move(
     unbias: float,
     eps: float,
 ) -> None:
-    """As `adamw_8bit.move_plainly`, of a whole parameter in blocks of `block`; moves nothing where `held` is not 0."""
+    """As `adamw_8bit.move_plainly`, of a whole parameter in blocks of `block`.
+
+    Nothing moves where `held` is not 0; the gradient is divided by `excess`.
+    """
     total = weight_N.numel()
     _move[(triton.cdiv(total, BLOCKS * block),)](
         weight_N,
@@ -43,6 +48,7 @@ def move(
         second_N,
         second_scale_B,
         weight_N if held is None else held,
+        weight_N if excess is None else excess,
         key,
         keep,
         rate,
@@ -52,6 +58,7 @@ def move(
         eps,
         total,
         HELD=held is not None,
+        EXCESS=excess is not None,
         BY_CHANCE=weight_N.dtype == torch.bfloat16,
         BLOCKS=BLOCKS,
         BLOCK=block,
@@ -68,17 +75,17 @@ def _hashed(x):
 
 @triton.jit
 def _code(x, scale, most: tl.constexpr, draw):
-    square = most * most * tl.div_rn(x, tl.where(scale > 0, scale, 1.0)[:, None])
-    code = tl.floor(tl.sqrt_rn(square))
-    chance = tl.div_rn(square - code * code, 2 * code + 1)
-    return tl.minimum(code + tl.where((draw & 0xFF).to(tl.float32) < 256 * chance, 1.0, 0.0), most)
+    square = x * (most * most / tl.maximum(scale, LEAST))[:, None]
+    code = tl.floor(tl.sqrt(square))  # where a last bit makes it 1 less or more, the draw takes that back
+    up = (draw & 0xFF).to(tl.float32) * (2 * code + 1) < 256 * (square - code * code)
+    return tl.minimum(code + tl.where(up, 1.0, 0.0), most)
 
 
 @triton.jit(do_not_specialize=["key", "keep", "rate", "beta1", "beta2", "unbias", "eps"])
 def _move(
-    weight_ptr, gradient_ptr, first_ptr, first_scale_ptr, second_ptr, second_scale_ptr, held_ptr, key,
+    weight_ptr, gradient_ptr, first_ptr, first_scale_ptr, second_ptr, second_scale_ptr, held_ptr, excess_ptr, key,
     keep, rate, beta1, beta2, unbias, eps, total,
-    HELD: tl.constexpr, BY_CHANCE: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
+    HELD: tl.constexpr, EXCESS: tl.constexpr, BY_CHANCE: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     if HELD:  # noqa: SIM102  Triton would load either way
         if tl.load(held_ptr) != 0:
@@ -89,12 +96,16 @@ def _move(
     there = block * BLOCK < total
     draw = _hashed(at.to(tl.uint32) ^ key.to(tl.uint32, bitcast=True))
     gradient = tl.load(gradient_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    code = tl.load(first_ptr + at, mask=inside, other=0).to(tl.float32) / 127
-    first = code * tl.abs(code) * tl.load(first_scale_ptr + block, mask=there, other=0.0)[:, None]
-    code = tl.load(second_ptr + at, mask=inside, other=0).to(tl.float32) / 255
-    root = code * code * tl.load(second_scale_ptr + block, mask=there, other=0.0)[:, None]
+    if EXCESS:
+        gradient *= 1.0 / tl.load(excess_ptr)
+    code = tl.load(first_ptr + at, mask=inside, other=0).to(tl.float32)
+    scale = tl.load(first_scale_ptr + block, mask=there, other=0.0) / (127.0 * 127.0)
+    first = code * tl.abs(code) * scale[:, None]
+    code = tl.load(second_ptr + at, mask=inside, other=0).to(tl.float32)
+    scale = tl.load(second_scale_ptr + block, mask=there, other=0.0) / (255.0 * 255.0)
+    root = code * code * scale[:, None]
     first = beta1 * first + (1 - beta1) * gradient
-    root = tl.sqrt_rn(beta2 * root * root + (1 - beta2) * gradient * gradient)
+    root = tl.sqrt(beta2 * root * root + (1 - beta2) * gradient * gradient)
     weight = tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
     weight = weight * keep - rate * first / (root * unbias + eps)
     if BY_CHANCE:
