@@ -49,8 +49,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("tunesmith.plan")
 
 SHARE = 0.94  # of free memory that a run may reserve: the rest is for libraries that allocate by themselves
-RESERVED = 1.02  # bytes that the allocator reserves for each that is in use at the peak
-TIMED = 3  # steps, behind one that compiles and chooses kernels
+RESERVED = 1.05  # bytes that the allocator reserves for each in use at the peak, at most (PLANNER.md: 1.01 to 1.06)
+TIMED = 3  # steps at least, behind one that compiles and chooses kernels
+TIMED_FOR, TIMED_MOST = 0.4, 30  # seconds, and steps: those of a few ms, bound by the host, vary by half
 LOOKED_AT = 200_000  # training examples whose micro-batches are laid out to find the largest
 ALIKE = 0.95  # micro-batches of this share of the largest take as long
 
@@ -76,7 +77,7 @@ def planned(recipe: Recipe, base: Path, origin: Origin, progress: Progress) -> t
 
 def _refined(plan: Plan, assets: Assets, progress: Progress) -> Plan:
     """The plan with what was measured."""
-    asked = assets.facts.recipe.place.compile
+    asked = True if assets.facts.multiplies_otherwise else assets.facts.recipe.place.compile
     found = _fastest(plan, assets, replace(plan.placement, compiled=bool(asked)), progress)
     defaults: list[Default] = []
     placement = settings.with_compiling(assets.facts, found.placement, found.prediction, defaults)
@@ -236,10 +237,7 @@ class _Probe:
     def __init__(
         self, plan: Plan, assets: Assets, placement: Placement, count: int, examples: Indices, batches: int
     ) -> None:
-        # A method and a folder of their own: what is attached here is not what the run will train.
-        method = type(assets.method)(assets.method.options, plan.training.dropout)
-        self._plan = replace(plan, placement=placement)
-        self._assets = replace(assets, method=method, previous=None)
+        self._plan, self._assets = replace(plan, placement=placement), assets
         self._count, self._examples, self._batches = count, examples, batches
 
     def cost(self, progress: Progress) -> Cost | None:
@@ -280,7 +278,10 @@ class _Probe:
         )
 
     def _measured(self, device: torch.device) -> Cost:
-        plan, assets, placement = self._plan, self._assets, self._plan.placement
+        plan, placement = self._plan, self._plan.placement
+        # A method of its own, which goes with the model that it holds: what is attached here is not what a run trains.
+        method = type(self._assets.method)(self._assets.method.options, plan.training.dropout)
+        assets = replace(self._assets, method=method, previous=None)
         dtype, in_nf4 = session.loaded_in(assets.method, placement), placement.precision == "int4"
 
         def base(head: Any) -> nn.Module:
@@ -294,14 +295,15 @@ class _Probe:
         found = list(layers(policy.model).values())
         gauge = _Gauge(device, found[-1], before)
         costs: list[Cost] = []
-        for number in range(1, TIMED + 2):
+        while len(costs) <= TIMED or (
+            len(costs) <= TIMED_MOST and sum(cost.micro * self._batches for cost in costs[1:]) < TIMED_FOR
+        ):
             gauge.begin()
             began = time.perf_counter()
-            step = Step(number, [batch] * self._batches, {})
-            engine.forward_backward(assets.objective, policy, step)
+            engine.forward_backward(assets.objective, policy, Step(1, [batch] * self._batches, {}))
             torch.cuda.synchronize(device)
             between = time.perf_counter()
-            clip.before_step(engine, number)
+            clip.before_step(engine, 1)
             engine.step()
             torch.cuda.synchronize(device)
             micro, behind = (between - began) / self._batches, time.perf_counter() - between

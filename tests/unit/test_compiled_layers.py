@@ -43,7 +43,8 @@ FAMILIES: dict[str, Any] = {
         )
     ),
     "bert": lambda: BertModel(
-        BertConfig(**SIZES, attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0), add_pooling_layer=False
+        BertConfig(**SIZES, max_position_embeddings=8192, attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0),
+        add_pooling_layer=False,
     ),
 }
 LENGTHS = ([5, 9], [7, 20, 4], [30], [6, 6, 6])

@@ -100,6 +100,25 @@ def test_the_layer_below_comes_back_while_one_runs(tiny_llama: Path, monkeypatch
 
 
 @pytest.mark.gpu
+def test_what_waits_for_a_copy_does_not_pile_up_on_the_device() -> None:
+    """Of 24 layers, which the host queues faster than one input is copied, few inputs are on the device at a time."""
+    weight = torch.eye(1024, device="cuda", requires_grad=True)
+    hidden = torch.randn(16_384, 1024, device="cuda", requires_grad=True)
+    before = torch.cuda.memory_stats()["active_bytes.all.current"]
+    torch.cuda.reset_peak_memory_stats()
+    below: host_memory.Again | None = None
+    out = hidden
+    for _ in range(24):
+        below = host_memory.Again(below)
+        out = below(lambda x: x @ weight, out)
+    out.sum().backward()
+    most = torch.cuda.memory_stats()["active_bytes.all.peak"] - before
+    assert hidden.grad is not None
+    torch.testing.assert_close(hidden.grad, torch.ones_like(hidden))
+    assert most < 9 * hidden.numel() * hidden.itemsize
+
+
+@pytest.mark.gpu
 def test_a_frozen_table_lies_in_the_hosts_memory(tiny_llama: Path) -> None:
     model = _model(tiny_llama, "cuda", lora=True)
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone(), requires_grad=False)

@@ -199,6 +199,7 @@ class _Feed(torch.autograd.Function):
         rows.lay(grads[0], grad)
         fast.down.border_of(grad)
         of_down = fast.down.gradients(grad, fed.product)
+        del fed.product
         halves = empty(fast.gate_up)
         triton_swiglu.swiglu_backward(fast.down.back(grad), fed.gate_up_NX, halves)
         del grad

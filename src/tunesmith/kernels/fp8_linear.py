@@ -1,6 +1,7 @@
-"""Linear layers that train, multiplied in e4m3 while they learn: torchao's, with a scale for each row of the operands.
+"""Linear layers that train, multiplied in e4m3 while they learn: torchao's, with one scale for each operand.
 
-The casts cost as much as is gained unless torch compiles them into what makes the operands (`compiled_layers`).
+The casts cost as much as is gained unless torch compiles them into what makes the operands (`compiled_layers`), and
+more with a scale for each row: on an H200 a step of a Qwen3-1.7B shape took 188 ms in bf16, 185 so and 265 by rows.
 What does not learn, as a validation or a saved model, multiplies as it would without.
 """
 
@@ -27,7 +28,7 @@ def fuse(layer: nn.Module) -> int:
     """How many linear layers inside train in e4m3 from now on. They are new modules over the same parameters."""
     theirs, ours = _torchao(), _while_learning()
     served = [module for module in layer.modules() if _is_served(module)]
-    config = theirs.Float8LinearConfig.from_recipe_name("rowwise")
+    config = theirs.Float8LinearConfig.from_recipe_name("tensorwise")
     theirs.convert_to_float8_training(layer, module_filter_fn=_chosen, config=config)
     for module in layer.modules():
         if type(module) is ours.__base__:

@@ -66,14 +66,15 @@ class _Input:
         self._below = below
         self._learns, self._device = hidden.requires_grad, hidden.device
         self._back: Tensor | None = None
-        self._arrived: Any = None
         self._host = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=hidden.is_cuda)
         with _aside(self._device) as stream:
             self._host.copy_(hidden.detach(), non_blocking=True)
-            if stream is not None:
-                hidden.record_stream(stream)
+            self._copied = None if stream is None else stream.record_event()
 
     def leave(self) -> None:
+        """The layer has run. What it began with goes in the order of the layers, not when a copy is seen to be done:
+        the host is many layers ahead, and all that still waited would lie on the device at once."""
+        self._wait()
         self._hidden = None
 
     def take(self) -> Tensor:
@@ -83,10 +84,7 @@ class _Input:
         self.fetch()
         back, self._back = self._back, None
         assert back is not None
-        if self._arrived is not None:
-            now = torch.cuda.current_stream(self._device)
-            now.wait_event(self._arrived)
-            back.record_stream(now)
+        self._wait()
         if (below := self._below()) is not None:
             below.fetch()
         return back.requires_grad_(self._learns)
@@ -95,9 +93,19 @@ class _Input:
         """Begins to bring them back."""
         if self._back is not None:
             return
+        self._back = torch.empty_like(self._host, device=self._device)
         with _aside(self._device) as stream:
-            self._back = self._host.to(self._device, non_blocking=True, copy=True)
-            self._arrived = None if stream is None else stream.record_event()
+            self._back.copy_(self._host, non_blocking=True)
+            self._copied = None if stream is None else stream.record_event()
+
+    def _wait(self) -> None:
+        """What is queued from now on comes behind the last copy."""
+        if self._copied is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._copied)
+
+    def __del__(self) -> None:
+        if self._back is not None:  # never taken: no backward came here
+            self._wait()
 
 
 def mapped(x: Tensor) -> Tensor:
