@@ -1,6 +1,6 @@
 """The GPU benchmark in one command: every contestant in its own process, in turns, then one table.
 
-    python benchmarks/gpu/run.py [--rounds 2] [--lengths LENGTHS.json] [--only NAME ...] [--out RESULTS.md]
+    python benchmarks/gpu/run.py [--rounds 2] [--lengths LENGTHS.json] [--only NAME ...] [--unsloth FOLDER]
     python benchmarks/gpu/run.py --read LINES.jsonl [--out RESULTS.md]        a table of lines measured before
 
 A contestant that fails is named with its last line of error. README.md beside this says what is compared.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,8 @@ CONTESTANTS: dict[str, list[str]] = {
     "trl-no-recompute": ["run_trl.py", "--no-recompute"],
     "unsloth": ["run_unsloth.py"],
     "unsloth-no-recompute": ["run_unsloth.py", "--no-recompute"],
+    "int4-least": ["run_tunesmith.py", "--precision", "int4", "--recompute", "32", "--again", "away"],
+    "unsloth-4-bits": ["run_unsloth.py", "--four-bits"],
 }
 FULL: dict[str, list[str]] = {  # every parameter trains
     "bf16": ["run_tunesmith.py", "--precision", "bf16"],
@@ -63,12 +66,19 @@ def measured(asked: argparse.Namespace) -> list[dict[str, Any]]:
             extra = ["--lengths", str(asked.lengths.resolve())] if name in MIXTURES else []
             extra += ["--steps", str(asked.steps), "--warm-up", str(asked.warm_up), "--shape", asked.shape]
             extra += ["--method", asked.method, "--tokens", str(asked.tokens)]
-            done = subprocess.run([sys.executable, *command, *extra], cwd=HERE, capture_output=True, text=True)
+            env = peers_own(asked.unsloth) if command[0] == "run_unsloth.py" and asked.unsloth else None
+            done = subprocess.run([sys.executable, *command, *extra], cwd=HERE, capture_output=True, text=True, env=env)
             found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"name"')]
             if not found:
                 print(f"{name} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}", file=sys.stderr)
             lines += found
     return lines
+
+
+def peers_own(packages: Path) -> dict[str, str]:
+    """The environment of a contestant whose packages, in the versions that it asks for, are in this folder."""
+    path = os.pathsep.join([str(packages.resolve()), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path}
 
 
 def table(lines: list[dict[str, Any]]) -> str:
@@ -105,6 +115,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=8192, help="of a step")
     parser.add_argument("--lengths", type=Path)
     parser.add_argument("--only", nargs="*", choices=list(dict.fromkeys([*CONTESTANTS, *MIXTURES, *FULL])))
+    parser.add_argument("--unsloth", type=Path, help="folder with Unsloth and the packages that it asks for")
     parser.add_argument("--read", type=Path)
     parser.add_argument("--out", type=Path, default=HERE / "RESULTS.md")
     return parser.parse_args()
