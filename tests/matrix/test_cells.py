@@ -194,7 +194,7 @@ class Cell:
             axes.add(("precision", "model"))
         if self.condition == "fp8, unserved":
             axes.add(("precision", "hardware"))
-            if self.method != "lora":
+            if self.method not in ("lora", "full"):
                 axes.add(("precision", "method"))
         return axes
 

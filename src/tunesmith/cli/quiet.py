@@ -18,6 +18,8 @@ QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
 
+WARNING = ("torch.utils._pytree",)  # by handlers of its own, as of how torchao registers what PEFT imports of it
+
 
 class _Stderr(logging.StreamHandler):  # type: ignore[type-arg]
     """Writes to what stderr is at the time: a live view puts itself in its place."""
@@ -32,6 +34,8 @@ def third_parties_quiet() -> Generator[None]:
     """Inside, only errors of other libraries are shown, and warnings of ours in one line each."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    for name in WARNING:
+        logging.getLogger(name).setLevel(logging.ERROR)
     theirs, ours = _Stderr(), _Stderr()
     theirs.setLevel(logging.ERROR)
     ours.setFormatter(logging.Formatter("warning: %(message)s"))
