@@ -226,9 +226,15 @@ def _ways(assets: Assets, placement: Placement, plain: Line) -> Iterator[Again]:
             yield "feed"
     yield "whole"
     model, each = assets.facts.model, 4 if placement.precision == "fp32" else 2
-    host = each * (model.layers * model.width * placement.micro_batch_tokens + model.embedding_parameters)
-    if host < settings.MEMORY_SHARE * memory.free_bytes(torch.device("cpu")):
+    inputs = 2 * model.layers * _pinned(each * model.width * placement.micro_batch_tokens)  # and smaller ones, kept
+    room = settings.MEMORY_SHARE * memory.free_bytes(torch.device("cpu"))
+    if inputs + _pinned(each * model.embedding_parameters) < room:
         yield "away"
+
+
+def _pinned(size: int) -> int:
+    """Bytes that torch takes of the host's memory for so many: a power of two, which it keeps."""
+    return 1 << max(0, size - 1).bit_length()
 
 
 class _Probe:

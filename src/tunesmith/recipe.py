@@ -201,8 +201,8 @@ class Train(Strict):
     weight_decay: Annotated[float, Field(ge=0)] = key(0.0, "decoupled weight decay of AdamW", 0.01)
     optimizer: Literal["adamw", "adamw_8bit"] = key(
         "adamw",
-        "what takes the steps; adamw_8bit holds moments in 8 bits, and where precision is bf16 the base's own weights "
-        "in bf16 if they train: 6 bytes a parameter, its gradient included, in place of 16",
+        "what takes the steps; adamw_8bit holds moments in 8 bits, and where precision is bf16 or fp8 the base's own "
+        "weights in bf16 if they train: 6 bytes a parameter, its gradient included, in place of 16",
         "adamw_8bit",
     )
     clip: Above0 | None = key(1.0, "the largest norm of a step's gradient; null for no limit", 0.5)

@@ -255,7 +255,7 @@ def _trained(facts: Facts, meaning: Meaning, precision: str) -> tuple[Literal["f
     """What the base's own weights train in, and bytes of a parameter that trains, with its gradient and moments."""
     if meaning.optimizer == "adamw":
         return "fp32", memory.ADAM_BYTES
-    halved = precision == "bf16" and facts.method.reference == "snapshot"
+    halved = precision in ("bf16", "fp8") and facts.method.reference == "snapshot"
     trained: Literal["fp32", "bf16"] = "bf16" if halved else "fp32"
     return trained, memory.ADAM_8BIT_BYTES[trained]
 

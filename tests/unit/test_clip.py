@@ -63,6 +63,14 @@ def test_values_whose_squares_overflow_are_clipped_not_refused() -> None:
     assert float(engine.trainable["layer.0"].grad.norm()) == pytest.approx(0.5**0.5, rel=1e-2)
 
 
+def test_a_norm_beyond_float32_is_scaled_by_what_can_be_inverted() -> None:
+    engine = engine_of(*[torch.full((4,), 3e38) for _ in range(400)])
+    asked: list[torch.Tensor] = []
+    engine.scale = asked.append
+    assert float(Clip(1.0).before_step(engine, 1)["grad_norm"]) > torch.finfo(torch.float32).max
+    assert torch.isfinite(1 / asked[0])
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("max_norm", [None, 1.0])
 def test_a_non_finite_gradient_is_refused_and_left_alone(bad: float, max_norm: float | None) -> None:

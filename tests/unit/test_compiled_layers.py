@@ -182,6 +182,18 @@ def test_recomputed_layers_have_the_same_gradients(graphs: list[Any]) -> None:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
 
 
+def test_a_forward_that_is_a_closure_is_compiled_too(graphs: list[Any]) -> None:
+    class Wider(torch.nn.Linear):
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            return super().forward(hidden_states) + 1  # super() closes over the class
+
+    layer, x = Wider(4, 4), torch.randn(2, 3, 4, requires_grad=True)
+    expected = layer(x)
+    compiled_layers.fuse(layer)
+    torch.testing.assert_close(layer(x), expected)
+    assert len(graphs) == 1
+
+
 def test_what_torch_cannot_compile_runs_as_before(
     graphs: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

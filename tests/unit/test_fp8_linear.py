@@ -59,7 +59,7 @@ def test_what_trains_is_multiplied_in_e4m3_and_the_rest_as_before(seed: int, emu
     expected = _learn(block, x_ND)
     held = dict(block.named_parameters())
     odd, frozen = block.odd, block.frozen
-    assert fp8_linear.fuse(block) == 1
+    assert [fp8_linear.fuse(block) for _ in range(2)] == [1, 1]
     assert block.odd is odd, "a width that is no multiple of 16"
     assert block.frozen is frozen
     assert {name: id(p) for name, p in block.named_parameters()} == {name: id(p) for name, p in held.items()}
@@ -69,6 +69,29 @@ def test_what_trains_is_multiplied_in_e4m3_and_the_rest_as_before(seed: int, emu
     for name, theirs in expected.items():
         assert found[name].dtype == theirs.dtype
         assert _apart(found[name], theirs) < 2 * BOUND, name
+
+
+def test_any_number_of_positions_is_multiplied_in_whole_multiples(
+    emulated: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The product for the weight's gradient is along the positions, of which tensor cores take 16 at a time."""
+    torch.manual_seed(0)
+    block, x_BTD = Block(), torch.randn(3, 11, 64)
+    expected = _learn(block, x_BTD)
+    fp8_linear.fuse(block)
+    seen: list[int] = []
+    theirs = type(block.wide).__base__.forward  # type: ignore[union-attr]
+
+    def watched(self: Any, x_ND: Tensor) -> Tensor:
+        seen.append(len(x_ND))
+        return theirs(self, x_ND)
+
+    monkeypatch.setattr(type(block.wide).__base__, "forward", watched)
+    found = _learn(block, x_BTD)
+    assert seen == [48]
+    for name, theirs_of_it in expected.items():
+        assert found[name].shape == theirs_of_it.shape
+        assert _apart(found[name], theirs_of_it) < 2 * BOUND, name
 
 
 def test_what_does_not_learn_is_multiplied_as_before(emulated: None) -> None:

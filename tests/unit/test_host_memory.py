@@ -57,6 +57,16 @@ def test_gradients_stay_to_the_bit(family: str, count: int, device: str, request
         assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
+def test_nothing_is_copied_where_nothing_is_learnt(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _model(tiny_llama, "cpu")
+    recompute(model, "away", 4)
+    monkeypatch.setattr(host_memory, "_Input", lambda *_: pytest.fail("copied"))
+    with torch.no_grad():
+        model(input_ids=IDS)
+    with pytest.raises(pytest.fail.Exception, match="copied"):
+        model(input_ids=IDS)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("way", "stay"), [("whole", 3), ("away", 0)])
 def test_what_a_layer_begins_with_is_let_go(way: Again, stay: int, device: str, tiny_llama: Path) -> None:

@@ -236,6 +236,10 @@ def test_inputs_wait_in_the_hosts_memory_where_the_devices_is_not_enough(
         api.plan(recipe, data={"train": ROWS})
 
 
+def test_the_hosts_memory_is_taken_in_powers_of_two() -> None:
+    assert [probing._pinned(size) for size in (1, 2, 3, 1024, 1025)] == [1, 2, 4, 1024, 2048]  # pyright: ignore[reportPrivateUsage]
+
+
 def test_what_fits_in_no_way_is_refused(card: Card, tiny_llama: Path, tmp_path: Path) -> None:
     card(200 << 20)
     deep = _deep(tiny_llama, tmp_path / "deep", 8)

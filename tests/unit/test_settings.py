@@ -77,6 +77,7 @@ def test_layers_that_multiply_in_fp8_are_compiled_however_short_the_run() -> Non
         ("full", "bf16", "adamw", 16, "fp32"),
         ("full", "bf16", "adamw_8bit", 6, "bf16"),
         ("full", "fp32", "adamw_8bit", 10, "fp32"),
+        ("full", "fp8", "adamw_8bit", 6, "bf16"),
         ("lora", "bf16", "adamw_8bit", 10, "fp32"),
     ],
 )
@@ -96,6 +97,7 @@ def test_what_trains_is_counted_as_the_optimizer_holds_it(
     real = settings.memory.static_bytes
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(settings.memory, "static_bytes", static_bytes)
+        patch.setattr("tunesmith.facts.serves_fp8", lambda _: True)
         plan = api.plan(recipe, data={"train": rows})
     assert {shape.trainable_bytes for shape in seen} == {each}
     assert plan.placement.trained == trained

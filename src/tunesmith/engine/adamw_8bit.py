@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -26,8 +26,8 @@ class AdamW8bit(torch.optim.Optimizer):
     place: a run that goes on makes the one that was never stopped. float32 weights are moved as they are.
 
     `found_inf`: a step moves nothing where this number on the device is not 0. `grad_scale`: gradients are so many
-    times too large. Neither is waited for. On CUDA one Triton kernel a parameter reads 6 bytes of each number of a
-    bfloat16 parameter and writes 4.
+    times too large; those in float32 are divided in place, as torch's AdamW does. Neither is waited for. On CUDA one
+    Triton kernel a parameter reads 6 bytes of each number of a bfloat16 parameter and writes 4.
     """
 
     def __init__(
@@ -48,6 +48,10 @@ class AdamW8bit(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         place = 0
+        if self.grad_scale is not None:  # what learns from a float32 gradient afterwards finds it as torch leaves it
+            whole = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
+            if whole := [gradient for gradient in whole if gradient.dtype == torch.float32]:
+                cast(Any, torch)._foreach_div_(whole, self.grad_scale)
         for group in self.param_groups:
             for parameter in group["params"]:
                 place += 1
@@ -59,7 +63,8 @@ class AdamW8bit(torch.optim.Optimizer):
                 state["step"] += 1
                 number = int(state["step"])
                 key = _key(self._seed, number, place)
-                _move(parameter, state, group, key, number, self.found_inf, self.grad_scale)
+                excess = None if parameter.grad.dtype == torch.float32 else self.grad_scale
+                _move(parameter, state, group, key, number, self.found_inf, excess)
 
 
 def fresh(parameter: Tensor) -> dict[str, Tensor]:

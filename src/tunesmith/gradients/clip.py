@@ -15,7 +15,7 @@ from tunesmith.types import GradientMode
 
 
 class Clip:
-    """Scales all gradients so that their joint L2 norm is at most `max_norm`; None only measures.
+    """Has the engine scale all gradients so that their joint L2 norm is at most `max_norm`; None only measures.
 
     The norm is summed in float64 over `engine.trainable` in its fixed order, so it neither overflows
     nor depends on how gradients were grouped. A gradient with a NaN or an infinity holds the step, so that the
@@ -39,7 +39,8 @@ class Clip:
         engine.hold(~finite)
         if self.max_norm is not None:
             # Times 1 where nothing is to be clipped, and where the norm is not finite: bits stay as they are.
-            engine.scale(torch.where(finite & (norm > self.max_norm), self.max_norm / norm, 1.0).float())
+            factor = torch.where(finite & (norm > self.max_norm), self.max_norm / norm, 1.0).float()
+            engine.scale(factor.clamp(min=torch.finfo(torch.float32).tiny))  # whose inverse is finite too
         return {"grad_norm": norm}
 
     def after_step(self, engine: Engine, number: int) -> None:

@@ -26,8 +26,9 @@ def accelerate(
 ) -> dict[str, int]:
     """Swaps the forwards of modules that a kernel serves, after adapters are attached; idempotent.
 
-    Returns how many modules each kernel took. Parameters, state_dict and module classes stay as they
-    are; each kernel sees at each call whether it applies and leaves the rest to the module's own forward.
+    Returns how many modules each kernel took. Parameters and state_dict stay as they are, and module classes but for
+    linear layers that train in e4m3; each kernel sees at each call whether it applies and leaves the rest to the
+    module's own forward.
     fp8: frozen weights of decoder layers on CUDA are kept in e4m3. Without `layers` those keep their weights where
     they lie, as they must where other models share them. compiled: layers that torch compiles on CUDA, where no kernel
     of ours takes them; with fp8, what of them trains is multiplied in e4m3.

@@ -53,7 +53,8 @@ class _Compiled:
 
 def _twin(function: Any) -> Any:
     """The same function over code of its own: torch keeps graphs by code, and which runs hangs on no earlier rows."""
-    twin = FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__)
+    code, defaults, closure = function.__code__.replace(), function.__defaults__, function.__closure__
+    twin = FunctionType(code, function.__globals__, function.__name__, defaults, closure)
     twin.__kwdefaults__ = function.__kwdefaults__
     return twin
 

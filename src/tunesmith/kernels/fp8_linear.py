@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 PACKAGE = "torchao"
-MULTIPLE = 16  # of features: other widths are not multiplied in e4m3
+MULTIPLE = 16  # of features and of positions; layers of other widths are not multiplied in e4m3
 
 
 def is_installed() -> bool:
@@ -25,15 +25,14 @@ def is_installed() -> bool:
 
 
 def fuse(layer: nn.Module) -> int:
-    """How many linear layers inside train in e4m3 from now on. They are new modules over the same parameters."""
+    """How many linear layers inside train in e4m3. They are new modules over the same parameters."""
     theirs, ours = _torchao(), _while_learning()
-    served = [module for module in layer.modules() if _is_served(module)]
     config = theirs.Float8LinearConfig.from_recipe_name("tensorwise")
     theirs.convert_to_float8_training(layer, module_filter_fn=_chosen, config=config)
     for module in layer.modules():
         if type(module) is ours.__base__:
             module.__class__ = ours
-    return len(served)
+    return sum(type(module) is ours for module in layer.modules())
 
 
 def _chosen(module: nn.Module, _: str) -> bool:
@@ -63,13 +62,18 @@ def _torchao() -> Any:
 
 @cache
 def _while_learning() -> Any:
-    """Their layer, as a plain one where nothing is learnt."""
+    """Their layer for any number of positions, and as a plain one where nothing is learnt.
+
+    The product for the weight's gradient is along the positions, and e4m3 takes them in whole multiples.
+    """
     from torchao.float8.float8_linear import Float8Linear
 
     class Fp8Linear(Float8Linear):
         def forward(self, input: Tensor) -> Tensor:
-            if torch.is_grad_enabled():
-                return super().forward(input)
-            return F.linear(input, self.weight, self.bias)
+            if not torch.is_grad_enabled():
+                return F.linear(input, self.weight, self.bias)
+            x_ND = input.reshape(-1, input.shape[-1])
+            out_NO = super().forward(F.pad(x_ND, (0, 0, 0, -x_ND.shape[0] % MULTIPLE)))[: x_ND.shape[0]]
+            return out_NO.reshape(*input.shape[:-1], out_NO.shape[-1])
 
     return Fp8Linear

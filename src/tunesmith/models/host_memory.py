@@ -43,6 +43,8 @@ class Again:
         self._latest: Callable[[], _Input | None] = _nothing
 
     def __call__(self, run: Callable[..., Any], *given: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return run(*given)
         if not given or not isinstance(given[0], Tensor):
             return checkpoint(run, *given, use_reentrant=False)
         hidden, *rest = given
