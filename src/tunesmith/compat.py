@@ -169,6 +169,11 @@ def gguf_splits() -> dict[str, str]:
     return {}
 
 
+def gguf_remedy() -> str:
+    """What to do first where GGUF's rules to split text are not known, in words; nothing where they are."""
+    return "" if gguf_splits() else "install transformers 5.18 or newer, which knows more such rules, or "
+
+
 def model_types() -> frozenset[str]:
     """Every `model_type` that transformers has built in."""
     from transformers.models.auto import configuration_auto as auto

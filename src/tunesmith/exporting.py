@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tunesmith import measuring, rundir, session
+from tunesmith import compat, measuring, rundir, session
 from tunesmith.errors import InputError, RefusedError
 from tunesmith.evaluation.calibrated import calibrated, of_card
 from tunesmith.evaluation.scaling import Temperature
@@ -125,6 +125,8 @@ def to_gguf(
             f"objective {card['objective']['name']} writes no text, and a GGUF file here is of a language model",
             "export a folder instead",
         )
+    if remedy := compat.gguf_remedy():
+        raise InputError("this transformers cannot read back what a GGUF file says", f"{remedy}export a folder instead")
     gguf_write.check_model(policy.model)
     adapter = method.facts.reference == "switch"
     if adapter and not (method.facts.mergeable and isinstance(method, Mergeable)):

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tunesmith import compat
 from tunesmith.cli import main
 from tunesmith.data.formats import FORMATS, rows
 from tunesmith.data.read import read
@@ -87,6 +88,8 @@ def test_every_command_of_the_readme_runs_in_its_order(project: Path, monkeypatc
     verbs = {words[0] for words in found}
     assert verbs >= {"plan", "train", "resume", "evaluate", "predict", "export", "chat", "report"}
     for words in found:
+        if compat.gguf_remedy() and any(word.endswith(".gguf") for word in words):
+            continue  # refused with transformers 5.17
         for name in words[1:3] if words[0] == "compare" else ():
             shutil.copytree("runs/recipe", name)
         monkeypatch.setattr("sys.stdin", io.StringIO("Where is my parcel?\n"))

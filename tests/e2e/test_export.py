@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tunesmith import api, exporting
+from tunesmith import api, compat, exporting
 from tunesmith.cli import main
 from tunesmith.errors import InputError, RefusedError
 
@@ -120,6 +120,10 @@ def test_what_cannot_be_exported_is_said(run: Path, tiny_llama: Path, tmp_path: 
     assert api.predict(tmp_path / "other", ROWS[8:]) == api.predict(bottleneck, ROWS[8:])
 
 
+KNOWS_GGUF = pytest.mark.skipif(bool(compat.gguf_remedy()), reason="transformers 5.17 knows no GGUF splits")
+
+
+@KNOWS_GGUF
 @pytest.mark.parametrize(("method", "dtype"), [("lora", None), ("full", "q8_0")])
 def test_a_gguf_file_answers_as_the_run_does(
     method: str, dtype: str | None, nameable: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -146,6 +150,17 @@ def test_a_gguf_file_takes_no_others_place(run: Path, tmp_path: Path) -> None:
     assert file.read_bytes() == b"mine"
 
 
+def test_no_gguf_is_made_that_could_not_be_read_back(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compat, "gguf_splits", dict)
+    with pytest.raises(InputError, match="cannot read back") as refusal:
+        api.export(run, tmp_path / "out" / "tiny.gguf")
+    assert "transformers 5.18" in refusal.value.remedy
+    assert not (tmp_path / "out").exists()
+
+
+@KNOWS_GGUF
 def test_a_gguf_file_that_answers_otherwise_is_refused_and_leaves_nothing(
     nameable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

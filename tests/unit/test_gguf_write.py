@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+from tunesmith import compat
 from tunesmith.errors import InputError
 from tunesmith.models.convert import convert_gguf
 from tunesmith.models.fetch import resolve
 from tunesmith.models.gguf_write import write_gguf
 from tunesmith.models.load import load_tokenizer
+
+pytestmark = pytest.mark.skipif(not compat.gguf_splits(), reason="transformers 5.17 knows no GGUF splits")
 
 TEXTS = ["A fox, 2024 and  the wörld\n\n don't", "<|end|>日本 x<|end|>", " leads", "tab\tand 12,345.6"]
 CORPUS = ["the fox and the hound found 2024 hounds", "don't lead the world, they said; they read"] * 20
@@ -23,8 +26,6 @@ SPECIAL = ["<unk>", "<s>", "</s>", "<|end|>"]
 
 def byte_level(split: str) -> Any:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    from tunesmith import compat
 
     steps: dict[str, list[Any]] = {
         "gpt-2": [],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +60,7 @@ def convert_gguf(source: Path, to: Path, progress: Progress | None = None) -> st
         with compat.quiet_transformers():
             tokenizer = _tokenizer(source, fields)
             model = _model(source, fields, progress)
-        _settle_tokens(model, tokenizer)
+        _settle_tokens(model, tokenizer, fields)
         to.mkdir(parents=True)
         _write(model, tokenizer, to)
     except OSError as error:
@@ -105,7 +106,7 @@ def _tokenizer(source: Path, fields: dict[str, Any]) -> PreTrainedTokenizerFast:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name, local_files_only=True)
-    except (ValueError, KeyError, RuntimeError, NotImplementedError) as error:
+    except (ValueError, KeyError, TypeError, RuntimeError, NotImplementedError) as error:
         raise InputError(
             f"transformers cannot convert the tokenizer of {source.name}: {error}",
             "give the model's safetensors folder or hub id",
@@ -129,13 +130,16 @@ def _tokenizer(source: Path, fields: dict[str, Any]) -> PreTrainedTokenizerFast:
             # Another split would still give tokens, only not those the model was trained on.
             raise InputError(
                 f"{source.name} splits text by the rule {split!r}, which this version cannot reproduce",
-                "give the model's safetensors folder or hub id",
+                f"{compat.gguf_remedy()}give the model's safetensors folder or hub id",
             )
     return tokenizer
 
 
-def _settle_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Make config, generation config and tokenizer agree on which tokens begin, end and pad."""
+def _settle_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, fields: Mapping[str, Any]) -> None:
+    """Make config, generation config and tokenizer agree on which tokens begin, end and pad, as the file says."""
+    for name in ("bos", "eos"):  # transformers 5.17 takes the first for both
+        if (number := fields.get(f"tokenizer.ggml.{name}_token_id")) is not None:
+            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(int(number)))
     model.config.architectures = [type(model).__name__]
     if tokenizer.model_max_length > model.config.max_position_embeddings:
         tokenizer.model_max_length = model.config.max_position_embeddings
