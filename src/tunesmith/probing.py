@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("tunesmith.plan")
 
 SHARE = 0.94  # of free memory that a run may reserve: the rest is for libraries that allocate by themselves
-RESERVED = 1.05  # bytes that the allocator reserves for each in use at the peak, at most (PLANNER.md: 1.01 to 1.06)
+RESERVED = 1.05  # bytes that the allocator reserves for each in use at the peak (PLANNER.md: 1.01 to 1.05, 1.10 once)
 TIMED = 3  # steps at least, behind one that compiles and chooses kernels
 TIMED_FOR, TIMED_MOST = 0.4, 30  # seconds, and steps: those of a few ms, bound by the host, vary by half
 LOOKED_AT = 200_000  # training examples whose micro-batches are laid out to find the largest

@@ -42,6 +42,16 @@ def test_hash_of_known_numbers() -> None:
     assert [int(x) % 2**32 for x in found] == [plain(x) for x in given_]
 
 
+def test_a_block_of_nothing_has_codes_of_nothing() -> None:
+    from tunesmith.engine.adamw_8bit import _code  # pyright: ignore[reportPrivateUsage]
+
+    draw = torch.zeros(2 * BLOCK, dtype=torch.int32)
+    for scale in (0.0, 1e-45):
+        codes = _code(torch.full((2 * BLOCK,), scale), torch.full((2,), scale), 127, draw)
+        assert codes.isfinite().all()
+    assert not _code(torch.zeros(2 * BLOCK), torch.zeros(2), 127, draw).any()
+
+
 @given(st.integers(1, 3 * BLOCK), st.integers(0, 2**31 - 1), st.integers(-(2**31), 2**31 - 1))
 def test_a_step_is_what_its_formulas_say(count: int, seed: int, key: int) -> None:
     """Each number by Python's floats; codes are one of the two that stand around the exact ones."""

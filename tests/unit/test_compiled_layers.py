@@ -132,12 +132,52 @@ def test_rows_that_are_a_dense_batch_run_in_one_graph(
         ours = _learn(policy, lengths)
         if lengths == [8, 8]:
             assert len(graphs) == 2, "graphs that stop at attention, or one for each number of segments"
+        if lengths == [5, 9]:
+            many = len(graphs)
         for name in ours:
             torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-6)
-    many = len(graphs)
     for lengths in reversed(DENSE):
         _learn(policy, lengths)
     assert len(graphs) == many, "what ran before decides what is compiled"
+
+
+def test_numbers_that_are_equal_at_first_are_not_one(graphs: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row of 32 positions, of which one segment has 32, of a model 32 wide."""
+    monkeypatch.setattr(cuda_attention, "CUDNN_PAYS", 8)
+    monkeypatch.setattr(cuda_attention, "BLOCK", 4)
+    policy = _policy("qwen3")
+    _fuse(policy)
+    for lengths in ([32], [32, 32], [24] * 3, [16], [8]):
+        _learn(policy, lengths)
+    assert len(graphs) == 2  # of one segment, and of several
+
+
+def test_a_window_shorter_than_dense_rows_is_kept(graphs: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_attention, "CUDNN_PAYS", 8)
+    monkeypatch.setattr(cuda_attention, "BLOCK", 4)
+    policy = _policy("gemma3")  # two of its layers see 4 positions
+    expected = _learn(policy, [16, 16])
+    _fuse(policy)
+    found = _learn(policy, [16, 16])
+    assert graphs
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("named", "plain"),
+    [
+        ({}, True),
+        ({"sliding_window": 8}, True),
+        ({"sliding_window": 7}, False),
+        ({"dropout": 0.1}, False),
+        ({"softcap": 30.0}, False),
+        ({"s_aux": torch.zeros(1)}, False),
+        ({"position_bias": torch.zeros(1)}, False),
+    ],
+)
+def test_graphs_go_through_attention_whose_scores_are_as_they_come(named: dict[str, Any], plain: bool) -> None:
+    assert attention._is_plain(8, named) is plain
 
 
 def test_layers_that_train_are_not_taken_for_those_that_do_not(graphs: list[Any]) -> None:
@@ -182,16 +222,18 @@ def test_recomputed_layers_have_the_same_gradients(graphs: list[Any]) -> None:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
 
 
-def test_a_forward_that_is_a_closure_is_compiled_too(graphs: list[Any]) -> None:
+def test_a_forward_that_is_a_closure_is_compiled_too(graphs: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     class Wider(torch.nn.Linear):
-        def forward(self, hidden_states: Tensor) -> Tensor:
-            return super().forward(hidden_states) + 1  # super() closes over the class
+        def forward(self, hidden_states: Tensor, *, more: int = 1) -> Tensor:
+            return super().forward(hidden_states) + more  # super() closes over the class
 
     layer, x = Wider(4, 4), torch.randn(2, 3, 4, requires_grad=True)
     expected = layer(x)
     compiled_layers.fuse(layer)
-    torch.testing.assert_close(layer(x), expected)
-    assert len(graphs) == 1
+    for dense in (False, True):  # for each a function of its own
+        monkeypatch.setattr(compiled_layers, "_is_dense", lambda *_, dense=dense: dense)
+        torch.testing.assert_close(layer(x), expected)
+    assert len(graphs) == 2
 
 
 def test_what_torch_cannot_compile_runs_as_before(

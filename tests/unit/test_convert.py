@@ -191,6 +191,40 @@ def test_a_damaged_file_is_refused(damage: Callable[[Path], object], cause: str,
     assert "fetch the .gguf file again" in caught.value.remedy
 
 
+def test_the_files_own_tokens_count_where_transformers_takes_others(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers 5.17 takes the token that begins a text for the one that ends it."""
+    made = convert._tokenizer  # pyright: ignore[reportPrivateUsage]
+
+    def mistaken(source: Path, fields: dict[str, Any]) -> Any:
+        tokenizer = made(source, fields)
+        tokenizer.eos_token = tokenizer.bos_token
+        return tokenizer
+
+    monkeypatch.setattr(convert, "_tokenizer", mistaken)
+    tokenizer = load_tokenizer(resolve(str(file)))
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
+
+
+def test_a_tokenizer_that_transformers_cannot_make_is_said(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise TypeError("failed to extract enum PyMerges")
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", fails)
+    with pytest.raises(InputError, match=r"cannot convert the tokenizer of tiny\.gguf: failed to extract"):
+        resolve(str(file))
+
+
+def test_a_rule_to_split_text_that_a_newer_transformers_knows_is_said_so(
+    source: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compat, "gguf_splits", dict)
+    with pytest.raises(InputError, match="splits text by the rule 'qwen2'") as refusal:
+        resolve(str(write(source, tmp_path / "other.gguf", pre="qwen2")))
+    assert refusal.value.remedy.startswith("install transformers 5.18 or newer")
+
+
 @pytest.mark.skipif(not compat.gguf_splits(), reason="transformers 5.17 knows no GGUF splits")
 def test_known_splits_are_found_in_transformers() -> None:
     assert {"llama-bpe", "qwen2"} <= compat.gguf_splits().keys()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +15,12 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from tunesmith import api
+from tunesmith.facts import Facts
 from tunesmith.kernels import attention, compiled_layers, fp8_linear
 from tunesmith.kernels.accelerate import COMPILED, FP8, accelerate
 from tunesmith.models.layers import layers
+from tunesmith.models.saved import read_card
 
 torchao = pytest.importorskip("torchao.float8", reason="torchao is not installed")
 BOUND = 0.05  # e4m3 keeps three binary digits: 2**-4 of a factor at most, and less of sums of many products
@@ -101,6 +105,17 @@ def test_what_does_not_learn_is_multiplied_as_before(emulated: None) -> None:
         expected = block(x_ND)
         fp8_linear.fuse(block)
         assert torch.equal(block(x_ND), expected)
+
+
+def test_what_was_saved_is_held_as_it_was_and_not_as_it_was_multiplied(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Facts, "multiplies_otherwise", property(lambda _: True))
+    recipe = {"model": str(tiny_llama), "objective": "sft", "method": "full", "train": {"max_steps": 1}}
+    recipe |= {"precision": "fp32", "place": {"device": "cpu"}}
+    rows = [{"prompt": f"{i}?", "completion": "yes"} for i in range(4)]
+    run = api.train(recipe, data={"train": rows}, out=tmp_path / "run")
+    assert read_card(run.path / "model")["precision"] == "bf16"
 
 
 @pytest.fixture

@@ -147,9 +147,12 @@ def test_a_table_that_learns_or_is_shared_stays(tiny_llama: Path, monkeypatch: p
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     model = _model(tiny_llama, "cpu")
     host_memory.keep(model, [])
+    other = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))
+    model.lm_head.weight = other
+    host_memory.keep(model, [])
     model.requires_grad_(False)
     model.lm_head.weight = model.get_input_embeddings().weight
     host_memory.keep(model, [])
-    model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))
+    model.lm_head.weight = other
     with pytest.raises(pytest.fail.Exception, match="moved"):
         host_memory.keep(model, [])

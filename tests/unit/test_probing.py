@@ -23,6 +23,7 @@ from tunesmith.models.few import few_layers, numbers
 from tunesmith.models.layers import layers
 from tunesmith.models.recompute import recompute
 from tunesmith.objectives.retrieve import Retrieve
+from tunesmith.settings import Placement
 
 MANY = 24
 Card = Callable[..., None]
@@ -234,6 +235,65 @@ def test_inputs_wait_in_the_hosts_memory_where_the_devices_is_not_enough(
     monkeypatch.setattr("tunesmith.settings.MEMORY_SHARE", 0.0)  # no room in the host's either
     with pytest.raises(ResourceError, match="does not fit"):
         api.plan(recipe, data={"train": ROWS})
+
+
+@pytest.mark.parametrize(
+    ("asked", "served", "ways"),
+    [
+        (None, True, ["none", "feed", "whole", "away"]),
+        (None, False, ["none", "whole", "away"]),
+        (True, True, ["whole", "away"]),
+        (False, True, ["none"]),
+    ],
+)
+def test_ways_to_run_again_come_in_the_order_of_their_cost(asked: bool | None, served: bool, ways: list[str]) -> None:
+    facts = SimpleNamespace(
+        recipe=SimpleNamespace(train=SimpleNamespace(recompute=asked)),
+        model=SimpleNamespace(layers=2, width=8, embedding_parameters=64),
+    )
+    assets: Any = SimpleNamespace(facts=facts, method=SimpleNamespace(facts=SimpleNamespace(recomputes=True)))
+    placement: Any = SimpleNamespace(precision="bf16", micro_batch_tokens=16)
+    cost = Cost(1, 1, 1, 1, 1, served)
+    assert list(probing._ways(assets, placement, Line(2, 4, cost, cost))) == ways  # pyright: ignore[reportPrivateUsage]
+
+
+@pytest.mark.parametrize(("asked", "must", "compiled"), [(None, False, False), (True, False, True), (None, True, True)])
+def test_what_must_be_compiled_is_measured_so(
+    asked: bool | None, must: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fp8 of what trains has casts that only compiled layers make cheap, and nothing else serves it."""
+    seen: list[bool] = []
+
+    def fastest(plan: Any, assets: Any, most: Placement, progress: Any) -> Any:
+        seen.append(most.compiled)
+        return plan
+
+    monkeypatch.setattr(probing, "_fastest", fastest)
+    recipe = SimpleNamespace(place=SimpleNamespace(compile=asked))
+    facts = SimpleNamespace(recipe=recipe, multiplies_otherwise=must, method=SimpleNamespace(frozen_backbone=True))
+    plan: Any = Planned(Placement("cuda:0", 1, 1, "fp8", True, None, 4096, 1), [])
+    probing._refined(plan, SimpleNamespace(facts=facts), lambda *_: None)  # type: ignore[arg-type]  # pyright: ignore
+    assert seen == [compiled]
+
+
+@dataclass(frozen=True)
+class Planned:
+    placement: Placement
+    defaults: list[Any]
+    prediction: Any = None
+
+
+@pytest.mark.parametrize(("seconds", "steps"), [(0.0, 4), (1e9, 31)])
+def test_short_steps_are_timed_until_they_tell(
+    card: Card, tiny_llama: Path, tmp_path: Path, seconds: float, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card(1 << 20)
+    taken: list[int] = []
+    monkeypatch.setattr(probing, "TIMED_FOR", seconds)
+    monkeypatch.setattr(probing.Clip, "before_step", lambda *_: taken.append(1))
+    api.plan(_recipe(_deep(tiny_llama, tmp_path / "deep", 8)), data={"train": ROWS})
+    assert len(taken) % steps == 0
+    assert len(taken) >= 2 * steps  # of 2 layers and of 4
 
 
 def test_the_hosts_memory_is_taken_in_powers_of_two() -> None:

@@ -18,7 +18,8 @@ QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
 
-WARNING = ("torch.utils._pytree",)  # by handlers of its own, as of how torchao registers what PEFT imports of it
+# torch writes its warnings by handlers of its own; these are of how torchao, which PEFT imports, registers its types.
+OF_TORCH = ("torch.utils._pytree",)
 
 
 class _Stderr(logging.StreamHandler):  # type: ignore[type-arg]
@@ -34,7 +35,7 @@ def third_parties_quiet() -> Generator[None]:
     """Inside, only errors of other libraries are shown, and warnings of ours in one line each."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    for name in WARNING:
+    for name in OF_TORCH:
         logging.getLogger(name).setLevel(logging.ERROR)
     theirs, ours = _Stderr(), _Stderr()
     theirs.setLevel(logging.ERROR)

@@ -49,8 +49,8 @@ class AdamW8bit(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         place = 0
         if self.grad_scale is not None:  # what learns from a float32 gradient afterwards finds it as torch leaves it
-            whole = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
-            if whole := [gradient for gradient in whole if gradient.dtype == torch.float32]:
+            gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+            if whole := [gradient for gradient in gradients if gradient.dtype == torch.float32]:
                 cast(Any, torch)._foreach_div_(whole, self.grad_scale)
         for group in self.param_groups:
             for parameter in group["params"]:
