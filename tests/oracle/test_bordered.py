@@ -77,13 +77,21 @@ def test_results_and_gradients_are_those_of_base_and_update(targets: list[str], 
     rows, grads = _wide(x.detach(), weight.border), _wide(grad, weight.border)
     out = torch.empty(N, sum(OUTPUTS), dtype=torch.bfloat16)
     weight.project(rows, out=out)  # type: ignore[arg-type]
-    weight.border_of(grads)  # type: ignore[arg-type]
-    found = [weight.back(grads), *weight.gradients(grads, rows)]  # type: ignore[arg-type]
+    learnt = weight.gradients(grads, rows)  # type: ignore[arg-type]
+    found = [weight.back(grads), *learnt]  # type: ignore[arg-type]
     assert _error(out, expected.detach()) < 0.01
     assert len(found) == 1 + 2 * len(targets)
     for ours, theirs in zip(found, expected_grads, strict=True):
         assert ours.shape == theirs.shape
         assert _error(ours, theirs) < 0.015
+
+
+def test_a_weight_without_adapters_learns_nothing_and_reads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = Bordered(list(Projections().children()))
+    monkeypatch.setattr(bordered, "_wide_product", lambda *_: pytest.fail("multiplied"))
+    rows = _wide(torch.randn(N, INPUTS), weight.border)
+    grads = _wide(torch.randn(N, sum(OUTPUTS)), weight.border)
+    assert weight.gradients(grads, rows) == []  # type: ignore[arg-type]
 
 
 def test_two_adapters_of_a_layer_lie_beside_each_other() -> None:

@@ -81,6 +81,14 @@ def _errors(policy: Policy, lengths: list[int], fp8: bool) -> dict[str, float]:
     return {k: float((found[k] - expected[k]).norm() / expected[k].norm().clamp_min(1e-9)) for k in expected}
 
 
+@pytest.fixture(params=[False, True], ids=["cublas", "once"])
+def thin(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thin products by cuBLAS, as where rows are few, and by kernels that read each row once."""
+    if request.param:
+        monkeypatch.setattr("tunesmith.kernels.triton_low_rank.WORTH", 0)
+
+
+@pytest.mark.usefixtures("thin")
 @pytest.mark.parametrize("family", SHAPES)
 @pytest.mark.parametrize("rows", ROWS)
 def test_the_fast_layer_is_the_layer(family: str, rows: str) -> None:
@@ -88,6 +96,7 @@ def test_the_fast_layer_is_the_layer(family: str, rows: str) -> None:
     assert max(errors.values()) < 0.05, errors
 
 
+@pytest.mark.usefixtures("thin")
 @pytest.mark.parametrize("rows", ["alike", "mixed"])
 def test_in_fp8_it_is_the_layer_within_the_cast(rows: str) -> None:
     errors = _errors(_policy("llama"), ROWS[rows], fp8=True)
@@ -96,6 +105,7 @@ def test_in_fp8_it_is_the_layer_within_the_cast(rows: str) -> None:
     assert max(errors.values()) < 0.3, errors  # adapters of the first layer, behind four casts
 
 
+@pytest.mark.usefixtures("thin")
 @pytest.mark.parametrize("rows", ["alike", "mixed"])
 def test_in_4_bits_it_is_the_layer_over_the_dequantised_base(rows: str) -> None:
     policy = _policy("llama", over=lambda model: hold_in_nf4(model, "cuda"))
@@ -113,6 +123,7 @@ def test_in_4_bits_it_is_the_layer_over_the_dequantised_base(rows: str) -> None:
     assert max(errors.values()) < 0.05, errors
 
 
+@pytest.mark.usefixtures("thin")
 @pytest.mark.parametrize("again", ["feed", "whole", "away"])
 @pytest.mark.parametrize("precision", ["bf16", "fp8", "int4"])
 @pytest.mark.parametrize("rows", ["alike", "mixed"])
@@ -120,7 +131,8 @@ def test_layers_that_run_again_keep_less_and_give_the_same_bits(again: Again, pr
     policy = _policy("llama", over=(lambda m: hold_in_nf4(m, "cuda")) if precision == "int4" else lambda m: m)
     assert accelerate(policy, fp8=precision == "fp8")[LAYERS] == 2
     policy.train()
-    lengths = ROWS[rows]
+    # FlashAttention-2 adds up a key block's share of a gradient in any order, which is one order for two blocks of 128.
+    lengths = [min(length, 256) for length in ROWS[rows]]
     x = torch.randn(1, sum(lengths), policy.width, device="cuda", dtype=torch.bfloat16)
     grad = torch.randn_like(x)
     found: list[dict[str, Tensor]] = []
@@ -146,6 +158,7 @@ def _kept(policy: Policy, lengths: list[int], x: Tensor) -> int:
     return torch.cuda.memory_allocated() - before
 
 
+@pytest.mark.usefixtures("thin")
 def test_layers_without_adapters_pass_the_gradient_on() -> None:
     errors = _errors(_policy("llama", targets=["q_proj", "down_proj"]), [512, 512], fp8=False)
     assert len(errors) == 2 + 2 * 4

@@ -38,6 +38,8 @@ def accelerate(
     if layers and device == "cuda" and find_spec("triton") is not None:
         for module in model.modules():
             taken[LAYERS] += decoder_layer.fuse(module, fp8=fp8)
+        if taken[LAYERS]:
+            taken["rms_norm"] += sum(map(rms_norm.fuse, _behind_layers(model)))
     left = [layer for layer in compiled if device == "cuda" and not hasattr(layer, "fast")]
     for layer in left:
         taken[FP8] += fp8_linear.fuse(layer) if fp8 and fp8_linear.is_installed() else 0
@@ -50,6 +52,13 @@ def accelerate(
                 taken[name] += fuse(module)
     log.debug("kernels: %s", taken)
     return taken
+
+
+def _behind_layers(model: nn.Module) -> list[nn.Module]:
+    """Modules of `model` outside its layers, which are lists of those that run fast."""
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and any(hasattr(layer, "fast") for layer in m)]
+    inside = {id(part) for each in lists for part in each.modules()}
+    return [module for module in model.modules() if id(module) not in inside]
 
 
 def keep_memory() -> bool:

@@ -15,6 +15,7 @@ without, where adding the update afterwards moves 2.8 GB, 0.9 ms.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakValueDictionary
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from tunesmith.kernels.nf4 import Nf4Linear
+    from tunesmith.kernels.triton_low_rank import LowRank
     from tunesmith.kernels.triton_rows import Rows
 
 # The border may be this many times larger than the weight's own largest value of a row before e4m3 saturates.
@@ -30,6 +32,7 @@ HEADROOM = 4.0
 # In fp8 the low-rank rows are this much smaller and B as much larger: both then keep clear of e4m3's ends.
 FOLD = 4.0
 LARGEST = 448.0
+BORDER = 64  # columns at least: 128 bytes, so that rows stay aligned for the copy engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,22 +105,27 @@ class Bordered:
         self.border_in(x)
         return self._product(x, forward=True, out=out)
 
+    def project_onto(self, base_NO: Tensor, x: Rows) -> Tensor:
+        """Adds [N, O] to `base`, in place, and returns it; not in fp8, whose products do not add."""
+        self.border_in(x)
+        return torch.addmm(base_NO, x.wide_NW, self._made()[: self.outputs].T, out=base_NO)
+
     def border_in(self, x: Rows) -> None:
         """Fills the border of x, of which `project` is asked."""
         self._thin(x, self.inputs, self._down_PI[: self.rank].T, 1.0 / FOLD)
 
     def back(self, grad: Rows, out: Tensor | None = None) -> Tensor:
-        """The gradient of x [N, I]; `border_of` must have filled the border of grad."""
+        """The gradient of x [N, I]; `gradients` must have filled the border of grad."""
         return self._product(grad, forward=False, out=out)
 
-    def border_of(self, grad: Rows) -> None:
-        """Fills the border of grad, the gradient of `project`'s result."""
-        self._thin(grad, self.outputs, self._up_OP[:, : self.rank], 1.0)
-
     def gradients(self, grad: Rows, x: Rows) -> list[Tensor]:
-        """Gradients of `parameters`, from the filled rows of both passes."""
+        """Gradients of `parameters`, from x as `project` left it; fills the border of grad, of its result."""
         if not self.adapters:
             return []
+        if self._once is not None and self._once.is_worth(grad):
+            found = self._once.gradients(grad, x, self._up_OP)
+            return [g.to(p.dtype) for g, p in zip(found, self.parameters, strict=True)]
+        self._thin(grad, self.outputs, self._up_OP[:, : self.rank], 1.0)
         low_NR = x.wide_NW[:, self.inputs : self.inputs + self.rank]
         grad_low_NR = grad.wide_NW[:, self.outputs : self.outputs + self.rank]
         down_RI = _wide_product(grad_low_NR.T, x.wide_NW[:, : self.inputs])
@@ -129,7 +137,7 @@ class Bordered:
         return found
 
     def _least_border(self) -> int:
-        return 64  # 128 bytes: rows stay aligned for the copy engine
+        return BORDER
 
     def _place(self, bases: list[nn.Linear]) -> None:
         weights = [base.weight for base in bases]
@@ -150,10 +158,23 @@ class Bordered:
             Entry(a.up_OR, 1.0, self._up_OP[a.outputs, a.ranks]),
         )
 
+    @cached_property
+    def _once(self) -> LowRank | None:
+        """The same thin products by kernels that read each row once, where they serve these adapters."""
+        if not (self.adapters and self.adapters[0].down_RI.is_cuda):
+            return None
+        from tunesmith.kernels import triton_low_rank as kernels
+
+        return kernels.LowRank(self.adapters, self.outputs, self.inputs) if kernels.serves(self.adapters) else None
+
     def _thin(self, rows: Rows, width: int, weight_WR: Tensor, factor: float) -> None:
-        if self.adapters:
-            border = rows.wide_NW[:, width : width + self.rank]
-            torch.mm(rows.wide_NW[:, :width], weight_WR, out=border)
+        if not self.adapters:
+            return
+        torch.mm(rows.wide_NW[:, :width], weight_WR, out=rows.wide_NW[:, width : width + self.rank])
+        if self.fp8:
+            from tunesmith.kernels.triton_rows import cast_border
+
+            cast_border(rows, width, self.rank, factor)
 
     def _product(self, rows: Rows, *, forward: bool, out: Tensor | None = None) -> Tensor:
         whole = self._made()
@@ -203,7 +224,7 @@ class BorderedFp8(Bordered):
         return True
 
     def _least_border(self) -> int:
-        return 128
+        return 2 * BORDER
 
     def _place(self, bases: list[nn.Linear]) -> None:
         weights = [base.weight for base in bases]
@@ -229,13 +250,6 @@ class BorderedFp8(Bordered):
             replace(down, cast=cast_RI, scale=scale_RI),
             replace(up, cast=cast_OR, scale=scale_OR, fold=FOLD),
         )
-
-    def _thin(self, rows: Rows, width: int, weight_WR: Tensor, factor: float) -> None:
-        from tunesmith.kernels.triton_rows import cast_border
-
-        super()._thin(rows, width, weight_WR, factor)
-        if self.adapters:
-            cast_border(rows, width, self.rank, factor)
 
     def _product(self, rows: Rows, *, forward: bool, out: Tensor | None = None) -> Tensor:
         weight_KW = self._forward_OW if forward else self._backward_IW

@@ -116,14 +116,13 @@ class _Project(torch.autograd.Function):
         normed = rows.Rows(wide_NW)
         grad = rows.Rows.empty(x_ND.shape[0], fast.qkv.outputs + fast.qkv.border, x_ND, fast.fp8)
         rows.rotate_backward((grads[0], grads[1], grads[2]), cos_ND, sin_ND, grad, fast.width)
-        fast.qkv.border_of(grad)
         found = fast.qkv.gradients(grad, normed)
         grad_x: Tensor | None = None
         if ctx.needs_input_grad[0]:
             weight_D, epsilon = fast.norm(0)
-            out = rows.Rows.empty(x_ND.shape[0], x_ND.shape[1] + 64, x_ND, False)
-            rows.normalise_backward(fast.qkv.back(grad), x_ND, weight_D, epsilon, grads[3], out)
-            grad_x = out.wide_NW[:, : x_ND.shape[1]]
+            out = rows.Rows.empty(x_ND.shape[0], x_ND.shape[1] + fast.down.border, x_ND, False)
+            rows.normalise_backward(fast.qkv.back(grad), x_ND, weight_D, epsilon, rows.in_rows(grads[3]), out)
+            grad_x = rows.hand_on(out, x_ND.shape[1])  # to the layer below, whose border is most likely the same
         return grad_x, None, None, None, None, *found
 
 
@@ -138,7 +137,7 @@ class _Fed:
     product: Rows
 
     @staticmethod
-    def of(mixed_NX: Tensor, x_ND: Tensor, fast: FastLayer) -> _Fed:
+    def of(mixed_NX: Tensor, x_ND: Tensor, fast: FastLayer, copy_ND: Tensor | None = None) -> _Fed:
         from tunesmith.kernels import triton_rows as rows
         from tunesmith.kernels import triton_swiglu
 
@@ -151,7 +150,7 @@ class _Fed:
         rows.lay(mixed_NX[:count], mixed)
         weight_D, epsilon = fast.norm(1)
         normed = empty(fast.gate_up)
-        middle_ND = rows.normalise(x_ND, weight_D, epsilon, normed, added_ND=fast.o.project(mixed))
+        middle_ND = rows.normalise(x_ND, weight_D, epsilon, normed, fast.o.project(mixed), copy_ND)
         assert middle_ND is not None
         gate_up_NX = fast.gate_up.project(normed)
         product = empty(fast.down)
@@ -164,8 +163,12 @@ class _Feed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, mixed_NX: Tensor, x_ND: Tensor, fast: FastLayer, *_: Tensor) -> Tensor:
-        fed = _Fed.of(mixed_NX, x_ND, fast)
-        out_ND = fast.down.project(fed.product).add_(fed.middle_ND)
+        out_ND = None if fast.fp8 else torch.empty_like(x_ND, memory_format=torch.contiguous_format)
+        fed = _Fed.of(mixed_NX, x_ND, fast, copy_ND=out_ND)
+        if out_ND is None:
+            out_ND = fast.down.project(fed.product).add_(fed.middle_ND)
+        else:
+            fast.down.project_onto(out_ND, fed.product)
         ctx.fast, ctx.padded, ctx.again = fast, mixed_NX.shape[0], fast.again
         if ctx.again:
             ctx.save_for_backward(mixed_NX, x_ND)
@@ -195,21 +198,21 @@ class _Feed(torch.autograd.Function):
         def empty(weight: Bordered) -> Rows:
             return rows.Rows.empty(count, weight.outputs + weight.border, middle_ND, fast.fp8)
 
-        grad = empty(fast.down)
-        rows.lay(grads[0], grad)
-        fast.down.border_of(grad)
+        grad_ND = rows.in_rows(grads[0])
+        grad = None if fast.fp8 else rows.taken_over(grad_ND, fast.down.border)
+        if grad is None:
+            grad = empty(fast.down)
+            rows.lay(grad_ND, grad)
         of_down = fast.down.gradients(grad, fed.product)
         del fed.product
         halves = empty(fast.gate_up)
         triton_swiglu.swiglu_backward(fast.down.back(grad), fed.gate_up_NX, halves)
         del grad
-        fast.gate_up.border_of(halves)
         of_gate_up = fast.gate_up.gradients(halves, fed.normed)
         weight_D, epsilon = fast.norm(1)
         middle = empty(fast.o)
-        rows.normalise_backward(fast.gate_up.back(halves), middle_ND, weight_D, epsilon, grads[0], middle)
+        rows.normalise_backward(fast.gate_up.back(halves), middle_ND, weight_D, epsilon, grad_ND, middle)
         del halves
-        fast.o.border_of(middle)
         of_o = fast.o.gradients(middle, fed.mixed)
         grad_mixed = middle_ND.new_empty(ctx.padded, fast.o.inputs)
         grad_mixed[count:].zero_()

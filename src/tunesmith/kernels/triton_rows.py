@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 # The largest value of a row is cast to this: e4m3 goes to 448, and the border may be twice as large as the row.
 ROW_TOP = tl.constexpr(224.0)
@@ -44,12 +45,41 @@ class Rows:
         return self.wide_NW, self.cast_NW, self.scale_N1
 
 
+_handed_on: list[StorageWeakRef] = []  # no other storage can have its address while this refers to it
+
+
+def in_rows(x_ND: Tensor) -> Tensor:
+    """`x` with the values of a row beside each other, as every kernel here reads them."""
+    return x_ND if x_ND.stride(-1) == 1 else x_ND.contiguous()
+
+
+def hand_on(rows: Rows, width: int) -> Tensor:
+    """The first `width` values of each row, for whoever may find the border behind them again by `taken_over`."""
+    _handed_on[:] = [StorageWeakRef(rows.wide_NW.untyped_storage())]
+    return rows.wide_NW[:, :width]
+
+
+def taken_over(x_ND: Tensor, border: int) -> Rows | None:
+    """The rows of which `x` is the part that was last handed on, if their border is as wide; else None."""
+    count, width = x_ND.shape
+    whole = count, width + border
+    laid = x_ND.stride() == (whole[1], 1) and x_ND.storage_offset() == 0 and x_ND.dtype == torch.bfloat16
+    if not laid or [StorageWeakRef(x_ND.untyped_storage())] != _handed_on:
+        return None
+    return Rows(x_ND.as_strided(whole, (whole[1], 1)))
+
+
 def normalise(
-    x_ND: Tensor, weight_D: Tensor, epsilon: float, out: Rows, added_ND: Tensor | None = None
+    x_ND: Tensor,
+    weight_D: Tensor,
+    epsilon: float,
+    out: Rows,
+    added_ND: Tensor | None = None,
+    copy_ND: Tensor | None = None,
 ) -> Tensor | None:
     """RMS norm of x (+ added) into `out` (Zhang and Sennrich 2019, arXiv 1910.07467); returns x + added.
 
-    Rounded as transformers rounds: x / rms to bfloat16, then times w.
+    Rounded as transformers rounds: x / rms to bfloat16, then times w. `copy`, where given, gets x + added too.
     """
     count, width = x_ND.shape
     sum_ND = None if added_ND is None else torch.empty_like(x_ND, memory_format=torch.contiguous_format)
@@ -57,6 +87,7 @@ def normalise(
         x_ND,
         x_ND if added_ND is None else added_ND,
         x_ND if sum_ND is None else sum_ND,
+        x_ND if copy_ND is None else copy_ND,
         weight_D,
         *out.pointers(),
         x_ND.stride(0),
@@ -65,6 +96,7 @@ def normalise(
         width,
         epsilon,
         ADD=added_ND is not None,
+        COPY=copy_ND is not None,
         FP8=out.cast_NW is not None,
         BORDER=out.wide_NW.shape[1] - width,
         BLOCK=triton.next_power_of_2(width),
@@ -74,22 +106,23 @@ def normalise(
 
 
 def normalise_backward(
-    grad_ND: Tensor, x_ND: Tensor, weight_D: Tensor, epsilon: float, residual_ND: Tensor, out: Rows
+    grad_ND: Tensor, x_ND: Tensor, weight_D: Tensor, epsilon: float, residual_ND: Tensor | None, out: Rows
 ) -> None:
-    """residual + dx into `out`: dx = r (g - x r^2 mean(g x)) with g = w dy and r = 1 / rms."""
+    """(residual +) dx into `out`: dx = r (g - x r^2 mean(g x)) with g = w dy and r = 1 / rms."""
     count, width = x_ND.shape
     _normalise_backward[(count,)](
         grad_ND,
         x_ND,
         weight_D,
-        residual_ND,
+        x_ND if residual_ND is None else residual_ND,
         *out.pointers(),
         grad_ND.stride(0),
         x_ND.stride(0),
-        residual_ND.stride(0),
+        0 if residual_ND is None else residual_ND.stride(0),
         out.wide_NW.shape[1],
         width,
         epsilon,
+        ADD=residual_ND is not None,
         FP8=out.cast_NW is not None,
         BORDER=out.wide_NW.shape[1] - width,
         BLOCK=triton.next_power_of_2(width),
@@ -143,8 +176,7 @@ def rotate_backward(
     grads: tuple[Tensor, Tensor, Tensor], cos_ND: Tensor, sin_ND: Tensor, out: Rows, width: int
 ) -> None:
     """Gradients of queries, keys and values [heads, N, width] -> those of their projections, side by side in `out`."""
-    grads = tuple(g if g.stride(-1) == 1 else g.contiguous() for g in grads)  # type: ignore[assignment]
-    q, k, v = grads
+    q, k, v = map(in_rows, grads)
     count = cos_ND.shape[0]
     _rotate_backward[(count,)](
         q,
@@ -196,8 +228,9 @@ def _store_row(
     at = row * stride + column
     rounded = value.to(tl.bfloat16)
     tl.store(wide_ptr + at, rounded, mask=inside)
-    edge = row * stride + width + tl.arange(0, BORDER)
-    tl.store(wide_ptr + edge, tl.zeros((BORDER,), tl.bfloat16))
+    if BORDER:
+        edge = row * stride + width + tl.arange(0, BORDER)
+        tl.store(wide_ptr + edge, tl.zeros((BORDER,), tl.bfloat16))
     if FP8:
         exact = rounded.to(tl.float32)
         scale = tl.maximum(tl.max(tl.where(inside, tl.abs(exact), 0.0), 0), TINY) / ROW_TOP
@@ -208,9 +241,9 @@ def _store_row(
 
 @triton.jit
 def _normalise(
-    x_ptr, added_ptr, sum_ptr, weight_ptr, wide_ptr, cast_ptr, scale_ptr,
+    x_ptr, added_ptr, sum_ptr, copy_ptr, weight_ptr, wide_ptr, cast_ptr, scale_ptr,
     x_stride, added_stride, stride, width, epsilon,
-    ADD: tl.constexpr, FP8: tl.constexpr, BORDER: tl.constexpr, BLOCK: tl.constexpr,
+    ADD: tl.constexpr, COPY: tl.constexpr, FP8: tl.constexpr, BORDER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -220,6 +253,8 @@ def _normalise(
         x += tl.load(added_ptr + row * added_stride + column, mask=inside, other=0.0).to(tl.float32)
         x = x.to(tl.bfloat16).to(tl.float32)
         tl.store(sum_ptr + row * width + column, x.to(tl.bfloat16), mask=inside)
+        if COPY:
+            tl.store(copy_ptr + row * width + column, x.to(tl.bfloat16), mask=inside)
     rate = 1.0 / tl.sqrt(tl.sum(x * x, 0) / width + epsilon)
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     value = (x * rate).to(tl.bfloat16).to(tl.float32) * weight
@@ -230,7 +265,7 @@ def _normalise(
 def _normalise_backward(
     grad_ptr, x_ptr, weight_ptr, residual_ptr, wide_ptr, cast_ptr, scale_ptr,
     grad_stride, x_stride, residual_stride, stride, width, epsilon,
-    FP8: tl.constexpr, BORDER: tl.constexpr, BLOCK: tl.constexpr,
+    ADD: tl.constexpr, FP8: tl.constexpr, BORDER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -238,10 +273,11 @@ def _normalise_backward(
     x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     grad = tl.load(grad_ptr + row * grad_stride + column, mask=inside, other=0.0).to(tl.float32) * weight
-    residual = tl.load(residual_ptr + row * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
     rate = 1.0 / tl.sqrt(tl.sum(x * x, 0) / width + epsilon)
     along = tl.sum(grad * x, 0) / width * rate * rate
-    value = residual + rate * (grad - x * along)
+    value = rate * (grad - x * along)
+    if ADD:
+        value += tl.load(residual_ptr + row * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
     _store_row(wide_ptr, cast_ptr, scale_ptr, row, stride, width, value, FP8, BORDER, BLOCK)
 
 
