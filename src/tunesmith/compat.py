@@ -107,6 +107,15 @@ def segments_grow() -> None:
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
+def free_workspaces() -> None:
+    """Gives back what cuBLAS keeps for its products on CUDA; the next one takes it again."""
+    import torch
+
+    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)  # pyright: ignore[reportPrivateUsage]
+    if clear is not None and torch.cuda.is_available():
+        clear()
+
+
 def compiler_errors() -> tuple[type[Exception], ...]:
     """What torch.compile raises where it cannot compile."""
     from torch._dynamo.exc import TorchDynamoException

@@ -8,11 +8,13 @@ them. What was measured stays in the cache, under all that it depends on.
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import logging
+import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tunesmith import rundir, session, settings, training
+from tunesmith import compat, rundir, session, settings, training
 from tunesmith.data.ingest import digest, source_version
 from tunesmith.data.pack import collate
 from tunesmith.data.source import Batching, epoch_steps, micro_batches
@@ -52,8 +54,9 @@ SHARE = 0.94  # of free memory that a run may reserve: the rest is for libraries
 RESERVED = 1.05  # bytes that the allocator reserves for each in use at the peak (PLANNER.md: 1.01 to 1.05, 1.10 once)
 TIMED = 3  # steps at least, behind one that compiles and chooses kernels
 TIMED_FOR, TIMED_MOST = 0.4, 30  # seconds, and steps: those of a few ms, bound by the host, vary by half
+WHOLE = 1_500_000_000  # parameters of a base of which all layers are measured too, as they were chosen to run
+ALIKE = 0.97  # micro-batches of this share of the largest keep about as much
 LOOKED_AT = 200_000  # training examples whose micro-batches are laid out to find the largest
-ALIKE = 0.95  # micro-batches of this share of the largest take as long
 
 Indices = NDArray[np.int64]
 
@@ -89,11 +92,11 @@ def _refined(plan: Plan, assets: Assets, progress: Progress) -> Plan:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """The micro-batches of a run: how many make a step, and the examples of the largest and of one of mean size."""
+    """The micro-batches of a run: how many make a step, and the examples of the largest and of some of mean size."""
 
     in_a_step: float
     largest: Indices
-    usual: Indices
+    usual: tuple[Indices, ...]
 
 
 def _fastest(plan: Plan, assets: Assets, most: Placement, progress: Progress) -> Plan:
@@ -179,9 +182,10 @@ def _work(plan: Plan, assets: Assets, placement: Placement) -> Work:
     positions = np.asarray(
         [lengths_N[p].sum() if placement.packed else len(p) * lengths_N[p].max() for p in parts], dtype=np.int64
     )
-    most, mean = int(positions.argmax()), int(np.abs(positions - positions.mean()).argmin())
-    alike = positions[mean] > ALIKE * positions[most]
-    return Work(len(parts) / steps, parts[most], parts[most] if alike else parts[mean])
+    alike = np.flatnonzero(positions >= ALIKE * positions.max())  # of them the one whose scores may take most
+    largest = max(alike.tolist(), key=lambda i: len(parts[i]) * int(lengths_N[parts[i]].max()) ** 2)
+    nearest = np.argsort(np.abs(positions - positions.mean()), kind="stable")[: 2 * TIMED_MOST]
+    return Work(len(parts) / steps, parts[largest], tuple(parts[i] for i in nearest.tolist()))
 
 
 def _chosen(
@@ -191,27 +195,41 @@ def _chosen(
     total = assets.facts.model.layers
     few = numbers(assets.local, total)
 
-    def line(again: Again, examples: Indices) -> Line | None:
+    def cost(again: Again, count: int, recomputed: int) -> Cost | None:
+        placed = replace(placement, recompute=again, recomputed=recomputed)
+        return _Probe(plan, assets, placed, count, work).cost(progress)
+
+    def line(again: Again) -> Line | None:
         found: list[Cost] = []
         for count in dict.fromkeys(few):
-            placed = replace(placement, recompute=again, recomputed=0 if again == "none" else count)
-            probe = _Probe(plan, assets, placed, count, examples, 1 if work.in_a_step <= 1 else 2)
-            if (cost := probe.cost(progress)) is None:
+            if (measured := cost(again, count, 0 if again == "none" else count)) is None:
                 return None
-            found.append(cost)
+            found.append(measured)
         return Line(*few, found[0], found[-1])
 
-    plain = line("none", work.largest)
+    def whole(choice: Choice, plain: Line) -> Choice:
+        """As measured where the base is so small that all of it can be; as read off the lines where it is not."""
+        if assets.facts.model.parameters > WHOLE:
+            return replace(choice, micro=choice.micro * plain.at("usual", total) / plain.at("micro", total))
+        measured = cost(choice.again, total, choice.count)
+        if measured is None:
+            return replace(choice, peak=math.inf)
+        return replace(choice, peak=measured.peak, micro=measured.usual, step=measured.step)
+
+    plain = line("none")
     if plain is None:
         return None
     lines: dict[Again, Line] = {"none": plain}
     for again in _ways(assets, placement, plain):
-        if again != "none" and (measured := line(again, work.largest)) is not None:
+        if again != "none" and (measured := line(again)) is not None:
             lines[again] = measured
-        choice = choose(lines, total, room, all_of=again if assets.facts.recipe.train.recompute else None)
-        if choice is not None:
-            usual = plain if work.usual is work.largest else line("none", work.usual) or plain
-            return replace(choice, micro=choice.micro * usual.at("micro", total) / plain.at("micro", total))
+        asked, line_room = again if assets.facts.recipe.train.recompute else None, room
+        while (choice := choose(lines, total, line_room, all_of=asked)) is not None:
+            found = whole(choice, plain)
+            if found.peak <= room:
+                return found
+            told_too_little = found.peak - choice.peak  # by the line; all of what did not fit to be measured
+            line_room = room - told_too_little if math.isfinite(told_too_little) else choice.peak * (1 - 1e-9)
     return None
 
 
@@ -238,13 +256,11 @@ def _pinned(size: int) -> int:
 
 
 class _Probe:
-    """One model of `count` layers, and a step of `batches` micro-batches of these examples."""
+    """One model of `count` layers, and its steps on this work, of two micro-batches where a step has several."""
 
-    def __init__(
-        self, plan: Plan, assets: Assets, placement: Placement, count: int, examples: Indices, batches: int
-    ) -> None:
+    def __init__(self, plan: Plan, assets: Assets, placement: Placement, count: int, work: Work) -> None:
         self._plan, self._assets = replace(plan, placement=placement), assets
-        self._count, self._examples, self._batches = count, examples, batches
+        self._count, self._work, self._batches = count, work, 1 if work.in_a_step <= 1 else 2
 
     def cost(self, progress: Progress) -> Cost | None:
         """As the cache has it, or measured; None where it does not fit."""
@@ -278,8 +294,9 @@ class _Probe:
                 self._assets.local.sha256,
                 {name: plan.meaning[name] for name in ("tokenizer", "renderer", "objective", "method", "data")},
                 [plan.training.dropout, plan.training.optimizer, plan.training.clip],
-                [placement.precision, placement.packed, placement.compiled, placement.recompute, placement.trained],
-                [self._count, self._batches, self._examples.tolist()],
+                [placement.precision, placement.packed, placement.compiled, placement.trained],
+                [placement.recompute, placement.recomputed],
+                [self._count, self._batches, [part.tolist() for part in (self._work.largest, *self._work.usual)]],
             ]
         )
 
@@ -293,43 +310,52 @@ class _Probe:
         def base(head: Any) -> nn.Module:
             return few_layers(assets.local, head, dtype, self._count, device, in_nf4=in_nf4)
 
-        _make_workspaces(device)
+        compat.free_workspaces()  # so that each model is measured with those of its own products, as a run has them
         before = torch.cuda.memory_allocated(device)  # models measured before this one do not always go at once
         policy = session.build(plan, assets, base)
         engine, clip = training.engine_of(plan, assets, policy, []), Clip(plan.training.clip)
-        batch = self._batch(policy)
         found = list(layers(policy.model).values())
         gauge = _Gauge(device, found[-1], before)
-        costs: list[Cost] = []
-        while len(costs) <= TIMED or (
-            len(costs) <= TIMED_MOST and sum(cost.micro * self._batches for cost in costs[1:]) < TIMED_FOR
-        ):
+        served = all(hasattr(layer, "fast") for layer in found)
+
+        def cost(batches: list[Batch]) -> Cost:
             gauge.begin()
             began = time.perf_counter()
-            engine.forward_backward(assets.objective, policy, Step(1, [batch] * self._batches, {}))
+            engine.forward_backward(assets.objective, policy, Step(1, batches, {}))
             torch.cuda.synchronize(device)
             between = time.perf_counter()
             clip.before_step(engine, 1)
             engine.step()
             torch.cuda.synchronize(device)
-            micro, behind = (between - began) / self._batches, time.perf_counter() - between
-            costs.append(Cost(*gauge.ended(), micro, behind, all(hasattr(layer, "fast") for layer in found)))
-        timed = costs[1:]
-        loss, turn, rest = (max(getattr(cost, name) for cost in timed) for name in ("loss", "turn", "rest"))
-        micro, step = (statistics.median(getattr(cost, name) for cost in timed) for name in ("micro", "step"))
-        return Cost(loss, turn, rest, micro, step, timed[0].served)
+            micro, behind = (between - began) / len(batches), time.perf_counter() - between
+            return Cost(*gauge.ended(), micro, behind, served)
 
-    def _batch(self, policy: Policy) -> Batch:
+        largest = [self._batch(policy, self._work.largest)] * self._batches
+        cost(largest)  # compiles, and chooses kernels
+        costs = _timed(cost, itertools.repeat(largest))
+        usual = [self._batch(policy, examples) for examples in self._work.usual]
+        parts = [usual[at : at + self._batches] for at in range(0, len(usual), self._batches)]
+        first = _timed(cost, parts)
+        loss, turn, rest = (max(getattr(each, name) for each in (*costs, *first)) for name in ("loss", "turn", "rest"))
+        micro, step = (statistics.median(getattr(each, name) for each in costs) for name in ("micro", "step"))
+        return Cost(loss, turn, rest, micro, step, served, statistics.median(each.micro for each in first))
+
+    def _batch(self, policy: Policy, indices: Indices) -> Batch:
         store, objective = self._assets.prepared.train, self._assets.objective
-        examples = [store.example(int(index)) for index in self._examples]
+        examples = [store.example(int(index)) for index in indices]
         batch = collate(examples, range(len(examples)), packed=policy.packed, pad_id=policy.tokens.pad)
         return objective.annotate(policy, batch) if isinstance(objective, Annotator) else batch
 
 
-def _make_workspaces(device: torch.device) -> None:
-    """What cuBLAS allocates with its first product and keeps: else it would count as the first model's."""
-    square = torch.ones(16, 16, device=device, dtype=torch.bfloat16)
-    torch.mm(square, square)
+def _timed(cost: Callable[[list[Batch]], Cost], steps: Iterable[list[Batch]]) -> list[Cost]:
+    """What steps take: of few where they are long, of more where they are short."""
+    found: list[Cost] = []
+    for batches in steps:
+        found.append(cost(batches))
+        seconds = sum(each.micro * len(batches) for each in found)
+        if len(found) == TIMED_MOST or (len(found) >= TIMED and seconds >= TIMED_FOR):
+            break
+    return found
 
 
 class _Gauge:

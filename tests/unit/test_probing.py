@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -127,6 +128,8 @@ def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Card:
     """
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
     sizes = {"left": 0, "layer": 0, "layers": 0, "again": 0, "input": 0, "token": 0, "tokens": 0, "most": 1 << 30}
+    sizes["above"] = 0  # what a model of more than 4 layers takes besides
+    sizes["deep"] = 0  # layers of 8 that must run again, lest memory run out
     build, collate = session.build, probing.collate
 
     def laid_out(examples: Any, *given: Any, **named: Any) -> Any:
@@ -140,12 +143,15 @@ def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Card:
         sizes["layers"] = policy.config.num_hidden_layers
         sizes["again"] = plan.placement.recomputed
         sizes["away"] = plan.placement.recompute == "away"
+        if sizes["layers"] == 8 and sizes["again"] < sizes["deep"]:
+            raise torch.OutOfMemoryError("of the card")
         return policy
 
     def most(*_: Any) -> int:
         return (
             sizes["left"]
             + (1 << 20)
+            + sizes["above"] * (sizes["layers"] > 4)
             + (sizes["layer"] + sizes["token"] * sizes["tokens"]) * (sizes["layers"] - sizes["again"])
             + sizes["input"] * sizes["again"] * (not sizes["away"])
         )
@@ -283,7 +289,8 @@ class Planned:
     prediction: Any = None
 
 
-@pytest.mark.parametrize(("seconds", "steps"), [(0.0, 4), (1e9, 31)])
+# One step that compiles, those of the largest micro-batch, and those of the 6 that there are.
+@pytest.mark.parametrize(("seconds", "steps"), [(0.0, 1 + 3 + 3), (1e9, 1 + 30 + 6)])
 def test_short_steps_are_timed_until_they_tell(
     card: Card, tiny_llama: Path, tmp_path: Path, seconds: float, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -292,8 +299,7 @@ def test_short_steps_are_timed_until_they_tell(
     monkeypatch.setattr(probing, "TIMED_FOR", seconds)
     monkeypatch.setattr(probing.Clip, "before_step", lambda *_: taken.append(1))
     api.plan(_recipe(_deep(tiny_llama, tmp_path / "deep", 8)), data={"train": ROWS})
-    assert len(taken) % steps == 0
-    assert len(taken) >= 2 * steps  # of 2 layers and of 4
+    assert len(taken) == 3 * steps  # of 2 layers, of 4 and of all 8
 
 
 def test_the_hosts_memory_is_taken_in_powers_of_two() -> None:
@@ -325,23 +331,81 @@ def test_micro_batches_are_halved_until_one_fits(
 def test_what_training_takes_is_of_micro_batches_of_usual_size(
     card: Card, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One long row among short ones: memory is asked of the largest micro-batch, time of one as they are on average."""
-    card(1 << 20)
-    asked: list[int] = []
-    cost = probing._Probe._measured  # pyright: ignore[reportPrivateUsage]
+    """One long row among short ones: memory is asked of the largest micro-batch, time of such as are most."""
+    card(0, token=1 << 10)
+    sizes: list[int] = []
+    timed = probing._timed  # pyright: ignore[reportPrivateUsage]
 
-    def measured(probe: Any, device: torch.device) -> Cost:
-        asked.append(len(probe._examples))
-        found = cost(probe, device)
-        return replace(found, micro=float(sum(LENGTHS[i] for i in probe._examples)))
+    def seen(cost: Any, steps: Any) -> list[Cost]:
+        def one(batches: Any) -> Cost:
+            sizes.append(sum(batch.tokens for batch in batches))
+            return replace(cost(batches), micro=float(sizes[-1]))
+
+        return timed(one, steps)
 
     rows = [{"prompt": "a" * n, "completion": "b"} for n in LENGTHS]
-    monkeypatch.setattr(probing._Probe, "_measured", measured)  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(probing, "_timed", seen)
     deep = _deep(tiny_llama, tmp_path / "deep", 8)
     plan = api.plan(_recipe(deep, micro_batch_size=1), data={"train": rows})
-    steps = plan.training.total_steps
-    assert plan.prediction.seconds / steps < 0.5 * 8 * max(LENGTHS)
-    assert len(asked) == 4
+    short, long = min(sizes), max(sizes)
+    assert long > 6 * short
+    assert plan.prediction.seconds / plan.training.total_steps == pytest.approx(8 * short, rel=0.02)
+    largest = (1 << 20) + long // 2 * 8 * (1 << 10)  # two of them were a step
+    assert plan.prediction.peak_memory_bytes == pytest.approx(probing.RESERVED * largest, rel=0.02)
+
+
+def test_of_micro_batches_alike_the_one_with_the_longest_text_is_the_largest() -> None:
+    """Padded: 6 rows of 10, or 2 of 30; scores of attention are [rows, longest, longest]."""
+    lengths = np.array([10] * 6 + [30, 30] + [10] * 6)
+    prepared = SimpleNamespace(train=SimpleNamespace(lengths=lengths), repeats=np.ones(14), easy_first=None)
+    training = SimpleNamespace(epochs=1.0, max_steps=None, batch_size=14, batch_tokens=None, total_steps=1, seed=0)
+    placement = Placement("cuda:0", 1, 1, "fp32", False, None, 60, 1)
+    plan, assets = SimpleNamespace(training=training), SimpleNamespace(prepared=prepared)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probing, "epoch_steps", lambda *_: [np.arange(14)])
+        work = probing._work(plan, assets, placement)  # type: ignore[arg-type]  # pyright: ignore
+    assert lengths[work.largest].tolist() == [30, 30]
+    assert work.in_a_step == 3
+
+
+@pytest.mark.parametrize(
+    ("most", "above", "tried"),
+    [(0, 10, []), (probing.WHOLE, 10, [4, 5]), (probing.WHOLE, 20, [4, 5]), (probing.WHOLE, 60, [4, 7])],
+)
+def test_a_small_base_is_measured_whole_as_it_was_chosen_to_run(
+    card: Card,
+    tiny_llama: Path,
+    tmp_path: Path,
+    most: int,
+    above: int,
+    tried: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where more layers take more than the line through few says: fewer of them run once than the line would let."""
+    built: list[tuple[int, int]] = []
+    probe = probing._Probe.__init__  # pyright: ignore[reportPrivateUsage]
+
+    def init(self: Any, plan: Any, assets: Any, placement: Placement, count: int, work: Any) -> None:
+        built.append((count, placement.recomputed))
+        probe(self, plan, assets, placement, count, work)
+
+    monkeypatch.setattr(probing, "WHOLE", most)
+    monkeypatch.setattr(probing._Probe, "__init__", init)  # pyright: ignore[reportPrivateUsage]
+    card(20 << 20, above=above << 20)
+    deep = _deep(tiny_llama, tmp_path / "deep", 8)
+    plan = api.plan(_recipe(deep, micro_batch_size=4), data={"train": ROWS})
+    whole = [recomputed for count, recomputed in built if count == 8]
+    assert whole == tried
+    assert plan.placement.recomputed == (tried or [4])[-1]
+
+
+def test_a_choice_that_runs_out_of_memory_when_all_layers_are_there_is_none(
+    card: Card, tiny_llama: Path, tmp_path: Path
+) -> None:
+    card(20 << 20, deep=5)
+    deep = _deep(tiny_llama, tmp_path / "deep", 8)
+    plan = api.plan(_recipe(deep, micro_batch_size=4), data={"train": ROWS})
+    assert (plan.placement.recompute, plan.placement.recomputed) == ("whole", 5), "4 of 8 would fit by the line"
 
 
 @pytest.mark.parametrize(

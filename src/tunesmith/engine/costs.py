@@ -14,8 +14,9 @@ from tunesmith.models.recompute import Again
 @dataclass(frozen=True, slots=True)
 class Cost:
     """A step of one model. Bytes, the most in use: `loss`, until the loss's backward reaches the layers; `turn`, while
-    it is in the topmost of them; `rest`, from there to the step's end. Seconds: `micro`, of a micro-batch forward and
-    backward, and `step`, of clipping and the optimizer. `served`: its layers run on our kernels.
+    it is in the topmost of them; `rest`, from there to the step's end. Seconds: `micro`, of the largest micro-batch
+    forward and backward, `usual`, of one of mean size that comes for the first time, and `step`, of clipping and the
+    optimizer. `served`: its layers run on our kernels.
     """
 
     loss: float
@@ -24,6 +25,11 @@ class Cost:
     micro: float
     step: float
     served: bool = False
+    usual: float = 0.0
+
+    @property
+    def peak(self) -> float:
+        return max(self.loss, self.turn, self.rest)
 
 
 @dataclass(frozen=True, slots=True)
