@@ -52,13 +52,20 @@ def main() -> None:
     steps = [batches(part, shape["vocab_size"], step, asked.micro_batches) for step, part in enumerate(chosen)]
     marks = Marks(asked.warm_up)
     losses: list[float] = []
+    late: list[Any] = []
 
     def one(index: int) -> None:
         stats = engine.forward_backward(objective, policy, Step(index + 1, steps[index], {}))
-        clip.before_step(engine, index + 1)
+        norm = clip.before_step(engine, index + 1)["grad_norm"]
         engine.step()
-        clip.after_step(engine, index + 1)
-        losses.append(stats.loss)
+        late.append((stats, norm))
+        look(up_to=1)  # as a run does: at the step before, while the device is at this one
+
+    def look(up_to: int) -> None:
+        while len(late) > up_to:
+            stats, norm = late.pop(0)
+            losses.append(stats.loss)
+            float(norm)
 
     half = "the feed-forward half of " if asked.again == "feed" else ""
     away = " from the host's memory" if asked.again == "away" else ""
@@ -71,6 +78,7 @@ def main() -> None:
     for index in range(asked.steps):
         one(index)
         marks.end()
+    look(up_to=0)
     print(
         json.dumps(
             {

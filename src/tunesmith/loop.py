@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from torch import Tensor
-
 from tunesmith.models.policy import Policy
 from tunesmith.protocols import Engine, GradientRule, Objective, Source
-from tunesmith.types import Step, StepStats
+from tunesmith.types import Number, Step, StepStats
 
 
 class Watch(Protocol):
     """What happens around the steps: records, evaluation, checkpoints, early stopping."""
 
-    def record(self, step: Step, stats: StepStats, columns: Mapping[str, Tensor | float]) -> None: ...
+    def record(self, step: Step, stats: StepStats, columns: Mapping[str, Number]) -> None:
+        """Tells of the step, or of the one before while a device is still at this one."""
+        ...
+
     def finished(self, step: Step) -> bool:
         """Evaluates and saves when due; True when the run should end here."""
         ...
@@ -30,7 +31,7 @@ def train(
     """
     for step in source.steps(policy):
         stats = engine.forward_backward(objective, policy, step)
-        columns: dict[str, Tensor | float] = {}
+        columns: dict[str, Number] = {}
         if not stats.skipped:
             for rule in rules:
                 columns.update(rule.before_step(engine, step.number))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
-import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,16 +13,18 @@ from typing import Any
 
 import psutil
 import torch
-from torch import Tensor
 
 from tunesmith.engine.native import NativeEngine
 from tunesmith.engine.saving import Writer
-from tunesmith.errors import StoppedError
+from tunesmith.errors import RefusedError, StoppedError
 from tunesmith.events import Deferred, StopRun
+from tunesmith.kernels.transfer import Mark
 from tunesmith.protocols import GradientRule, Source
 from tunesmith.rundir import RunDir
 from tunesmith.settings import Meaning
-from tunesmith.types import Step, StepStats
+from tunesmith.types import Number, Step, StepStats
+
+log = logging.getLogger("tunesmith.monitor")
 
 
 @dataclass(slots=True)
@@ -65,6 +67,19 @@ class Best:
     stopped: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    """A step that is told when the device has done it: `at` says where in the run it was."""
+
+    at: dict[str, Any]
+    examples: int
+    stats: StepStats
+    columns: Mapping[str, Number]
+    learning_rate: float
+    began: Mark
+    ended: Mark
+
+
 class Monitor:
     """The `Watch` of a run: `validate` returns the numbers of one validation, None where there is none."""
 
@@ -97,8 +112,9 @@ class Monitor:
         self._metrics = run.journal("metrics.jsonl")
         self._timings = run.journal("timings.jsonl")
         self._writer = Writer(run.checkpoints)
-        self._clock = time.perf_counter()
         self._tokens = 0
+        self._mark = Mark(engine.device)
+        self._late: list[_Taken] = []  # steps that nobody has been told of yet
 
     def restore(self, states: Mapping[str, Mapping[str, Any]]) -> None:
         """Takes everything back to where a checkpoint was written; a fresh run has no states."""
@@ -114,27 +130,43 @@ class Monitor:
         self.skipped, self._tokens = int(watch["skipped"]), int(watch["tokens"])
         self._metrics.cut(int(watch["metrics_bytes"]))
 
-    def record(self, step: Step, stats: StepStats, columns: Mapping[str, Tensor | float]) -> None:
-        loss = stats.loss  # waits for the device
-        seconds, self._clock = time.perf_counter() - self._clock, time.perf_counter()
+    def record(self, step: Step, stats: StepStats, columns: Mapping[str, Number]) -> None:
+        """Tells of the step; where the engine runs ahead, of the one before, while the device is at this one."""
         self._tokens += stats.tokens
         self.skipped += stats.skipped
+        at = {"step": step.number, "epoch": round(step.epoch, 6), "tokens": self._tokens}
+        mark, began = Mark(self._engine.device), self._mark
+        self._mark = mark
+        self._late.append(_Taken(at, step.examples, stats, columns, self._engine.learning_rate, began, mark))
+        self._tell(up_to=1 if self._engine.runs_ahead else 0)
+
+    def _tell(self, up_to: int = 0) -> None:
+        """Tells of all steps that nobody has been told of but the last `up_to`; of none behind one that is refused."""
+        while len(self._late) > up_to:
+            try:
+                self._told(self._late.pop(0))
+            except RefusedError:
+                self._late.clear()
+                raise
+
+    def _told(self, taken: _Taken) -> None:
+        stats = taken.stats
+        loss = stats.loss  # waits for the device
+        seconds = max(taken.ended.since(taken.began), 1e-6)  # a step of nothing takes none
         line: dict[str, Any] = {
-            "step": step.number,
-            "epoch": round(step.epoch, 6),
-            "tokens": self._tokens,
+            **taken.at,
             "loss": loss,
             **(stats.parts if len(stats.parts) > 1 else {}),
             **stats.metrics,
-            "learning_rate": self._engine.learning_rate,
-            **{name: float(value) for name, value in columns.items()},
+            "learning_rate": taken.learning_rate,
+            **{name: float(value) for name, value in taken.columns.items()},
             **({"skipped": True} if stats.skipped else {}),
         }
         timing = {
-            "step": step.number,
+            "step": taken.at["step"],
             "seconds": round(seconds, 6),
             "tokens_per_second": round(stats.tokens / seconds, 1),
-            "examples_per_second": round(step.examples / seconds, 1),
+            "examples_per_second": round(taken.examples / seconds, 1),
             "peak_memory_bytes": peak_memory(self._engine.device),
         }
         self._metrics.append(line)
@@ -149,10 +181,13 @@ class Monitor:
         last = step.number == self._source.total_steps
         every = self._training.evaluate_every
         validated = self._validate is not None and every is not None and (last or step.number % every == 0)
+        due = step.number % self._save_every == 0
+        if last or validated or due or self._stop.asked or self._listen.failure is not None:
+            self._tell()
         improved = self._validated(step) if validated else False
         asked, failure = self._stop.asked, self._listen.failure  # a signal from here on is for the next step
         ends = last or self.best.stopped or asked or failure is not None
-        if ends or improved or step.number % self._save_every == 0:
+        if ends or improved or due:
             self.save(step)
         if ends:
             self._writer.wait()
@@ -162,11 +197,13 @@ class Monitor:
         if failure is not None:
             failure.add_note(f"a listener raised this; the run is saved after step {step.number}: {resume}")
             raise failure
-        self._clock = time.perf_counter()
+        if not self._late:
+            self._mark = Mark(self._engine.device)  # what stands between steps is no part of them
         return self.best.stopped
 
     def save(self, step: Step) -> None:
         """Begins a checkpoint of everything that has state; the best and the last are kept."""
+        self._tell()  # a signal may have come since
         states = {
             "engine": self._engine.state(),
             "source": step.state,
@@ -179,6 +216,23 @@ class Monitor:
             },
         }
         self._writer.write(step.number, states, keep={self.best.step})
+
+    @contextmanager
+    def telling(self) -> Generator[None]:
+        """Inside, a failure comes behind what is known of the steps before it.
+
+        RefusedError of such a step goes first, as what came behind it may be only its consequence.
+        """
+        try:
+            yield
+        except Exception:
+            try:
+                self._tell()
+            except RefusedError:
+                raise
+            except Exception as error:  # the failure that is known already says more
+                log.debug("a step before the failure cannot be told: %s", error)
+            raise
 
     def close(self) -> None:
         """Waits for a checkpoint that is still being written, and raises what that failed with."""

@@ -17,6 +17,7 @@ from tunesmith.types import (
     Example,
     GradientMode,
     LabelCounts,
+    Number,
     Piece,
     Prediction,
     Row,
@@ -293,6 +294,7 @@ class Engine(Protocol):
 
     device: torch.device
     trainable: dict[str, nn.Parameter]
+    runs_ahead: bool  # `step` returns while the device is still at it
 
     def forward_backward(self, objective: Objective, policy: Policy, step: Step) -> StepStats: ...
     def hold(self, bad: Tensor) -> None:
@@ -317,12 +319,12 @@ class GradientRule(Protocol):
 
     mode: ClassVar[GradientMode]
 
-    def before_step(self, engine: Engine, number: int) -> Mapping[str, Tensor | float]:
-        """Returns what is worth a column in metrics.jsonl, such as the gradient's norm."""
+    def before_step(self, engine: Engine, number: int) -> Mapping[str, Number]:
+        """Returns what is worth a column in metrics.jsonl, such as the gradient's norm; nobody looks at it at once."""
         ...
 
     def after_step(self, engine: Engine, number: int) -> None:
-        """The step is on its way: the place to wait for the device, and to refuse a step that `hold` stopped."""
+        """The step is on its way; what `hold` stopped is told by whoever looks at its numbers."""
         ...
 
     def state(self) -> dict[str, Any]: ...

@@ -157,7 +157,8 @@ def _train(run: RunDir, plan: Plan, assets: Assets, policy: Policy, stop: StopRe
             {"name": "training", "total_steps": source.total_steps, "from_step": saved[-1].step if saved else 0},
         )
         if not monitor.best.stopped:
-            loop.train(source, policy, objective, engine, rules, monitor)
+            with monitor.telling():
+                loop.train(source, policy, objective, engine, rules, monitor)
         kept = {c.step: c for c in checkpoint.found(run.checkpoints)}
         if monitor.best.step and monitor.best.step in kept and monitor.best.step != max(kept):
             engine.restore(checkpoint.read(kept[monitor.best.step])["engine"])
@@ -184,6 +185,7 @@ def engine_of(plan: Plan, assets: Assets, policy: Policy, rules: Sequence[Gradie
         seed=training.seed,
         mode=_mode(assets),
         rules=rules,
+        ahead=plan.placement.recompute != "away",  # else the host's memory would hold inputs of two steps
     )
 
 

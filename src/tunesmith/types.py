@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, SupportsFloat, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,7 @@ AnswerKind = Literal["text", "label", "number", "passages", "tags", "choices"]
 _KINDS: dict[str, AnswerKind] = {"predicted": "number", "rank": "passages", "words": "tags", "choices": "choices"}
 GradientMode = Literal["plain", "per_example", "cached"]
 WINDOW = "window"
-Number: TypeAlias = "Tensor | float"
+Number: TypeAlias = SupportsFloat  # a float, a tensor of one value, or one that is still on its way
 
 
 # ---------------------------------------------------------------- data, before it is a batch
@@ -120,7 +120,8 @@ class Batch:
     is one. The other positions are the units, row by row: `unit_U` indexes [B * T], `example_U` is the
     example of each. `Segment.example` indexes `examples`, which holds positions in the data set;
     `columns[name]` has one entry for each of `examples`. `step`: the number of the training step that the batch belongs
-    to, which what is drawn at random for it is keyed by; 0 outside training.
+    to, which what is drawn at random for it is keyed by; 0 outside training. `common`: how many tokens all segments of
+    a packed row begin with, where it is worth running them once; None while they are on the host, to be looked at.
     """
 
     streams: dict[str, Stream]
@@ -133,6 +134,7 @@ class Batch:
     columns: dict[str, Tensor] = field(default_factory=dict[str, "Tensor"])
     extra: dict[str, Tensor] = field(default_factory=dict[str, "Tensor"])
     step: int = 0
+    common: int | None = None
 
     @property
     def tokens(self) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1] / "invariant"))
 
 from families import FAMILIES, examples_of, policy_of
-from tunesmith.data.pack import collate
+from tunesmith.data.pack import collate, place
 from tunesmith.errors import RefusedError
 from tunesmith.kernels import attention, decoder_layer, shared_prefix
 from tunesmith.kernels.accelerate import accelerate
@@ -117,6 +117,30 @@ def test_a_shared_beginning_is_computed_once_and_changes_nothing(family: str) ->
     found = prefix.restore(short)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert_equal(gradients(policy, found), gradients(policy, expected))
+
+
+def test_a_batch_on_its_way_to_a_device_knows_its_beginning() -> None:
+    """There nobody looks at tokens, for it would be waited for; on the host the tokens that are there count."""
+    batch, device = batch_of(shared=True), torch.device("meta")
+    assert batch.common is None
+    placed = place(batch, device)
+    assert placed.common == PREFIX
+    found = shared_prefix.find(placed.streams["input"], placed.segments, placed.common)
+    expected = shared_prefix.find(batch.streams["input"], batch.segments)
+    assert found is not None
+    assert expected is not None
+    assert (found.length, found.bounds.rows) == (expected.length, expected.bounds.rows)
+    assert found.kept_K.device == device
+    batch.streams["input"].input_ids_BT[0, batch.segments[1].start + PREFIX - 2] += 1  # as an annotator may
+    assert place(batch, device).common == PREFIX - 2
+    assert place(batch_of(), device).common == 0
+
+
+def test_what_a_decoder_reads_is_no_beginning() -> None:
+    ids = [np.arange(4, 4 + n, dtype=np.int32) for n in (6, 20)]
+    pieces = Piece(ids[0]), Piece(ids[1], np.ones(20, np.float32), stream="decoder")
+    batch = collate([Example(pieces)] * 2, range(2), packed=True, pad_id=0)
+    assert place(batch, torch.device("meta")).common == 5
 
 
 def test_beginnings_are_not_shared_where_that_is_no_gain_or_wrong() -> None:

@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tunesmith.kernels import shared_prefix
+from tunesmith.kernels.transfer import sent
 from tunesmith.types import Batch, Example, Piece, Segment, Stream
 
 
@@ -135,12 +137,20 @@ def _example(batch: Batch, position: int) -> Example:
 
 
 def place(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on `device`; the batch itself where they are there already."""
+    """The batch with its tensors on `device`; the batch itself where they are there already.
+
+    What its segments begin with is looked for while the tokens are still on the host.
+    """
     if batch.target_BT.device == device:
         return batch
+    stream = batch.streams.get("input")
+    read = [segment for segment in batch.segments if segment.stream == "input"]
+    common = batch.common
+    if stream is not None and stream.input_ids_BT.device.type == "cpu":
+        common = shared_prefix.common(stream.input_ids_BT.numpy(), read)
 
     def to(tensor: Tensor) -> Tensor:
-        return tensor.to(device, non_blocking=True)
+        return sent(tensor, device)
 
     return replace(
         batch,
@@ -159,4 +169,5 @@ def place(batch: Batch, device: torch.device) -> Batch:
         example_U=to(batch.example_U),
         columns={name: to(value) for name, value in batch.columns.items()},
         extra={name: to(value) for name, value in batch.extra.items()},
+        common=common,
     )

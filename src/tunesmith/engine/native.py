@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, cast
 
 import torch
@@ -15,6 +15,7 @@ from tunesmith.data import pack
 from tunesmith.engine.adamw_8bit import AdamW8bit
 from tunesmith.engine.schedule import multiplier, warmup_steps
 from tunesmith.errors import RefusedError, ResourceError
+from tunesmith.kernels.transfer import Arriving
 from tunesmith.models.policy import Policy
 from tunesmith.protocols import Coupled, GradientRule, Objective
 from tunesmith.types import Batch, GradientMode, Step, StepStats, Terms
@@ -69,9 +70,11 @@ class NativeEngine:
         seed: int,
         mode: GradientMode = "plain",
         rules: Iterable[GradientRule] = (),
+        ahead: bool = True,
     ) -> None:
         self.policy = policy
         self.device = policy.device
+        self.runs_ahead = ahead and self.device.type == "cuda"
         self.trainable: dict[str, nn.Parameter] = {n: p for n, p in policy.named_parameters() if p.requires_grad}
         self._optimization = optimization
         self._warmup = warmup_steps(optimization.warmup, optimization.total_steps)
@@ -84,8 +87,6 @@ class NativeEngine:
         self._holds = isinstance(self._optimizer, AdamW8bit) or bool(self._optimizer.defaults["fused"])
         for group in self._optimizer.param_groups:
             group["base_lr"] = group["lr"]
-        self._number = 0
-        self._loss: Tensor | None = None
         self._held: Tensor | None = None
         self._scale: Tensor | None = None
         self._training = False
@@ -97,8 +98,10 @@ class NativeEngine:
         return float(self._optimizer.param_groups[0]["lr"])
 
     def forward_backward(self, objective: Objective, policy: Policy, step: Step) -> StepStats:
-        """Leaves the step's gradient in `.grad` of the trainable parameters; the device may still be at it."""
-        self._number = step.number
+        """Leaves the step's gradient in `.grad` of the trainable parameters; the device may still be at it.
+
+        To look at a loss that is not finite raises RefusedError; `step` will have moved nothing then.
+        """
         factor = multiplier(self._optimization.schedule, step.number, self._optimization.total_steps, self._warmup)
         for group in self._optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
@@ -115,9 +118,9 @@ class NativeEngine:
                 break
             except torch.OutOfMemoryError as error:
                 self._halve(step, error)
-        self._loss = sums.loss
-        self.hold(~self._loss.isfinite())
-        return StepStats(self._loss, sums.parts, sums.means, step.tokens)
+        self.hold(~sums.loss.isfinite())
+        parts = {name: Arriving(part) for name, part in sums.parts.items()}
+        return StepStats(Arriving(sums.loss, partial(_not_finite, step.number)), parts, sums.means, step.tokens)
 
     def hold(self, bad: Tensor) -> None:
         """The next `step` moves nothing if `bad` (a truth value, of the device) is true; it is not waited for."""
@@ -140,7 +143,7 @@ class NativeEngine:
     def step(self) -> None:
         """Moves the parameters along the gradient that `forward_backward` left, unless something holds it.
 
-        The device is waited for behind it. Raises RefusedError for a loss that is not finite; nothing has moved then.
+        On CUDA nothing is waited for.
         """
         held, scale = self._held, self._scale
         self._held = self._scale = None
@@ -151,12 +154,6 @@ class NativeEngine:
             optimizer.step()
         elif held is None or not held:
             self._optimizer.step()
-        if self._loss is not None and not math.isfinite(loss := float(self._loss)):
-            raise RefusedError(
-                f"step {self._number}: the loss is {loss}, not a finite number",
-                "lower train.learning_rate, use precision=fp32, or look at the rows of this step; "
-                "the last checkpoint is from before it",
-            )
 
     def state(self) -> dict[str, Any]:
         """Trainable parameters and buffers by name, and the optimizer's moments."""
@@ -276,8 +273,8 @@ class _Sums:
         return torch.stack(self.losses).sum()
 
     @property
-    def parts(self) -> dict[str, Tensor | float]:
-        found: dict[str, Tensor | float] = {}
+    def parts(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
         for name, share in self.shares:
             found[name] = found[name] + share if name in found else share
         return found
@@ -285,6 +282,14 @@ class _Sums:
     @property
     def means(self) -> dict[str, float]:
         return {name: value / weight for name, (value, weight) in self.metrics.items() if weight}
+
+
+def _not_finite(number: int, loss: float) -> RefusedError:
+    return RefusedError(
+        f"step {number}: the loss is {loss}, not a finite number",
+        "lower train.learning_rate, use precision=fp32, or look at the rows of this step; "
+        "the last checkpoint is from before it",
+    )
 
 
 def _differentiate(output: Tensor, gradient: Tensor | None = None) -> None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
 from tunesmith.errors import RefusedError
+from tunesmith.kernels.transfer import Arriving
 from tunesmith.protocols import Engine
-from tunesmith.types import GradientMode
+from tunesmith.types import GradientMode, Number
 
 
 class Clip:
@@ -19,33 +20,32 @@ class Clip:
 
     The norm is summed in float64 over `engine.trainable` in its fixed order, so it neither overflows
     nor depends on how gradients were grouped. A gradient with a NaN or an infinity holds the step, so that the
-    optimizer does not spread it, and raises RefusedError behind it. Source: Pascanu et al. 2013, arXiv 1211.5063,
-    algorithm 1.
+    optimizer does not spread it, and whoever looks at the norm gets RefusedError. Source: Pascanu et al. 2013,
+    arXiv 1211.5063, algorithm 1.
     """
 
     mode: ClassVar[GradientMode] = "plain"
 
     def __init__(self, max_norm: float | None) -> None:
         self.max_norm = max_norm
-        self._norm: Tensor | None = None
 
-    def before_step(self, engine: Engine, number: int) -> dict[str, Tensor | float]:
+    def before_step(self, engine: Engine, number: int) -> dict[str, Number]:
         """The norm before clipping, as `grad_norm`."""
-        gradients = [p.grad for p in engine.trainable.values() if p.grad is not None]
+        gradients = {name: p.grad for name, p in engine.trainable.items() if p.grad is not None}
         if not gradients:
             return {"grad_norm": 0.0}
-        self._norm = norm = _norm(gradients)
+        norms_P = _norms(list(gradients.values()))
+        norm = torch.linalg.vector_norm(norms_P)
         finite = norm.isfinite()
         engine.hold(~finite)
         if self.max_norm is not None:
             # Times 1 where nothing is to be clipped, and where the norm is not finite: bits stay as they are.
             factor = torch.where(finite & (norm > self.max_norm), self.max_norm / norm, 1.0).float()
             engine.scale(factor.clamp(min=torch.finfo(torch.float32).tiny))  # whose inverse is finite too
-        return {"grad_norm": norm}
+        return {"grad_norm": Arriving(norm, partial(_not_finite, list(gradients), norms_P, number))}
 
     def after_step(self, engine: Engine, number: int) -> None:
-        if self._norm is not None and not math.isfinite(float(self._norm)):
-            raise _non_finite({name: p.grad for name, p in engine.trainable.items() if p.grad is not None}, number)
+        pass
 
     def state(self) -> dict[str, Any]:
         return {}
@@ -54,15 +54,13 @@ class Clip:
         pass
 
 
-def _norm(gradients: list[Tensor]) -> Tensor:
-    """Joint L2 norm, on the gradients' device."""
+def _norms(gradients: list[Tensor]) -> Tensor:
+    """The L2 norm of each, on the first one's device."""
     # Norms are float64 in the reduction, without a float64 copy of any gradient; on CUDA in one launch.
     device = gradients[0].device
     if device.type == "cuda" and all(g.device == device for g in gradients):
-        norms: list[Tensor] = list(cast(Any, torch)._foreach_norm(gradients, 2, dtype=torch.float64))
-    else:
-        norms = [torch.linalg.vector_norm(g, dtype=_wide(g)).to(device) for g in gradients]
-    return torch.linalg.vector_norm(torch.stack(norms))
+        return torch.stack(list(cast(Any, torch)._foreach_norm(gradients, 2, dtype=torch.float64)))
+    return torch.stack([torch.linalg.vector_norm(g, dtype=_wide(g)).to(device) for g in gradients])
 
 
 def _wide(gradient: Tensor) -> torch.dtype:
@@ -70,15 +68,11 @@ def _wide(gradient: Tensor) -> torch.dtype:
     return torch.float32 if gradient.device.type == "mps" else torch.float64
 
 
-def _non_finite(named: Mapping[str, Tensor], number: int) -> RefusedError:
-    for name, gradient in named.items():
-        bad = int((~torch.isfinite(gradient)).sum())
-        if bad:
-            return RefusedError(
-                f"step {number}: the gradient of {name} holds {bad} non-finite of {gradient.numel()} values",
-                "resume from the last checkpoint with a lower train.learning_rate, or with precision=fp32",
-            )
-    return RefusedError(
-        f"step {number}: the gradient's norm overflows though every value is finite",
-        "resume from the last checkpoint with a lower train.learning_rate, or with precision=fp32",
-    )
+def _not_finite(names: Sequence[str], norms_P: Tensor, number: int, norm: float) -> RefusedError:
+    """What is told of gradients of these names and norms, whose joint norm is no finite number."""
+    remedy = "resume from the last checkpoint with a lower train.learning_rate, or with precision=fp32"
+    bad = [name for name, good in zip(names, norms_P.isfinite().tolist(), strict=True) if not good]
+    if not bad:
+        return RefusedError(f"step {number}: the gradient's norm overflows though every value is finite", remedy)
+    others = f", nor those of {len(bad) - 1} more of {len(names)} parameters" if len(bad) > 1 else ""
+    return RefusedError(f"step {number}: the gradient of {bad[0]} is not finite{others}", remedy)

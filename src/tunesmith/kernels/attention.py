@@ -229,17 +229,15 @@ def _window_mask(length: int, window: int | None, causal: bool, device: torch.de
 
 
 def register() -> None:
-    """Makes "segments" known to transformers; no mask is built for it. Idempotent."""
-    from transformers.masking_utils import AttentionMaskInterface
+    """Makes "segments" known to transformers. Idempotent.
+
+    To masks it stays unknown: transformers makes none for what it has no mask of, and looks for no packed sequences,
+    for which it would wait for the device at each forward.
+    """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-    def no_mask(*args: Any, **kwargs: Any) -> None:
-        return None
-
-    if IMPLEMENTATION in ALL_ATTENTION_FUNCTIONS.valid_keys():
-        return
-    AttentionInterface.register(IMPLEMENTATION, segment_attention)
-    AttentionMaskInterface.register(IMPLEMENTATION, no_mask)
+    if IMPLEMENTATION not in ALL_ATTENTION_FUNCTIONS.valid_keys():
+        AttentionInterface.register(IMPLEMENTATION, segment_attention)
 
 
 @cache

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from tunesmith import compat
 from tunesmith.kernels import padded_attention
+from tunesmith.kernels.transfer import sent
 
 if TYPE_CHECKING:
     from tunesmith.kernels.attention import Bounds
@@ -180,9 +181,9 @@ def _block_mask(look: Look, length: int, device: torch.device) -> Any:
 
     owner_BT, place_BT, open_BT = positions(look.bounds, length)
     some_BQK, all_BQK = blocks(owner_BT, place_BT, open_BT, look.causal, look.window)
-    owner, place, opened = (torch.from_numpy(x).to(device) for x in (owner_BT, place_BT, open_BT))
+    owner, place, opened = (sent(torch.from_numpy(x), device) for x in (owner_BT, place_BT, open_BT))
     mod = _seen(owner, place, opened, look.causal, look.window, shared=bool(look.bounds.shared))
-    lists = [torch.from_numpy(x).to(device) for x in (*_listed(some_BQK & ~all_BQK), *_listed(all_BQK))]
+    lists = [sent(torch.from_numpy(x), device) for x in (*_listed(some_BQK & ~all_BQK), *_listed(all_BQK))]
     return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=BLOCK, mask_mod=mod, seq_lengths=(length, length))
 
 

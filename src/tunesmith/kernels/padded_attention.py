@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tunesmith.kernels.transfer import sent
+
 if TYPE_CHECKING:
     from tunesmith.kernels.attention import Bounds
     from tunesmith.kernels.cuda_attention import Look
@@ -87,7 +89,7 @@ def _places(bounds: Bounds, length: int, device: torch.device) -> Places:
         row = torch.cat([torch.arange(start, start + size) for start, size in spans])
         padded = torch.cat([torch.arange(size) + longest * i for i, (_, size) in enumerate(spans)])
         sizes = torch.tensor([size for _, size in spans])
-        made[key] = Places(len(spans), longest, *(x.to(device, non_blocking=True) for x in (row, padded, sizes)))
+        made[key] = Places(len(spans), longest, *(sent(x, device) for x in (row, padded, sizes)))
     return made[key]
 
 

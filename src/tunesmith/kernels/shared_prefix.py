@@ -12,10 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tunesmith.kernels.attention import Bounds
+from tunesmith.kernels.transfer import sent
 from tunesmith.types import Segment, Stream
 
 WORTH = 4  # shorter beginnings cost more in copies than they save
@@ -43,36 +46,42 @@ class SharedPrefix:
         return hidden_1KD.index_select(1, self.place_T)
 
 
-def find(stream: Stream, segments: Sequence[Segment]) -> SharedPrefix | None:
-    """The beginning that all segments of a packed row have in common, if there is one worth it.
-
-    Every segment keeps a token of its own. Ask `serves` first.
-    """
-    if len(segments) < 2 or stream.input_ids_BT.shape[0] != 1:
-        return None
-    ids_T = stream.input_ids_BT[0]
+def common(ids_BT: NDArray[np.int64], segments: Sequence[Segment]) -> int:
+    """How many tokens all segments of a packed row begin with, each keeping one of its own; 0: not worth it."""
+    if len(segments) < 2 or len(ids_BT) != 1:
+        return 0
     length = min(s.length for s in segments) - 1
-    starts_S = torch.tensor([s.start for s in segments], device=ids_T.device)
     if length < WORTH:
-        return None
-    heads_SL = ids_T[starts_S[:, None] + torch.arange(length, device=ids_T.device)]
+        return 0
+    heads_SL = ids_BT[0][np.array([s.start for s in segments])[:, None] + np.arange(length)]
     differs_L = (heads_SL != heads_SL[0]).any(0)
-    length = int(differs_L.int().argmax()) if bool(differs_L.any()) else length
-    if length < WORTH:
+    length = int(differs_L.argmax()) if differs_L.any() else length
+    return length if length >= WORTH else 0
+
+
+def find(stream: Stream, segments: Sequence[Segment], length: int | None = None) -> SharedPrefix | None:
+    """The beginning that all segments of a packed row have in common, if there is one worth it. Ask `serves` first.
+
+    length: `common` of it, where that is known; to look means to wait for the device.
+    """
+    ids_BT = stream.input_ids_BT
+    length = common(ids_BT.cpu().numpy(), segments) if length is None else length
+    if not length:
         return None
-    kept: list[Tensor] = []
-    place_T = torch.empty_like(ids_T)
+    kept: list[NDArray[np.int64]] = []
+    place_T = np.empty(ids_BT.shape[1], dtype=np.int64)
     spans: list[tuple[int, int]] = []
     at = 0
     for number, segment in enumerate(sorted(segments, key=lambda s: s.start)):
         skipped = length if number else 0
-        own = torch.arange(segment.start + skipped, segment.stop, device=ids_T.device)
+        own = np.arange(segment.start + skipped, segment.stop)
         kept.append(own)
-        place_T[segment.start : segment.start + length] = torch.arange(length, device=ids_T.device)
-        place_T[own] = torch.arange(at, at + len(own), device=ids_T.device)
+        place_T[segment.start : segment.start + length] = np.arange(length)
+        place_T[own] = np.arange(at, at + len(own))
         spans.append((at, at + len(own)))
         at += len(own)
-    return SharedPrefix(length, torch.cat(kept), place_T, Bounds([spans], shared=length))
+    kept_K, placed_T = (sent(torch.from_numpy(x), ids_BT.device) for x in (np.concatenate(kept), place_T))
+    return SharedPrefix(length, kept_K, placed_T, Bounds([spans], shared=length))
 
 
 def serves(model: nn.Module) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.kernels import attention, shared_prefix
+from tunesmith.kernels.transfer import sent
 from tunesmith.losses.linear_cross_entropy import linear_logprobs
 from tunesmith.losses.linear_reduce import linear_logits, linear_reduce
 from tunesmith.models.heads import Head, pool
@@ -248,7 +249,7 @@ class Policy(nn.Module):
         """Rows of several segments under bounds; what all of them begin with stands there once, where it may."""
         stream, may_share = batch.streams["input"], self._may_share(batch)
         ids_BT, position_BT = stream.input_ids_BT, stream.position_ids_BT
-        shared = shared_prefix.find(stream, batch.segments) if may_share else None
+        shared = shared_prefix.find(stream, batch.segments, batch.common) if may_share else None
         bounds = _bounds(batch) if shared is None else shared.bounds
         if virtual_PD is None:
             position_BT = position_BT + self._position_offset
@@ -298,7 +299,7 @@ class Policy(nn.Module):
         embedded_BTD = self.embedded(stream.input_ids_BT)
         if not (self._noise and self.training):
             return embedded_BTD
-        length_S = torch.tensor([segment.length for segment in segments]).to(embedded_BTD.device, non_blocking=True)
+        length_S = sent(torch.tensor([segment.length for segment in segments]), embedded_BTD.device)
         length_BT1 = length_S[stream.segment_ids_BT.clamp(min=0)][..., None]
         uniform_BTD = 2 * torch.rand_like(embedded_BTD) - 1
         return embedded_BTD + uniform_BTD * self._noise / (length_BT1 * embedded_BTD.shape[-1]).sqrt()
