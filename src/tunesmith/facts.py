@@ -176,6 +176,7 @@ def _layers_that_ask(meta: MetaModel, dtype: torch.dtype) -> int:
         for stream in batch.streams.values():
             stream.input_ids_BT = stream.input_ids_BT.to("meta")
             stream.position_ids_BT = stream.position_ids_BT.to("meta")
+        batch.common = 0  # no values are there, of which two could be alike
         with torch.no_grad(), values_unread():
             policy.score(batch, Want(hidden=True))
     except (RuntimeError, TypeError, ValueError, NotImplementedError):

@@ -176,3 +176,23 @@ def test_switched_off_adapters_are_left_to_the_layer_itself() -> None:
             module.enable_adapters(False)
     base = _through(policy, [256], x, grad)["result"]
     assert float((tuned - base).norm() / base.norm()) > 0.01
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_adapters_that_drop_out_in_training_count_when_they_are_measured(fp8: bool) -> None:
+    policy = _policy("llama")
+    for module in policy.modules():
+        if hasattr(module, "lora_dropout"):
+            module.lora_dropout["default"] = torch.nn.Dropout(0.1)
+    x = torch.randn(1, 256, policy.width, device="cuda", dtype=torch.bfloat16)
+    grad = torch.randn_like(x)
+    with torch.autocast("cuda", torch.bfloat16):
+        expected = _through(policy.eval(), [256], x, grad)["result"]
+    policy.train()
+    assert accelerate(policy, fp8=fp8)[LAYERS] == 2
+    assert all(m.training for m in policy.modules() if isinstance(m, torch.nn.Dropout))
+    dropped = _through(policy, [256], x, grad)
+    found = _through(policy.eval(), [256], x, grad)["result"]
+    assert float((found - expected).norm() / expected.norm()) < (0.2 if fp8 else 0.05)
+    assert float((dropped["result"] - found).norm()) > 0
+    assert len(dropped) == 2 + 2 * 2 * 7, "gradients of all adapters by the layer's own forward"

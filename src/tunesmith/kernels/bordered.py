@@ -288,12 +288,12 @@ def base_of(linear: Any) -> nn.Linear:
     return linear.get_base_layer() if hasattr(linear, "get_base_layer") else linear
 
 
-def active_adapters(linear: Any) -> list[str]:
-    """The adapters of a PEFT layer in use; none where one is no plain LoRA or drops out now."""
-    active: list[str] = linear.active_adapters
-    if linear.disable_adapters or linear.merged:
+def adapters_in_use(linear: Any) -> list[str]:
+    """The adapters that a layer of PEFT adds now; none of any other layer, or where one is no plain LoRA."""
+    if not hasattr(linear, "lora_A") or linear.disable_adapters or linear.merged:
         return []
-    return active if all(is_plain(linear, name) and not drops(linear.lora_dropout[name]) for name in active) else []
+    active: list[str] = linear.active_adapters
+    return list(active) if all(is_plain(linear, name) for name in active) else []
 
 
 def is_plain(linear: Any, name: str) -> bool:
@@ -312,7 +312,7 @@ def _adapters(linears: list[Any]) -> list[Adapter]:
     for linear in linears:
         outputs = slice(output, output + base_of(linear).out_features)
         output = outputs.stop
-        for name in active_adapters(linear) if hasattr(linear, "lora_A") else ():
+        for name in adapters_in_use(linear):
             down, up = linear.lora_A[name].weight, linear.lora_B[name].weight
             ranks = slice(rank, rank + down.shape[0])
             rank = ranks.stop

@@ -9,7 +9,8 @@ again costs a third of a forward's products less than the whole layer, attention
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from types import MethodType
@@ -22,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from tunesmith.errors import RefusedError
 from tunesmith.kernels import cuda_attention
 from tunesmith.kernels.attention import KEYWORD, Bounds, segment_attention
-from tunesmith.kernels.bordered import Bordered, BorderedFp8, BorderedNf4, active_adapters, base_of, is_plain
+from tunesmith.kernels.bordered import Bordered, BorderedFp8, BorderedNf4, adapters_in_use, base_of, drops, is_plain
 from tunesmith.kernels.nf4 import Nf4Linear
 
 if TYPE_CHECKING:
@@ -52,6 +53,9 @@ class FastLayer:
         self.key_heads = base_of(attention.k_proj).out_features // self.width
         self.norms = (layer.input_layernorm, layer.post_attention_layernorm)
         self.fp8 = fp8
+        linears = [linear for weight in self.weights for linear in weight.linears if hasattr(linear, "lora_A")]
+        self._in_use = [(linear, adapters_in_use(linear)) for linear in linears]
+        self._dropouts = [linear.lora_dropout[name] for linear, names in self._in_use for name in names]
 
     @cached_property
     def refresh(self) -> Callable[[], None]:
@@ -74,9 +78,15 @@ class FastLayer:
         return module.weight, float(module.variance_epsilon)
 
     def still_serves(self) -> bool:
-        """Adapters as they were when this was built, in use, and not dropping out."""
-        linears = [linear for weight in self.weights for linear in weight.linears]
-        return all(not hasattr(linear, "lora_A") or active_adapters(linear) for linear in linears)
+        """Whether the adapters that were in use when this was built are, and no others, and none drops out now."""
+        return all(_uses(linear, names) for linear, names in self._in_use) and not any(map(drops, self._dropouts))
+
+
+def _uses(linear: Any, names: list[str]) -> bool:
+    """Whether these are the adapters in use; asked at each call, so without a look at what cannot change."""
+    if not names:
+        return not adapters_in_use(linear)
+    return linear.active_adapters == names and not (linear.disable_adapters or linear.merged)
 
 
 class _Project(torch.autograd.Function):
@@ -231,7 +241,7 @@ def fuse(layer: nn.Module, *, fp8: bool) -> bool:
         return True
     if not _is_built_as_served(layer):
         return False
-    with torch.no_grad():
+    with torch.no_grad(), _measured(layer):
         inputs = _sample(served)
         served.fast = FastLayer(layer, fp8=fp8)
         expected = type(served).forward(served, **inputs)  # on the same weights: what rounds them is not judged here
@@ -247,6 +257,18 @@ def fuse(layer: nn.Module, *, fp8: bool) -> bool:
             f"{type(layer).__name__} in fp8 gives another result (relative error {error:.2g})", "set precision to bf16"
         )
     return False
+
+
+@contextmanager
+def _measured(layer: nn.Module) -> Generator[None]:
+    """Inside, nothing of the layer drops out."""
+    modes = [(module, module.training) for module in layer.modules()]
+    layer.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def _sample(layer: Any) -> dict[str, Any]:
