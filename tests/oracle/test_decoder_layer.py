@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tunesmith.kernels.accelerate import LAYERS, accelerate
+from tunesmith.kernels.accelerate import COMPILED, LAYERS, accelerate
 from tunesmith.kernels.attention import KEYWORD, Bounds
 from tunesmith.kernels.bordered import base_of
 from tunesmith.kernels.nf4 import Nf4Linear, hold_in_nf4
@@ -196,3 +196,13 @@ def test_adapters_that_drop_out_in_training_count_when_they_are_measured(fp8: bo
     assert float((found - expected).norm() / expected.norm()) < (0.2 if fp8 else 0.05)
     assert float((dropped["result"] - found).norm()) > 0
     assert len(dropped) == 2 + 2 * 2 * 7, "gradients of all adapters by the layer's own forward"
+
+
+@pytest.mark.parametrize(("dropout", "compiled"), [(0.0, 0), (0.1, 2)])
+def test_what_drops_out_is_compiled_where_layers_are_to_be(dropout: float, compiled: int) -> None:
+    policy = _policy("llama")
+    for module in policy.modules():
+        if hasattr(module, "lora_dropout") and dropout:
+            module.lora_dropout["default"] = torch.nn.Dropout(dropout)
+    taken = accelerate(policy, compiled=policy.model.model.layers)
+    assert (taken[LAYERS], taken[COMPILED]) == (2 - compiled, compiled)

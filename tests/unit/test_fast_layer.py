@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from tunesmith.kernels.decoder_layer import FastLayer
+from tunesmith.kernels.decoder_layer import FastLayer, drops_out
 
 WEIGHTS = 7
 
@@ -43,7 +43,9 @@ def test_adapters_that_drop_out_while_it_is_built_are_in_it() -> None:
     fast = FastLayer(layer, fp8=False)
     assert _adapters(fast) == WEIGHTS
     assert not fast.still_serves()
+    assert drops_out(layer)
     model.eval()
+    assert drops_out(layer), "it will, in training"
     assert fast.still_serves()
     model.train()
     assert not fast.still_serves()
@@ -67,6 +69,7 @@ def test_other_adapters_than_it_was_built_with_are_left_to_the_layer(change: str
 
 def test_built_over_adapters_that_are_off_it_is_the_base() -> None:
     model, layer = _layer(dropout=0.0)
+    assert not drops_out(layer)
     model.disable_adapter_layers()
     fast = FastLayer(layer, fp8=False)
     assert _adapters(fast) == 0

@@ -31,13 +31,16 @@ def accelerate(
     module's own forward.
     fp8: frozen weights of decoder layers on CUDA are kept in e4m3. Without `layers` those keep their weights where
     they lie, as they must where other models share them. compiled: layers that torch compiles on CUDA, where no kernel
-    of ours takes them; with fp8, what of them trains is multiplied in e4m3.
+    of ours takes them, or not while they train, because adapters drop out; with fp8, what of them trains is multiplied
+    in e4m3.
     """
+    compiled = list(compiled)
+    own = {id(layer) for layer in compiled if decoder_layer.drops_out(layer)}
     taken = dict.fromkeys([*KERNELS, LAYERS, COMPILED, FP8], 0)
     device = next((p.device.type for p in model.parameters()), "cpu")
     if layers and device == "cuda" and find_spec("triton") is not None:
         for module in model.modules():
-            taken[LAYERS] += decoder_layer.fuse(module, fp8=fp8)
+            taken[LAYERS] += id(module) not in own and decoder_layer.fuse(module, fp8=fp8)
         if taken[LAYERS]:
             taken["rms_norm"] += sum(map(rms_norm.fuse, _behind_layers(model)))
     left = [layer for layer in compiled if device == "cuda" and not hasattr(layer, "fast")]

@@ -230,6 +230,12 @@ class _Feed(torch.autograd.Function):
         return grad_mixed, middle.wide_NW[:, : middle_ND.shape[1]], None, *of_o, *of_gate_up, *of_down
 
 
+def drops_out(layer: nn.Module) -> bool:
+    """Whether adapters of the layer drop out in training, when it runs by its own forward."""
+    adapted: Any = [module for module in layer.modules() if hasattr(module, "lora_dropout")]
+    return any(getattr(dropout, "p", 0.0) > 0 for module in adapted for dropout in module.lora_dropout.values())
+
+
 def fuse(layer: nn.Module, *, fp8: bool) -> bool:
     """Puts the fast functions in place of the forward of a decoder layer that they serve; False for any other.
 
