@@ -4,6 +4,8 @@ A layer's gradients dy [N, O] are wanted for two of them: dy B, which goes into 
 One pass gives both: a program takes a chunk of columns and a group of rows, and keeps its share of dB while it writes
 its share of dy B. The shares are added afterwards in a fixed order, dB and dA straight into the memory that becomes
 the parameters' `.grad`. Letters as in `bordered`, and C chunks, S groups of rows, Q ranks up to a power of two.
+
+On an H200, 8,192 rows of a Llama-3.1-8B layer at rank 16: 530 us, and by cuBLAS with what goes around it 616.
 """
 
 # pyright: basic, reportMissingImports=false, reportIndexIssue=false
