@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from safetensors.torch import load_file
 from tunesmith import api
 from tunesmith.engine.native import NativeEngine
 from tunesmith.errors import RefusedError, StoppedError
-from tunesmith.events import StopRun
+from tunesmith.events import Deferred, StopRun
 from tunesmith.types import Step, StepStats
 
 ROWS = [{"prompt": f"say {i}", "completion": f"{i}" * (1 + i % 5)} for i in range(40)]
@@ -73,6 +75,33 @@ def test_a_stopped_run_ahead_goes_on_to_the_same(
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, stopped + 1))
     api.resume(tmp_path / "parts")
     _same(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_signal_between_two_looks_loses_no_step(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes after the last look at whether steps must be told, and before the one at whether the run ends here."""
+    _ahead(monkeypatch, True)
+    heard: list[int] = []
+    run = tmp_path / "run"
+
+    def listen(event: str, data: Any) -> None:
+        if event == "step":
+            heard.append(data["step"])
+
+    def failure(_: Deferred) -> None:
+        if heard[-1:] == [4]:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Deferred, "failure", property(failure, lambda *_: None), raising=False)
+    with pytest.raises(StoppedError, match="stopped after step 5, as asked"):
+        api.train(
+            _recipe(tiny_llama, save_every=100, evaluate_every=None), data={"train": ROWS}, out=run, listen=listen
+        )
+    monkeypatch.undo()
+    api.resume(run)  # which goes on behind the lines that the checkpoint knows of
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 11))
 
 
 def test_a_step_that_is_not_finite_is_named_though_the_next_is_under_way(

@@ -133,6 +133,8 @@ def test_a_batch_on_its_way_to_a_device_knows_its_beginning() -> None:
     assert found.kept_K.device == device
     batch.streams["input"].input_ids_BT[0, batch.segments[1].start + PREFIX - 2] += 1  # as an annotator may
     assert place(batch, device).common == PREFIX - 2
+    batch.streams["input"].input_ids_BT[0, batch.segments[1].start + shared_prefix.WORTH - 1] += 1
+    assert place(batch, device).common == 0, "too short to be worth it"
     assert place(batch_of(), device).common == 0
 
 
