@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tunesmith import training
 from tunesmith.data.pack import collate
 from tunesmith.engine.native import NativeEngine, Optimization, seed_step
 from tunesmith.engine.schedule import multiplier, warmup_steps
@@ -352,3 +354,19 @@ def test_restoring_a_fresh_state_forgets_the_moments() -> None:
 
 def _copy(value: Any) -> Any:
     return value.clone() if isinstance(value, (Tensor, nn.Parameter)) else {k: v.clone() for k, v in value.items()}
+
+
+@pytest.mark.parametrize(("way", "ahead"), [("none", True), ("whole", True), ("away", False)])
+def test_steps_whose_inputs_wait_in_the_hosts_memory_do_not_overlap(
+    way: str, ahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its pages for two steps at once would be twice as many as the plan has counted."""
+    names = ("learning_rate", "schedule", "warmup", "weight_decay", "total_steps", "optimizer", "seed")
+    plan: Any = SimpleNamespace(
+        training=SimpleNamespace(**dict.fromkeys(names, 0)), placement=SimpleNamespace(recompute=way)
+    )
+    assets: Any = SimpleNamespace(facts=SimpleNamespace(needs=SimpleNamespace(coupling="token")))
+    monkeypatch.setattr(training, "_groups", lambda *_: [])
+    monkeypatch.setattr(training, "NativeEngine", lambda *_, **named: named["ahead"])
+    policy: Any = None
+    assert training.engine_of(plan, assets, policy, []) is ahead
