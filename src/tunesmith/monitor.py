@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -23,8 +22,6 @@ from tunesmith.protocols import GradientRule, Source
 from tunesmith.rundir import RunDir
 from tunesmith.settings import Meaning
 from tunesmith.types import Number, Step, StepStats
-
-log = logging.getLogger("tunesmith.monitor")
 
 
 @dataclass(slots=True)
@@ -225,13 +222,13 @@ class Monitor:
         """
         try:
             yield
-        except Exception:
+        except Exception as failure:
             try:
                 self._tell()
             except RefusedError:
                 raise
-            except Exception as error:  # the failure that is known already says more
-                log.debug("a step before the failure cannot be told: %s", error)
+            except Exception as error:  # a device that has failed tells nothing more
+                failure.add_note(f"the step before it cannot be told: {type(error).__name__}: {error}")
             raise
 
     def close(self) -> None:

@@ -141,3 +141,25 @@ def test_a_failure_comes_behind_the_step_before_it(
         _run(tiny_llama, tmp_path / "run", learning_rate=rate, warmup=0.0)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == ([1, 2] if rate < 1 else [1])
+
+
+def test_a_step_that_cannot_be_told_behind_a_failure_is_a_note_of_it(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a device that has failed: nothing comes from it any more."""
+    _ahead(monkeypatch, True)
+    run = NativeEngine.forward_backward
+
+    class Lost:
+        def __float__(self) -> float:
+            raise OSError("the device is lost")
+
+    def breaks(engine: NativeEngine, objective: Any, policy: Any, step: Step) -> StepStats:
+        if step.number == 3:
+            raise BrokenError
+        return StepStats(Lost(), {}, {}, 1) if step.number == 2 else run(engine, objective, policy, step)
+
+    monkeypatch.setattr(NativeEngine, "forward_backward", breaks)
+    with pytest.raises(BrokenError) as failure:
+        _run(tiny_llama, tmp_path / "run")
+    assert failure.value.__notes__ == ["the step before it cannot be told: OSError: the device is lost"]

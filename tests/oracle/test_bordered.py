@@ -80,6 +80,10 @@ def test_results_and_gradients_are_those_of_base_and_update(targets: list[str], 
     learnt = weight.gradients(grads, rows)  # type: ignore[arg-type]
     found = [weight.back(grads), *learnt]  # type: ignore[arg-type]
     assert _error(out, expected.detach()) < 0.01
+    base = torch.randn(N, sum(OUTPUTS)).bfloat16()
+    added = base.clone()
+    weight.project_onto(added, rows)  # type: ignore[arg-type]
+    assert _error(added.float() - base.float(), expected.detach()) < 0.02
     assert len(found) == 1 + 2 * len(targets)
     for ours, theirs in zip(found, expected_grads, strict=True):
         assert ours.shape == theirs.shape

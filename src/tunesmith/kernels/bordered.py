@@ -105,10 +105,10 @@ class Bordered:
         self.border_in(x)
         return self._product(x, forward=True, out=out)
 
-    def project_onto(self, base_NO: Tensor, x: Rows) -> Tensor:
-        """Adds [N, O] to `base`, in place, and returns it; not in fp8, whose products do not add."""
+    def project_onto(self, base_NO: Tensor, x: Rows) -> None:
+        """Adds [N, O] to `base`, in place; not in fp8, whose products do not add."""
         self.border_in(x)
-        return torch.addmm(base_NO, x.wide_NW, self._made()[: self.outputs].T, out=base_NO)
+        torch.addmm(base_NO, x.wide_NW, self._made()[: self.outputs].T, out=base_NO)
 
     def border_in(self, x: Rows) -> None:
         """Fills the border of x, of which `project` is asked."""
