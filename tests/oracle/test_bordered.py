@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -13,15 +12,9 @@ from torch import Tensor, nn
 from tunesmith.kernels import bordered
 from tunesmith.kernels.bordered import LARGEST, Bordered, BorderedNf4, base_of
 from tunesmith.kernels.nf4 import Nf4Linear
+from tunesmith.kernels.rows import Rows
 
 N, INPUTS, OUTPUTS = 24, 48, (32, 16)
-
-
-@dataclass
-class Rows:
-    """Rows with a border, as the kernels make them; here on any device."""
-
-    wide_NW: Tensor
 
 
 class Projections(nn.Module):
@@ -76,13 +69,13 @@ def test_results_and_gradients_are_those_of_base_and_update(targets: list[str], 
     weight.refresh()
     rows, grads = _wide(x.detach(), weight.border), _wide(grad, weight.border)
     out = torch.empty(N, sum(OUTPUTS), dtype=torch.bfloat16)
-    weight.project(rows, out=out)  # type: ignore[arg-type]
-    learnt = weight.gradients(grads, rows)  # type: ignore[arg-type]
-    found = [weight.back(grads), *learnt]  # type: ignore[arg-type]
+    weight.project(rows, out=out)
+    learnt = weight.gradients(grads, rows)
+    found = [weight.back(grads), *learnt]
     assert _error(out, expected.detach()) < 0.01
     base = torch.randn(N, sum(OUTPUTS)).bfloat16()
     added = base.clone()
-    weight.project_onto(added, rows)  # type: ignore[arg-type]
+    weight.project_onto(added, rows)
     assert _error(added.float() - base.float(), expected.detach()) < 0.02
     assert len(found) == 1 + 2 * len(targets)
     for ours, theirs in zip(found, expected_grads, strict=True):
@@ -95,7 +88,7 @@ def test_a_weight_without_adapters_learns_nothing_and_reads_nothing(monkeypatch:
     monkeypatch.setattr(bordered, "_wide_product", lambda *_: pytest.fail("multiplied"))
     rows = _wide(torch.randn(N, INPUTS), weight.border)
     grads = _wide(torch.randn(N, sum(OUTPUTS)), weight.border)
-    assert weight.gradients(grads, rows) == []  # type: ignore[arg-type]
+    assert weight.gradients(grads, rows) == []
 
 
 def test_two_adapters_of_a_layer_lie_beside_each_other() -> None:
@@ -113,7 +106,7 @@ def test_two_adapters_of_a_layer_lie_beside_each_other() -> None:
     x, linear = torch.randn(N, INPUTS).bfloat16().float(), model.second
     second = _apart(linear, x) + 4.0 * (x @ linear.lora_A["other"].weight.T) @ linear.lora_B["other"].weight.T
     out = torch.empty(N, sum(OUTPUTS), dtype=torch.bfloat16)
-    weight.project(_wide(x, weight.border), out=out)  # type: ignore[arg-type]
+    weight.project(_wide(x, weight.border), out=out)
     assert len(weight.parameters) == 4
     assert _error(out, torch.cat([_apart(model.first, x), second], dim=1)) < 0.01
 
@@ -130,7 +123,7 @@ def test_the_border_follows_a_fused_optimizer() -> None:
     weight.refresh()
     rows = _wide(torch.randn(N, INPUTS), weight.border)
     expected = torch.cat([_apart(linear, rows.wide_NW[:, :INPUTS].float()) for linear in linears], dim=1)
-    assert _error(weight.project(rows), expected) < 0.01  # type: ignore[arg-type]
+    assert _error(weight.project(rows), expected) < 0.01
 
 
 def test_the_modules_own_weights_stay_what_they_were() -> None:

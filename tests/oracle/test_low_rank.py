@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.kernels.bordered import Adapter
+from tunesmith.kernels.rows import Rows
 
 pytestmark = pytest.mark.gpu
 
@@ -49,7 +50,6 @@ def _error(found: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("fp8", [False, True])
 def test_borders_and_gradients_are_those_of_the_products(case: str, fp8: bool) -> None:
     from tunesmith.kernels.triton_low_rank import LowRank, serves
-    from tunesmith.kernels.triton_rows import Rows
 
     count, projections = CASES[case]
     adapters = _adapters(projections)
@@ -83,7 +83,6 @@ def test_borders_and_gradients_are_those_of_the_products(case: str, fp8: bool) -
 def test_the_same_twice() -> None:
     """Shares are added in one order: a layer that runs again gives the same bits."""
     from tunesmith.kernels.triton_low_rank import LowRank
-    from tunesmith.kernels.triton_rows import Rows
 
     adapters = _adapters([(1024, 16), (1024, 16)])
     x, grad = _rows(5000, INPUTS), _rows(5000, 2048)

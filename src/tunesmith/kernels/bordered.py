@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from tunesmith.kernels.nf4 import Nf4Linear
+    from tunesmith.kernels.rows import Rows
     from tunesmith.kernels.triton_low_rank import LowRank
-    from tunesmith.kernels.triton_rows import Rows
 
 # The border may be this many times larger than the weight's own largest value of a row before e4m3 saturates.
 HEADROOM = 4.0

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from types import MethodType
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,7 @@ from tunesmith.kernels import cuda_attention
 from tunesmith.kernels.attention import KEYWORD, Bounds, segment_attention
 from tunesmith.kernels.bordered import Bordered, BorderedFp8, BorderedNf4, adapters_in_use, base_of, drops, is_plain
 from tunesmith.kernels.nf4 import Nf4Linear
-
-if TYPE_CHECKING:
-    from tunesmith.kernels.triton_rows import Rows
+from tunesmith.kernels.rows import Rows, hand_on, in_rows, taken_over
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -104,7 +102,7 @@ class _Project(torch.autograd.Function):
 
         count, width = x_ND.shape[0], fast.width
         weight_D, epsilon = fast.norm(0)
-        normed = rows.Rows.empty(count, fast.qkv.inputs + fast.qkv.border, x_ND, fast.fp8)
+        normed = Rows.empty(count, fast.qkv.inputs + fast.qkv.border, x_ND, fast.fp8)
         rows.normalise(x_ND, weight_D, epsilon, normed)
         qkv_NX = x_ND.new_empty(padded, fast.qkv.outputs)
         qkv_NX[count:].zero_()
@@ -123,16 +121,16 @@ class _Project(torch.autograd.Function):
 
         fast: FastLayer = ctx.fast
         x_ND, cos_ND, sin_ND, wide_NW = ctx.saved_tensors
-        normed = rows.Rows(wide_NW)
-        grad = rows.Rows.empty(x_ND.shape[0], fast.qkv.outputs + fast.qkv.border, x_ND, fast.fp8)
+        normed = Rows(wide_NW)
+        grad = Rows.empty(x_ND.shape[0], fast.qkv.outputs + fast.qkv.border, x_ND, fast.fp8)
         rows.rotate_backward((grads[0], grads[1], grads[2]), cos_ND, sin_ND, grad, fast.width)
         found = fast.qkv.gradients(grad, normed)
         grad_x: Tensor | None = None
         if ctx.needs_input_grad[0]:
             weight_D, epsilon = fast.norm(0)
-            out = rows.Rows.empty(x_ND.shape[0], x_ND.shape[1] + fast.down.border, x_ND, False)
-            rows.normalise_backward(fast.qkv.back(grad), x_ND, weight_D, epsilon, rows.in_rows(grads[3]), out)
-            grad_x = rows.hand_on(out, x_ND.shape[1])  # to the layer below, whose border is most likely the same
+            out = Rows.empty(x_ND.shape[0], x_ND.shape[1] + fast.down.border, x_ND, False)
+            rows.normalise_backward(fast.qkv.back(grad), x_ND, weight_D, epsilon, in_rows(grads[3]), out)
+            grad_x = hand_on(out, x_ND.shape[1])  # to the layer below, whose border is most likely the same
         return grad_x, None, None, None, None, *found
 
 
@@ -154,7 +152,7 @@ class _Fed:
         count = x_ND.shape[0]
 
         def empty(weight: Bordered) -> Rows:
-            return rows.Rows.empty(count, weight.inputs + weight.border, x_ND, fast.fp8)
+            return Rows.empty(count, weight.inputs + weight.border, x_ND, fast.fp8)
 
         mixed = empty(fast.o)
         rows.lay(mixed_NX[:count], mixed)
@@ -200,16 +198,16 @@ class _Feed(torch.autograd.Function):
             fast.down.border_in(fed.product)
         else:
             middle_ND, gate_up_NX, *wides = ctx.saved_tensors
-            mixed, normed, product = (rows.Rows(wide) for wide in wides)
+            mixed, normed, product = (Rows(wide) for wide in wides)
             fed = _Fed(middle_ND, gate_up_NX, mixed, normed, product)
         middle_ND = fed.middle_ND
         count = middle_ND.shape[0]
 
         def empty(weight: Bordered) -> Rows:
-            return rows.Rows.empty(count, weight.outputs + weight.border, middle_ND, fast.fp8)
+            return Rows.empty(count, weight.outputs + weight.border, middle_ND, fast.fp8)
 
-        grad_ND = rows.in_rows(grads[0])
-        grad = None if fast.fp8 else rows.taken_over(grad_ND, fast.down.border)
+        grad_ND = in_rows(grads[0])
+        grad = None if fast.fp8 else taken_over(grad_ND, fast.down.border)
         if grad is None:
             grad = empty(fast.down)
             rows.lay(grad_ND, grad)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tunesmith.kernels.bordered import BORDER
+from tunesmith.kernels.rows import Rows, hand_on, in_rows
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
@@ -60,10 +61,10 @@ class _OnRows(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
         from tunesmith.kernels import triton_rows as rows
 
-        x_ND = rows.in_rows(x.reshape(-1, x.shape[-1]))
+        x_ND = in_rows(x.reshape(-1, x.shape[-1]))
         ctx.save_for_backward(x_ND, weight_D)
         ctx.epsilon = epsilon
-        out = rows.Rows.empty(len(x_ND), x_ND.shape[1], x_ND, False)
+        out = Rows.empty(len(x_ND), x_ND.shape[1], x_ND, False)
         rows.normalise(x_ND, weight_D, epsilon, out)
         return out.wide_NW.view(x.shape)
 
@@ -73,10 +74,10 @@ class _OnRows(torch.autograd.Function):
         from tunesmith.kernels import triton_rows as rows
 
         x_ND, weight_D = ctx.saved_tensors
-        grad_ND = rows.in_rows(grad_outputs[0].reshape(x_ND.shape))
-        out = rows.Rows.empty(len(x_ND), x_ND.shape[1] + BORDER, x_ND, False)
+        grad_ND = in_rows(grad_outputs[0].reshape(x_ND.shape))
+        out = Rows.empty(len(x_ND), x_ND.shape[1] + BORDER, x_ND, False)
         rows.normalise_backward(grad_ND, x_ND, weight_D, ctx.epsilon, None, out)
-        return rows.hand_on(out, x_ND.shape[1]).view(grad_outputs[0].shape), None, None
+        return hand_on(out, x_ND.shape[1]).view(grad_outputs[0].shape), None, None
 
 
 def fuse(module: nn.Module) -> bool:

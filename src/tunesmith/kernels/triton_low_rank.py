@@ -21,7 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tunesmith.kernels.triton_rows import Rows, to_e4m3
+from tunesmith.kernels.rows import Rows
+from tunesmith.kernels.triton_rows import to_e4m3
 
 if TYPE_CHECKING:
     from tunesmith.kernels.bordered import Adapter

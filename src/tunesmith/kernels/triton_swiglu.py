@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tunesmith.kernels.triton_rows import ROW_TOP, TINY, Rows, to_e4m3
+from tunesmith.kernels.rows import Rows
+from tunesmith.kernels.triton_rows import ROW_TOP, TINY, to_e4m3
 
 
 def swiglu(gate_up_NX: Tensor, out: Rows) -> None:
